@@ -1,0 +1,34 @@
+# Two commands matter: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SEEDS ?= 1
+DATA ?=
+
+.PHONY: help venv demo test check
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
+
+venv: $(STAMP)  ## create or update .venv from constraints.txt
+
+$(STAMP): constraints.txt setup.cfg pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,examples]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the full set, SEEDS=3 to repeat
+	$(BIN)/python examples/distill_and_quantize.py examples/recipes/distill_and_quantize.yaml \
+		--seeds $(SEEDS) $(if $(DATA),--data "$(DATA)")
+
+test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2
+
+check: $(STAMP)  ## lint, types, direction of imports, code blocks of the documentation
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 docs README.md

@@ -1,0 +1,121 @@
+"""What hooks receive: the model, the position in training, and the manager's services."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.cleanup import Cleanup
+from compression_manager.errors import ConfigError
+from compression_manager.metrics import MetricBoard
+from compression_manager.model_hooks import ModelHooks
+from compression_manager.tracking import Tracked
+
+if TYPE_CHECKING:
+    from compression_manager.quantization.observer import Observer
+    from compression_manager.quantization.quantizer_module import FakeQuantizer
+    from compression_manager.quantization.scheme import QuantizationScheme
+    from compression_manager.quantization.site import QuantizationSite
+    from compression_manager.services import Services
+
+
+class Context:
+    """One object per manager, handed to every hook.
+
+    Attributes:
+        model: the user's model, shaped in place.
+        example_inputs: what the user gave to `prepare_compression`, or None.
+        recipe: the whole configuration as plain numbers, strings, lists and dicts.
+        metrics: where plugins publish numbers and pictures.
+        tracked: the optimizer and everything else the user registered with `track`.
+        model_hooks: forward hooks that close and conversion remove.
+        epoch: present epoch, from 0.
+        step: batches begun in this epoch.
+        global_step: optimizer steps completed since training first began.
+        step_cache: plugins share results of one loss call here; emptied after each call.
+        skipped_layers: layer name -> why it is not quantized; shown by `manager.report()`.
+        should_stop: whether a plugin asked to stop, and `stop_reason` says why.
+        details_requested: whether `publish_details` runs at the end of this step.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, example_inputs: Any = None, recipe: Mapping[str, Any]
+    ) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.recipe = recipe
+        self.metrics = MetricBoard()
+        self.tracked = Tracked()
+        self.model_hooks = ModelHooks()
+        self.epoch = 0
+        self.step = 0
+        self.global_step = 0
+        self.step_cache: dict[Any, Any] = {}
+        self.skipped_layers: dict[str, str] = {}
+        self.should_stop = False
+        self.stop_reason: str | None = None
+        self.details_requested = False
+        self._cleanup = Cleanup()
+        self._task_weight: tuple[str, float] | None = None
+        self._collect_state: Callable[[], dict[str, Any]] | None = None
+        self._services: Services | None = None
+
+    # Undoing ---------------------------------------------------------------------------------
+
+    def add_cleanup(self, callback: Callable[[], object], *, owner: str) -> None:
+        """Run `callback` when the manager closes or preparation fails, last added first."""
+        self._cleanup.add(callback, owner)
+
+    # Loss ------------------------------------------------------------------------------------
+
+    @property
+    def task_weight(self) -> float:
+        """Factor of the task's own loss term; 1 unless a plugin set it."""
+        return 1.0 if self._task_weight is None else self._task_weight[1]
+
+    def set_task_weight(self, owner: str, weight: float) -> None:
+        """Rescale the task's own loss term.
+
+        Raises:
+            ConfigError: another plugin set a different weight.
+        """
+        if self._task_weight is not None and self._task_weight[1] != weight:
+            other, value = self._task_weight
+            raise ConfigError(
+                f"plugins disagree about the weight of the task's own loss: '{other}' sets "
+                f"{value}, '{owner}' sets {weight}. Give both the same first loss_weights entry."
+            )
+        self._task_weight = (owner, weight)
+
+    # Requests --------------------------------------------------------------------------------
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the training loop to end after this epoch; `manager.should_stop` turns true."""
+        self.should_stop = True
+        self.stop_reason = reason
+
+    def request_details(self) -> None:
+        """Have every plugin publish its costly metrics at the end of the present step."""
+        self.details_requested = True
+
+    def collect_state(self) -> dict[str, Any]:
+        """Return the whole training state: model, plugins, tracked objects, random state.
+
+        Checkpoint plugins write it; `manager.load_state_dict` takes it back.
+        """
+        if self._collect_state is None:
+            raise ConfigError("the training state is available from on_train_begin on.")
+        return self._collect_state()
+
+    # Services --------------------------------------------------------------------------------
+
+    @property
+    def services(self) -> Services:
+        """Questions to other plugins: `make_observer`, `make_fake_quantizer`,
+        `make_distillation_loss`."""
+        if self._services is None:
+            raise ConfigError("services answer from prepare_model on.")
+        return self._services

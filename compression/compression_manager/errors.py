@@ -1,0 +1,80 @@
+"""Every exception that the framework raises on purpose.
+
+Catch `CompressionError` to catch them all. Each message says what is wrong, where
+(plugin, hook, layer, key path or file) and what would be valid.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressionError(Exception):
+    """Base class of all errors raised by the framework and its plugins."""
+
+
+class ConfigError(CompressionError):
+    """A configuration, recipe or argument is invalid."""
+
+
+class LifecycleError(CompressionError):
+    """Hooks were called in an order that the training loop does not allow."""
+
+
+class LossError(CompressionError):
+    """A loss is not a finite floating-point scalar."""
+
+
+class QuantizationError(CompressionError):
+    """A scheme, layer or range cannot be quantized as asked."""
+
+
+class NotExportableError(QuantizationError):
+    """The object has no fixed parameters and cannot be exported."""
+
+
+class ParityError(CompressionError):
+    """A converted model does not compute what was trained."""
+
+
+class CheckpointError(CompressionError):
+    """A checkpoint cannot be written or read."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint's bytes do not match its manifest."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """A checkpoint is sound but belongs to another model, plugin list or teacher."""
+
+
+class PluginError(CompressionError):
+    """A plugin is unusable, or raised an exception that is not one of ours.
+
+    Attributes:
+        plugin: name of the plugin instance.
+        hook: name of the hook that was running, or None outside of hooks.
+    """
+
+    def __init__(self, message: str, *, plugin: str, hook: str | None = None) -> None:
+        super().__init__(message)
+        self.plugin = plugin
+        self.hook = hook
+
+
+def suggest(name: str, valid: Iterable[str], *, limit: int = 12) -> str:
+    """Return the tail of an error message: the nearest valid names, then the valid ones.
+
+    `suggest("temprature", ["temperature", "name"])` gives
+    `"did you mean 'temperature'? Valid: name, temperature."`.
+    """
+    names = sorted(set(valid))
+    if not names:
+        return "There is no valid name here."
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(item) for item in near)}? " if near else ""
+    shown = ", ".join(names[:limit])
+    more = f", ... ({len(names) - limit} more)" if len(names) > limit else ""
+    return f"{hint}Valid: {shown}{more}."

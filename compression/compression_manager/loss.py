@@ -1,0 +1,101 @@
+"""Named, weighted loss terms and their sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compression_manager.errors import ConfigError, LossError
+
+TASK_TERM = "task"
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerm:
+    """One summand: `weight * value`.
+
+    Attributes:
+        name: unique within a step, for example `task` or `distillation/KL`.
+        value: unweighted scalar tensor.
+        weight: factor.
+    """
+
+    name: str
+    value: Tensor
+    weight: float
+
+
+class LossTerms:
+    """The terms of one loss call; plugins add theirs, the manager sums them.
+
+    Args:
+        task_loss: the scalar that the user's own criterion gave.
+        task_weight: the factor that plugins agreed on at prepare.
+    """
+
+    def __init__(self, task_loss: Tensor, task_weight: float = 1.0) -> None:
+        check_scalar(TASK_TERM, task_loss)
+        self._terms = {TASK_TERM: LossTerm(TASK_TERM, task_loss, task_weight)}
+
+    def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        """Add the term `weight * value`.
+
+        Args:
+            name: unique name of the term within this loss call.
+            value: floating-point tensor with one element.
+            weight: factor.
+
+        Raises:
+            ConfigError: the name is taken.
+            LossError: the value is not a floating-point scalar.
+        """
+        if name in self._terms:
+            raise ConfigError(
+                f"loss term '{name}' was added twice in one step; give each plugin instance "
+                f"its own name. Terms so far: {', '.join(self._terms)}."
+            )
+        check_scalar(name, value)
+        self._terms[name] = LossTerm(name, value, weight)
+
+    def __iter__(self) -> Iterator[LossTerm]:
+        return iter(self._terms.values())
+
+    def total(self) -> Tensor:
+        """Return the weighted sum as a 0-dimensional tensor.
+
+        Raises:
+            LossError: the sum is NaN or infinite; the message names the terms at fault.
+        """
+        terms = iter(self)
+        total = _weighted(next(terms))
+        for term in terms:
+            total = total + _weighted(term)
+        if not torch.isfinite(total.detach()):
+            values = ", ".join(f"{term.name} = {float(term.value.detach()):g}" for term in self)
+            raise LossError(
+                f"the loss is not finite: {values}. Check the inputs and the learning rate; "
+                "no gradient was computed and no parameter was changed."
+            )
+        return total
+
+
+def _weighted(term: LossTerm) -> Tensor:
+    value = term.value.reshape(())
+    return value if term.weight == 1.0 else term.weight * value
+
+
+def check_scalar(name: str, value: object) -> None:
+    """Raise LossError unless `value` is a floating-point tensor with a single element."""
+    if not isinstance(value, Tensor):
+        raise LossError(
+            f"loss term '{name}' must be a scalar tensor, got {type(value).__name__}; "
+            "pass the criterion's result before calling .item() or float() on it."
+        )
+    if value.numel() != 1 or not value.is_floating_point():
+        raise LossError(
+            f"loss term '{name}' must be a floating-point scalar, got shape "
+            f"{tuple(value.shape)} and dtype {value.dtype}; reduce it with .mean() or .sum()."
+        )

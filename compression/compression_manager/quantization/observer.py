@@ -1,0 +1,38 @@
+"""The contract between calibration plugins and fake quantizers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class Observer(nn.Module, ABC):
+    """Watches tensors and answers with the range to quantize.
+
+    All state is held in buffers that have their final shape from construction on and are
+    updated in place, so that checkpoints, DDP and torch.compile see them.
+    """
+
+    @abstractmethod
+    def observe(self, input: Tensor) -> None:
+        """Take `input` (any shape, floating point) into account.
+
+        Values that are not finite must not change the range.
+        """
+
+    @abstractmethod
+    def compute_range(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (minimum, maximum) of `input` alone, without changing any state.
+
+        Weights are quantized with this, because their range is a function of their present
+        values. Shapes: () per tensor, (channels,) per channel; float32.
+        """
+
+    @abstractmethod
+    def observed_range(self) -> tuple[Tensor, Tensor]:
+        """Return (minimum, maximum) of all that was observed; shapes as `compute_range`."""
+
+    @abstractmethod
+    def has_observed(self) -> bool:
+        """Return whether any finite tensor was observed (synchronises with the device)."""

@@ -1,0 +1,60 @@
+"""Objects with state that the user registers: optimizer, scheduler, scaler, dataloader, others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from compression_manager.errors import ConfigError
+
+
+class Tracked(Mapping[str, Any]):
+    """Name -> object, in the order of registration."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, Any] = {}
+
+    def register(self, objects: Mapping[str, Any]) -> None:
+        """Add or replace objects; all of them, or none if one is unfit.
+
+        Raises:
+            ConfigError: an object has no `state_dict` and `load_state_dict` (a dataloader may
+                lack them), or is the model itself.
+        """
+        for name, value in objects.items():
+            if isinstance(value, nn.Module) and name in {"optimizer", "scheduler", "scaler"}:
+                raise ConfigError(f"track({name}=...) got a module ({type(value).__name__}).")
+            if name != "dataloader" and not is_stateful(value):
+                raise ConfigError(
+                    f"track({name}=...) takes objects with state_dict() and load_state_dict(); "
+                    f"{type(value).__name__} lacks them."
+                )
+        self._objects.update(objects)
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        """The tracked torch optimizers by name."""
+        return {k: v for k, v in self._objects.items() if isinstance(v, Optimizer)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return name -> state of every tracked object that keeps state."""
+        return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._objects[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._objects)
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+
+def is_stateful(value: object) -> bool:
+    """Return whether `value` can save and restore itself."""
+    return callable(getattr(value, "state_dict", None)) and callable(
+        getattr(value, "load_state_dict", None)
+    )
