@@ -1,0 +1,46 @@
+"""Compress PyTorch models while they train, with plugins and your own training loop.
+
+`prepare_compression(model, configs)` returns a `CompressionManager`; place its hooks in your
+loop, then call `manager.convert()`.
+"""
+
+from compression_manager.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CompressionError,
+    ConfigError,
+    LifecycleError,
+    LossError,
+    NotExportableError,
+    ParityError,
+    PluginError,
+    QuantizationError,
+)
+from compression_manager.manager import CompressionManager
+from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
+from compression_manager.position import Position
+from compression_manager.prepare import prepare_compression
+from compression_manager.report import Report
+
+__all__ = [
+    "prepare_compression",
+    "CompressionManager",
+    "Position",
+    "Report",
+    "Plugin",
+    "PluginConfig",
+    "hookimpl",
+    "option",
+    "CompressionError",
+    "ConfigError",
+    "PluginError",
+    "LifecycleError",
+    "LossError",
+    "QuantizationError",
+    "NotExportableError",
+    "ParityError",
+    "CheckpointError",
+    "CheckpointCorruptError",
+    "CheckpointMismatchError",
+]

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compression_manager.cleanup import Cleanup
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.metrics import MetricBoard
 from compression_manager.model_hooks import ModelHooks
 from compression_manager.tracking import Tracked
 
 if TYPE_CHECKING:
-    from compression_manager.quantization.observer import Observer
-    from compression_manager.quantization.quantizer_module import FakeQuantizer
-    from compression_manager.quantization.scheme import QuantizationScheme
-    from compression_manager.quantization.site import QuantizationSite
     from compression_manager.services import Services
 
 
@@ -34,9 +29,10 @@ class Context:
         model_hooks: forward hooks that close and conversion remove.
         epoch: present epoch, from 0.
         step: batches begun in this epoch.
-        global_step: optimizer steps completed since training first began.
+        remembered_input: example inputs, or the first input of a loss call, or None.
         step_cache: plugins share results of one loss call here; emptied after each call.
         skipped_layers: layer name -> why it is not quantized; shown by `manager.report()`.
+        folded_layers: layer name -> name of the layer that does its work after conversion.
         should_stop: whether a plugin asked to stop, and `stop_reason` says why.
         details_requested: whether `publish_details` runs at the end of this step.
     """
@@ -52,22 +48,47 @@ class Context:
         self.model_hooks = ModelHooks()
         self.epoch = 0
         self.step = 0
-        self.global_step = 0
         self.step_cache: dict[Any, Any] = {}
         self.skipped_layers: dict[str, str] = {}
+        self.folded_layers: dict[str, str] = {}
         self.should_stop = False
         self.stop_reason: str | None = None
         self.details_requested = False
+        self.remembered_input = example_inputs
         self._cleanup = Cleanup()
         self._task_weight: tuple[str, float] | None = None
         self._collect_state: Callable[[], dict[str, Any]] | None = None
         self._services: Services | None = None
+        self.add_cleanup(self.model_hooks.remove_all, owner="compression_manager")
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps completed since training first began."""
+        return self.metrics.global_step
+
+    @global_step.setter
+    def global_step(self, value: int) -> None:
+        self.metrics.global_step = value
+
+    def remember_input(self, input: Any) -> None:
+        """Keep the first input that is seen, for the parity check and the report."""
+        if self.remembered_input is None:
+            self.remembered_input = input
+
+    def connect(self, services: Services, collect_state: Callable[[], dict[str, Any]]) -> None:
+        """Give access to what the manager offers; the manager calls it once."""
+        self._services = services
+        self._collect_state = collect_state
 
     # Undoing ---------------------------------------------------------------------------------
 
     def add_cleanup(self, callback: Callable[[], object], *, owner: str) -> None:
         """Run `callback` when the manager closes or preparation fails, last added first."""
         self._cleanup.add(callback, owner)
+
+    def run_cleanup(self) -> list[Exception]:
+        """Run every callback once and return what they raised."""
+        return self._cleanup.run()
 
     # Loss ------------------------------------------------------------------------------------
 
@@ -107,7 +128,7 @@ class Context:
         Checkpoint plugins write it; `manager.load_state_dict` takes it back.
         """
         if self._collect_state is None:
-            raise ConfigError("the training state is available from on_train_begin on.")
+            raise LifecycleError("the training state is available once a manager exists.")
         return self._collect_state()
 
     # Services --------------------------------------------------------------------------------
@@ -115,7 +136,8 @@ class Context:
     @property
     def services(self) -> Services:
         """Questions to other plugins: `make_observer`, `make_fake_quantizer`,
-        `make_distillation_loss`."""
+        `make_distillation_loss`.
+        """
         if self._services is None:
-            raise ConfigError("services answer from prepare_model on.")
+            raise LifecycleError("services answer once a manager exists.")
         return self._services

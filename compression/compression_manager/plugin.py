@@ -79,7 +79,8 @@ class Plugin(Generic[ConfigType]):
 
     def required_hooks(self) -> frozenset[str]:
         """Return the optional hooks (`on_after_optimizer_step`, `on_before_eval`,
-        `on_after_eval`) that this instance cannot do without."""
+        `on_after_eval`) that this instance cannot do without.
+        """
         return frozenset()
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,6 +43,17 @@ class Tracked(Mapping[str, Any]):
         """Return name -> state of every tracked object that keeps state."""
         return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Return metric name -> present learning rate of every parameter group."""
+        rates: dict[str, float] = {}
+        several = len(self.optimizers) > 1
+        for name, optimizer in self.optimizers.items():
+            base = f"learning_rate/{name}" if several else "learning_rate"
+            for index, group in enumerate(optimizer.param_groups):
+                key = base if len(optimizer.param_groups) == 1 else f"{base}/group_{index}"
+                rates[key] = float(group["lr"])
+        return rates
+
     def __getitem__(self, name: str) -> Any:
         return self._objects[name]
 

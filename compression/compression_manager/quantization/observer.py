@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from compression_manager.quantization.precision import Float32Buffers
 
 
-class Observer(nn.Module, ABC):
+class Observer(Float32Buffers, ABC):
     """Watches tensors and answers with the range to quantize.
 
     All state is held in buffers that have their final shape from construction on and are
-    updated in place, so that checkpoints, DDP and torch.compile see them.
+    updated in place, so that checkpoints, DDP and torch.compile see them. float32 buffers
+    keep their dtype when the model is cast.
     """
 
     @abstractmethod
     def observe(self, input: Tensor) -> None:
         """Take `input` (any shape, floating point) into account.
 
-        Values that are not finite must not change the range.
+        Values that are not finite must not change the range. Called in training steps, so
+        that it must not read values back from an accelerator.
         """
 
     @abstractmethod
@@ -31,7 +35,10 @@ class Observer(nn.Module, ABC):
 
     @abstractmethod
     def observed_range(self) -> tuple[Tensor, Tensor]:
-        """Return (minimum, maximum) of all that was observed; shapes as `compute_range`."""
+        """Return (minimum, maximum) of all that was observed; shapes as `compute_range`.
+
+        Zeros as long as nothing was observed.
+        """
 
     @abstractmethod
     def has_observed(self) -> bool:

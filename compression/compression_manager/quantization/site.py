@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.scheme import QuantizationScheme
 
 Role = Literal["weight", "activation"]
 
@@ -24,4 +27,21 @@ class QuantizationSite:
     layer: str
     role: Role
     channels: int | None = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def range_shape(self, scheme: QuantizationScheme) -> tuple[int, ...]:
+        """Return the shape of this tensor's ranges and scales: () or (channels,).
+
+        Raises:
+            QuantizationError: `scheme` is per channel and the number of channels is unknown.
+        """
+        if scheme.granularity == "tensor":
+            return ()
+        if self.channels is None:
+            raise QuantizationError(
+                f"{self}: {scheme} needs the number of channels along axis {scheme.axis}."
+            )
+        return (self.channels,)
+
+    def __str__(self) -> str:
+        return f"{self.role} of layer '{self.layer}'"

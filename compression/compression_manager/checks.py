@@ -1,0 +1,94 @@
+"""Checks for the `__post_init__` of config dataclasses; they say field, rule and value.
+
+Each raises ConfigError, for example
+`CheckpointConfig.keep_best_n must be an integer of at least 1, got 0.` A bool is no number
+here, and neither is NaN or infinity. `owner` is the config instance (or its name), `field` the
+name of the option.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from compression_manager.errors import ConfigError, suggest
+
+
+def require_integer(
+    owner: object,
+    field: str,
+    value: object,
+    *,
+    minimum: int | None = None,
+    maximum: int | None = None,
+) -> None:
+    """Raise ConfigError unless `value` is an int within the limits, both included."""
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or (minimum is not None and value < minimum)
+        or (maximum is not None and value > maximum)
+    ):
+        raise _error(owner, field, f"an integer{_limits(minimum, maximum)}", value)
+
+
+def require_positive(owner: object, field: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0."""
+    if not (_is_number(value) and value > 0):  # type: ignore[operator]
+        raise _error(owner, field, "a number above 0", value)
+
+
+def require_not_negative(owner: object, field: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number of at least 0."""
+    if not (_is_number(value) and value >= 0):  # type: ignore[operator]
+        raise _error(owner, field, "a number of at least 0", value)
+
+
+def require_fraction(owner: object, field: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a number from 0 to 1, both included."""
+    if not (_is_number(value) and 0 <= value <= 1):  # type: ignore[operator]
+        raise _error(owner, field, "a number from 0 to 1", value)
+
+
+def require_choice(owner: object, field: str, value: object, choices: Iterable[str]) -> None:
+    """Raise ConfigError, with the nearest names, unless `value` is one of `choices`."""
+    names = list(choices)
+    if not isinstance(value, str) or value not in names:
+        message = f"{_name(owner)}.{field} got {_show(value)}; {suggest(str(value), names)}"
+        raise ConfigError(message)
+
+
+def require_type(
+    owner: object, field: str, value: object, expected: type | tuple[type, ...]
+) -> None:
+    """Raise ConfigError unless `value` is an instance of `expected`."""
+    if not isinstance(value, expected):
+        types = expected if isinstance(expected, tuple) else (expected,)
+        names = " or ".join("None" if item is type(None) else item.__name__ for item in types)
+        raise _error(owner, field, f"of type {names}", value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _limits(minimum: int | None, maximum: int | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum} to {maximum}"
+    if minimum is not None:
+        return f" of at least {minimum}"
+    return f" of at most {maximum}" if maximum is not None else ""
+
+
+def _error(owner: object, field: str, rule: str, value: object) -> ConfigError:
+    return ConfigError(f"{_name(owner)}.{field} must be {rule}, got {_show(value)}.")
+
+
+def _name(owner: object) -> str:
+    return owner if isinstance(owner, str) else type(owner).__name__
+
+
+def _show(value: object) -> str:
+    """Return a repr that stays short for tensors, modules and long texts."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"

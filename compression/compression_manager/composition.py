@@ -1,0 +1,164 @@
+"""From the user's list or recipe to plugin instances that fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+from compression_manager.config import build_config, describe_config
+from compression_manager.errors import ConfigError, suggest
+from compression_manager.loading import implemented_hooks, load_plugin_class
+from compression_manager.plugin import Plugin, PluginConfig
+from compression_manager.recipe import load_recipe
+
+PluginSpec = PluginConfig | Plugin[Any]
+
+
+def plugins_from_list(items: Sequence[PluginSpec]) -> list[Plugin[Any]]:
+    """Return one plugin per item; an item is a config, or a plugin built by the caller.
+
+    Raises:
+        ConfigError: the list is empty or holds something else.
+    """
+    if isinstance(items, (PluginConfig, Plugin)) or not isinstance(items, Sequence):
+        raise ConfigError(
+            "prepare_compression takes a list of configs, for example "
+            f"[QATConfig()], or the path of a recipe; got {type(items).__name__}."
+        )
+    if not items:
+        raise ConfigError(
+            "the list of configs is empty; name at least one plugin, for example [QATConfig()]."
+        )
+    return [_plugin_from_item(item) for item in items]
+
+
+def plugins_from_recipe(
+    path: str | Path, overrides: Sequence[str], runtime_objects: Mapping[str, Any]
+) -> tuple[list[Plugin[Any]], int | None]:
+    """Return the recipe's plugins in its order, and its seed.
+
+    Args:
+        path: YAML file.
+        overrides: dotted assignments, for example `plugins.qat.weight.bits=4`.
+        runtime_objects: option name -> live object, for every plugin that has the option; or
+            `instance.option` -> live object for one instance.
+
+    Raises:
+        ConfigError: names file and key path.
+    """
+    recipe = load_recipe(path, overrides)
+    unused = set(runtime_objects)
+    plugins: list[Plugin[Any]] = []
+    options: set[str] = set()
+    for instance, node in recipe.plugins.items():
+        fields = dict(node)
+        plugin_class = load_plugin_class(fields.pop("plugin", instance))
+        known = _runtime_options(plugin_class.config_class)
+        options |= known | {f"{instance}.{option}" for option in known}
+        given = {
+            option: runtime_objects[key]
+            for option in known
+            for key in (option, f"{instance}.{option}")
+            if key in runtime_objects
+        }
+        unused -= known | {f"{instance}.{option}" for option in known}
+        config = build_config(
+            plugin_class.config_class,
+            {"name": instance, **fields},
+            path=f"plugins.{instance}",
+            source=recipe.source,
+            runtime=given,
+        )
+        plugins.append(plugin_class(config))
+    refuse_unused(unused, options)
+    return plugins, recipe.seed
+
+
+def refuse_unused(names: set[str], valid: set[str]) -> None:
+    """Raise ConfigError if a keyword argument belongs to no plugin."""
+    if names:
+        name = sorted(names)[0]
+        raise ConfigError(
+            f"no plugin takes the argument '{name}' of prepare_compression; {suggest(name, valid)}"
+        )
+
+
+def complete(plugins: list[Plugin[Any]]) -> list[Plugin[Any]]:
+    """Return the plugins with unique names, followed by default providers that are missing.
+
+    Raises:
+        ConfigError: two instances were given the same name, or own the same role.
+    """
+    _name_uniquely(plugins)
+    completed = list(plugins)
+    # The list grows while it is walked: a provider may itself declare providers.
+    for plugin in completed:
+        for provider in plugin.default_providers.values():
+            if all(other.config.plugin != provider for other in completed):
+                provider_class = load_plugin_class(provider)
+                completed.append(provider_class(provider_class.config_class()))
+    _check_roles(completed)
+    for plugin in completed:
+        implemented_hooks(plugin)
+    return completed
+
+
+def describe(plugins: Sequence[Plugin[Any]], seed: int | None) -> dict[str, Any]:
+    """Return the whole configuration as plain values, in the shape of a recipe."""
+    return {
+        "seed": seed,
+        "plugins": {
+            plugin.name: {"plugin": plugin.config.plugin, **describe_config(plugin.config)}
+            for plugin in plugins
+        },
+    }
+
+
+def _plugin_from_item(item: object) -> Plugin[Any]:
+    if isinstance(item, Plugin):
+        return item
+    if not isinstance(item, PluginConfig):
+        raise ConfigError(
+            f"each item of the list must be a plugin's config, for example QATConfig(), "
+            f"got {item!r}."
+        )
+    plugin_class = load_plugin_class(item.plugin)
+    if not isinstance(item, plugin_class.config_class):
+        raise ConfigError(
+            f"{type(item).__name__} names the plugin '{item.plugin}', which takes a "
+            f"{plugin_class.config_class.__name__}."
+        )
+    return plugin_class(item)
+
+
+def _runtime_options(config_class: type[PluginConfig]) -> set[str]:
+    return {field.name for field in dataclass_fields(config_class) if field.metadata.get("runtime")}
+
+
+def _name_uniquely(plugins: Sequence[Plugin[Any]]) -> None:
+    taken: set[str] = set()
+    for plugin in plugins:
+        if plugin.config.name is not None and plugin.name in taken:
+            raise ConfigError(
+                f"two plugins are named '{plugin.name}'; give each its own name=... "
+                f"Taken: {', '.join(sorted(taken))}."
+            )
+        base, number = plugin.name, 2
+        while plugin.name in taken:
+            plugin.name = f"{base}_{number}"
+            number += 1
+        taken.add(plugin.name)
+
+
+def _check_roles(plugins: Sequence[Plugin[Any]]) -> None:
+    owners: dict[str, str] = {}
+    for plugin in plugins:
+        for role in plugin.roles:
+            if role in owners:
+                raise ConfigError(
+                    f"plugins '{owners[role]}' and '{plugin.name}' both own the role '{role}'; "
+                    "list only one of them."
+                )
+            owners[role] = plugin.name

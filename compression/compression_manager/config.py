@@ -1,0 +1,288 @@
+"""Config dataclasses from plain recipe nodes, and back.
+
+Frozen dataclasses are built field by field from their own type hints, so that every error names
+file and key path; options that a node leaves out keep their defaults, in nested dataclasses
+those of the field's own default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, TypeVar
+
+from compression_manager.config_values import convert_scalar, show_type, show_value
+from compression_manager.errors import CompressionError, ConfigError, suggest
+from compression_manager.plugin import PluginConfig
+from compression_manager.recipe import Recipe, load_recipe
+
+__all__ = ["Recipe", "build_config", "describe_config", "load_recipe"]
+
+ConfigType = TypeVar("ConfigType", bound=PluginConfig)
+Registry = Mapping[str, type]
+
+
+def build_config(
+    config_class: type[ConfigType],
+    node: Mapping[str, Any],
+    *,
+    path: str,
+    source: str,
+    runtime: Mapping[str, Any],
+) -> ConfigType:
+    """Construct a config from its node of a recipe.
+
+    Args:
+        config_class: frozen dataclass. A field whose metadata has `registry` (name -> dataclass)
+            takes a node `{type: name, ...}`; one with `runtime` is taken from `runtime`.
+        node: plain containers.
+        path: key path of the node, for example `plugins.distillation`.
+        source: file, for error messages.
+        runtime: option name -> live object.
+
+    Raises:
+        ConfigError: an unknown, missing or ill-typed option, or one that `__post_init__` refuses.
+    """
+    built = _build(config_class, node, _Place(source, path, runtime), base=None)
+    return typing.cast(ConfigType, built)
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """Return a config dataclass as JSON-able values; `build_config` reads them back.
+
+    Live objects are shown by the name of their class, functions by their own.
+    """
+    return {
+        field.name: _describe(getattr(config, field.name), field.metadata.get("registry"))
+        for field in _fields(type(config))
+    }
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a node stands, and the live objects that its fields may need."""
+
+    source: str
+    path: str
+    runtime: Mapping[str, Any]
+
+    def __truediv__(self, key: object) -> _Place:
+        return dataclasses.replace(self, path=f"{self.path}.{key}")
+
+    def item(self, index: int) -> _Place:
+        return dataclasses.replace(self, path=f"{self.path}[{index}]")
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.path}"
+
+
+def _build(config_class: type, node: Any, place: _Place, base: Any) -> Any:
+    """Return an instance of `config_class`; what `node` leaves out is taken from `base`."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{place}: expected a mapping of options, got {show_value(node)}.")
+    fields = _fields(config_class)
+    for key in node:
+        if key not in {field.name for field in fields}:
+            valid = [field.name for field in fields if not field.metadata.get("runtime")]
+            raise ConfigError(f"{place / key}: unknown option; {suggest(str(key), valid)}")
+    hints = _type_hints(config_class, place)
+    values: dict[str, Any] = {}
+    for field in fields:
+        if field.metadata.get("runtime"):
+            _take_runtime(values, field, node, place)
+        elif field.name in node:
+            inherited = _default(field) if base is None else getattr(base, field.name)
+            registry = field.metadata.get("registry")
+            conversion = _Conversion(place / field.name, registry, inherited)
+            values[field.name] = conversion.convert(hints[field.name], node[field.name])
+        elif base is None and _is_required(field):
+            raise ConfigError(f"{place / field.name} is required: {_help(field)}")
+    return _construct(config_class, values, place, base)
+
+
+def _take_runtime(
+    values: dict[str, Any], field: Field[Any], node: Mapping[str, Any], place: _Place
+) -> None:
+    if field.name in node:
+        raise ConfigError(
+            f"{place / field.name} is a live object, which a recipe cannot hold; pass it as a "
+            f"keyword argument: prepare_compression(model, recipe, {field.name}=...)."
+        )
+    if field.name in place.runtime:
+        values[field.name] = place.runtime[field.name]
+    elif _is_required(field):
+        raise ConfigError(
+            f"{place} needs the keyword argument prepare_compression(model, recipe, "
+            f"{field.name}=...): {_help(field)}"
+        )
+
+
+def _construct(config_class: type, values: dict[str, Any], place: _Place, base: Any) -> Any:
+    try:
+        if base is not None:
+            return dataclasses.replace(base, **values)
+        return config_class(**values)
+    except CompressionError as error:
+        error.args = (f"{place}: {error}", *error.args[1:])
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"{place}: {config_class.__name__} refuses these options: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Converts the node of one field, or of one item of it."""
+
+    place: _Place
+    registry: Registry | None
+    inherited: Any = None
+
+    def convert(self, hint: Any, node: Any) -> Any:
+        members = _union_members(hint)
+        if node is None and types.NoneType in members:
+            return None
+        for member in members:
+            if _container(member) is not None:
+                if isinstance(node, _NODE_OF[_container(member)]):
+                    return self._container(member, node)
+            elif self.registry is not None and member is not types.NoneType:
+                return self._registered(node)
+            elif dataclasses.is_dataclass(member) and isinstance(node, Mapping):
+                return self._dataclass(typing.cast(type, member), node)
+            elif member in (Any, object):
+                return node
+        scalars = [member for member in members if not _is_structure(member)]
+        expected = " or ".join(_show_type(member) for member in members)
+        return convert_scalar(scalars, node, str(self.place), expected)
+
+    def _container(self, hint: Any, node: Any) -> Any:
+        kind, arguments = _container(hint), typing.get_args(hint)
+        if kind is dict:
+            value_hint = arguments[1] if arguments else Any
+            return {
+                self._check_key(key): self._at(self.place / key).convert(value_hint, item)
+                for key, item in node.items()
+            }
+        fixed = typing.get_origin(hint) is tuple and arguments[-1] is not Ellipsis
+        if fixed and len(node) != len(arguments):
+            raise ConfigError(
+                f"{self.place}: expected a list of {len(arguments)} items, got {show_value(node)}."
+            )
+        hints = arguments if fixed else (arguments[:1] or (Any,)) * len(node)
+        items = (
+            self._at(self.place.item(index)).convert(item_hint, item)
+            for index, (item_hint, item) in enumerate(zip(hints, node, strict=True))
+        )
+        return list(items) if kind is list else tuple(items)
+
+    def _registered(self, node: Any) -> Any:
+        registry = typing.cast(Registry, self.registry)
+        names = {config_class: name for name, config_class in registry.items()}
+        if not isinstance(node, Mapping):
+            raise ConfigError(
+                f"{self.place}: expected a mapping such as {{type: {next(iter(registry))}}}, got "
+                f"{show_value(node)}; types: {', '.join(registry)}."
+            )
+        name = node.get("type", names.get(type(self.inherited)))
+        if not isinstance(name, str) or name not in registry:
+            problem = "type is missing" if name is None else f"unknown type {show_value(name)}"
+            raise ConfigError(f"{self.place}.type: {problem}; {suggest(str(name), registry)}")
+        options = {key: item for key, item in node.items() if key != "type"}
+        return self._dataclass(registry[name], options)
+
+    def _dataclass(self, config_class: type, node: Any) -> Any:
+        same = type(self.inherited) is config_class
+        return _build(config_class, node, self.place, self.inherited if same else None)
+
+    def _at(self, place: _Place) -> _Conversion:
+        return _Conversion(place, self.registry)
+
+    def _check_key(self, key: Any) -> str:
+        if not isinstance(key, str):
+            raise ConfigError(f"{self.place}: names must be texts, got {show_value(key)}.")
+        return key
+
+
+_NODE_OF: dict[type | None, type] = {dict: dict, list: list, tuple: list}
+
+
+def _fields(config_class: type) -> list[Field[Any]]:
+    return [field for field in dataclasses.fields(config_class) if field.init]
+
+
+def _type_hints(config_class: type, place: _Place) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(config_class)
+    except NameError as error:
+        raise ConfigError(
+            f"{place}: the type hints of {config_class.__name__} cannot be resolved ({error}); "
+            "import the names that they use outside of TYPE_CHECKING."
+        ) from error
+
+
+def _union_members(hint: Any) -> list[Any]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return list(typing.get_args(hint)) if is_union else [hint]
+
+
+def _container(hint: Any) -> type | None:
+    """Return the class that holds a value of type `hint`, or None for what is no container."""
+    origin = typing.get_origin(hint) or hint
+    if not isinstance(origin, type) or origin is object or issubclass(origin, (str, bytes, Enum)):
+        return None
+    if origin is list:
+        return list
+    if issubclass(origin, Mapping):
+        return dict
+    return tuple if issubclass(origin, Sequence) else None
+
+
+def _is_structure(hint: Any) -> bool:
+    return _container(hint) is not None or dataclasses.is_dataclass(hint)
+
+
+def _show_type(hint: Any) -> str:
+    kind = _container(hint)
+    if kind is not None:
+        return "a mapping" if kind is dict else "a list"
+    return "a mapping of options" if dataclasses.is_dataclass(hint) else show_type(hint)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return None if field.default is MISSING else field.default
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _help(field: Field[Any]) -> str:
+    return str(field.metadata.get("help", "it has no default."))
+
+
+def _describe(value: Any, registry: Registry | None = None) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = {config_class: name for name, config_class in (registry or {}).items()}
+        kind = names.get(type(value), type(value).__name__)
+        return {**({"type": kind} if registry is not None else {}), **describe_config(value)}
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _describe(item, registry) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_describe(item, registry) for item in value]
+    return getattr(value, "__qualname__", type(value).__name__)

@@ -1,0 +1,240 @@
+"""The events of the training loop: one typed method per hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pluggy
+from torch import Tensor
+
+from compression_manager.cleanup import raise_failures
+from compression_manager.context import Context
+from compression_manager.errors import ConfigError, LifecycleError
+from compression_manager.lifecycle import Lifecycle
+from compression_manager.loss import LossTerms
+from compression_manager.position import Position
+from compression_manager.state import restore_random_state
+from compression_manager.training_state import TrainingState
+
+
+class TrainingEvents:
+    """The hooks that a training loop calls, in the order of `compression_manager.hookspecs`.
+
+    A hook out of order raises LifecycleError. An exception in a plugin is a PluginError that
+    names plugin and hook, unless it is one of the framework's own errors.
+    """
+
+    def __init__(
+        self,
+        hooks: pluggy.HookRelay,
+        context: Context,
+        lifecycle: Lifecycle,
+        state: TrainingState,
+    ) -> None:
+        self._hooks = hooks
+        self._context = context
+        self._lifecycle = lifecycle
+        self._state = state
+        self._random_state: dict[str, Any] | None = None
+        self._late_failures: list[Exception] = []
+        self._optimizer_step_is_open = False
+
+    def on_train_begin(self, dataloader: object = None) -> None:
+        """Training begins; `dataloader` lets plugins know its length."""
+        self._begin_call()
+        self._lifecycle.train_begin()
+        if dataloader is not None:
+            self._context.tracked.register({"dataloader": dataloader})
+        self._hooks.on_train_begin(
+            context=self._context, dataloader=self._context.tracked.get("dataloader")
+        )
+        if self._random_state is not None:
+            # Whatever drew random numbers since `resume` must not shift the continued run.
+            restore_random_state(self._random_state)
+            self._random_state = None
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """An epoch begins."""
+        self._begin_call()
+        _check_count("on_epoch_begin", "epoch", epoch)
+        self._lifecycle.epoch_begin()
+        self._context.epoch = epoch
+        if not self._state.loader.must_start:
+            self._set_position(epoch, 0)
+        self._hooks.on_epoch_begin(context=self._context, epoch=epoch)
+
+    def on_step_begin(self, step: int) -> None:
+        """A step begins, before the model's forward pass."""
+        self._begin_call()
+        _check_count("on_step_begin", "step", step)
+        if self._state.loader.must_start:
+            raise LifecycleError(
+                "training was resumed in mid-epoch; write the loop as "
+                "'for step, batch in manager.steps(loader):', which skips the "
+                f"{self._state.position.step} batches that were consumed."
+            )
+        self._lifecycle.step_begin()
+        self._context.step = step
+        self._hooks.on_step_begin(context=self._context, step=step)
+
+    def on_after_compute_loss(
+        self,
+        input: Any,
+        student_output: Any,
+        student_loss: Tensor,
+        teacher_output: Any = None,
+        *,
+        target: Tensor | None = None,
+        mask: Tensor | None = None,
+        sample_ids: Any = None,
+        num_items: int | Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss to differentiate: the sum of the task's and the plugins' terms.
+
+        Args:
+            input: what the model was called with: a mapping, a tuple or one object.
+            student_output: what the model returned.
+            student_loss: the task's own loss, a floating-point scalar tensor.
+            teacher_output: the teacher's output, if the loop computes it.
+            target: labels, for losses that need them.
+            mask: (batch, sequence) with 1 where a position counts, for token losses.
+            sample_ids: identities of the batch's samples, for teacher caches.
+            num_items: positions or samples of the whole accumulated batch.
+
+        Raises:
+            LossError: a term is not scalar, or the sum is not finite.
+        """
+        self._begin_call()
+        context = self._context
+        losses = LossTerms(student_loss, context.task_weight)
+        self._lifecycle.loss()
+        context.remember_input(input)
+        try:
+            self._hooks.on_after_compute_loss(
+                context=context,
+                losses=losses,
+                input=input,
+                student_output=student_output,
+                teacher_output=teacher_output,
+                target=target,
+                mask=mask,
+                sample_ids=sample_ids,
+                num_items=num_items,
+            )
+        finally:
+            context.step_cache.clear()
+        total = losses.total()
+        for term in losses:
+            context.metrics.scalar(f"loss/{term.name}", term.value)
+        context.metrics.scalar("loss/total", total)
+        return total
+
+    def on_before_optimizer_step(self) -> None:
+        """Gradients are complete; call it right before `optimizer.step()`."""
+        self._begin_call()
+        self._count_optimizer_step()
+        self._lifecycle.before_optimizer_step()
+        self._optimizer_step_is_open = True
+        self._hooks.on_before_optimizer_step(context=self._context)
+
+    def on_after_optimizer_step(self) -> None:
+        """Parameters were updated; call it right after `optimizer.step()`."""
+        self._begin_call()
+        self._lifecycle.after_optimizer_step()
+        self._count_optimizer_step()
+        self._hooks.on_after_optimizer_step(context=self._context)
+
+    def on_step_end(self) -> None:
+        """A step ends."""
+        self._begin_call()
+        self._lifecycle.step_end()
+        self._count_optimizer_step()
+        context = self._context
+        self._set_position(context.epoch, context.step + 1)
+        for name, rate in context.tracked.learning_rates().items():
+            context.metrics.scalar(name, rate)
+        if context.details_requested:
+            context.details_requested = False
+            self._hooks.publish_details(context=context)
+        self._hooks.on_step_end(context=context)
+        self._deliver_metrics()
+
+    def on_before_eval(self) -> None:
+        """Evaluation begins."""
+        self._begin_call()
+        self._lifecycle.before_eval()
+        self._hooks.on_before_eval(context=self._context)
+
+    def on_after_eval(self, metrics: Mapping[str, float]) -> None:
+        """Evaluation ended with `metrics`, for example `{"accuracy": 0.91}`.
+
+        Raises:
+            ConfigError: a value is not a number.
+        """
+        self._begin_call()
+        values = _numbers(metrics)
+        self._lifecycle.after_eval()
+        context = self._context
+        self._state.evaluations.append(
+            {"epoch": context.epoch, "global_step": context.global_step, "metrics": values}
+        )
+        for name, value in values.items():
+            context.metrics.scalar(f"eval/{name}", value)
+        self._hooks.on_after_eval(context=context, metrics=values)
+        self._deliver_metrics()
+
+    def on_epoch_end(self) -> None:
+        """An epoch ends, its evaluation included."""
+        self._begin_call()
+        self._lifecycle.epoch_end(resumed_at_end=self._state.loader.skipped > 0)
+        self._set_position(self._context.epoch + 1, 0)
+        self._hooks.on_epoch_end(context=self._context)
+        self._deliver_metrics()
+
+    def on_train_end(self) -> None:
+        """Training ends."""
+        self._begin_call()
+        self._lifecycle.train_end()
+        self._hooks.on_train_end(context=self._context)
+        self._deliver_metrics()
+
+    # Internals ----------------------------------------------------------------------------------
+
+    def _begin_call(self) -> None:
+        if self._late_failures:
+            failures, self._late_failures = self._late_failures, []
+            raise_failures(failures)
+
+    def _count_optimizer_step(self) -> None:
+        if self._optimizer_step_is_open:
+            self._optimizer_step_is_open = False
+            self._context.global_step += 1
+
+    def _set_position(self, epoch: int, step: int) -> None:
+        self._state.position = Position(epoch, step, self._context.global_step)
+
+    def _deliver_metrics(self) -> None:
+        metrics = self._context.metrics.drain()
+        if metrics:
+            self._hooks.consume_metrics(context=self._context, metrics=metrics)
+
+
+def _check_count(hook: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise LifecycleError(f"{hook} takes {name} as a number from 0, got {value!r}.")
+
+
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(
+            "on_after_eval takes a mapping of names to numbers, for example "
+            f"{{'accuracy': 0.91}}, got {type(metrics).__name__}."
+        )
+    values = {}
+    for name, value in metrics.items():
+        try:
+            values[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"on_after_eval: metric '{name}' is no number: {value!r}.") from error
+    return values

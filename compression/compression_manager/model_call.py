@@ -1,0 +1,58 @@
+"""Calling a model with whatever the user's loop calls it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.state import capture_random_state, restore_random_state
+
+LABEL_KEYS = frozenset({"label", "labels"})
+
+
+def call_model(model: Any, inputs: Any) -> Any:
+    """Call `model` as a loop would: a mapping by keyword, a tuple by position, else as it is."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)
+
+
+def without_labels(inputs: Any) -> Any:
+    """Return `inputs` without the entries `label` and `labels` if it is a mapping."""
+    if isinstance(inputs, Mapping):
+        return {key: value for key, value in inputs.items() if key not in LABEL_KEYS}
+    return inputs
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in a nesting of mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+@contextmanager
+def quiet_evaluation(*models: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode, without gradients, and leave modes and random state as found."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    random_state = capture_random_state()
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        restore_random_state(random_state)
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,31 @@
+"""torch's fused inference paths, which would bypass quantized children."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+# In eval mode without gradients these modules hand their children's weights to one fused
+# kernel and never call the children. Each attribute, set to the value, turns the kernel off and
+# has no other effect.
+_SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+
+
+def disable_fused_paths(model: nn.Module) -> Callable[[], None]:
+    """Make every module of `model` call its children; return a function that undoes it."""
+    found: list[tuple[nn.Module, str, object]] = []
+    for module in model.modules():
+        for kind, attribute, value in _SWITCHES:
+            if isinstance(module, kind):
+                found.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, value)
+
+    def undo() -> None:
+        for module, attribute, value in found:
+            setattr(module, attribute, value)
+
+    return undo

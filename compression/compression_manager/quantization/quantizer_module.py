@@ -1,0 +1,213 @@
+"""The modules that quantize one tensor of one layer while the model trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.arithmetic import fake_quantize
+from compression_manager.quantization.observer import Observer
+from compression_manager.quantization.parameters import (
+    QuantizationParameters,
+    check_range,
+    compute_qparams,
+)
+from compression_manager.quantization.precision import Float32Buffers
+from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, QuantizationScheme
+from compression_manager.quantization.site import QuantizationSite
+
+
+class Phase(NamedTuple):
+    """What a fake quantizer does in training.
+
+    Attributes:
+        observing: ranges follow what passes through.
+        quantizing: the output is quantized; otherwise it is the input itself.
+    """
+
+    observing: bool
+    quantizing: bool
+
+
+class FakeQuantizer(Float32Buffers, ABC):
+    """What answers the service `make_fake_quantizer`: the quantizer of one site.
+
+    A state_dict without any key of this module (of the float model) leaves it as it is.
+
+    Attributes:
+        scheme: how the tensor is quantized.
+        site: which tensor of which layer it is.
+    """
+
+    def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.site = site
+
+    @property
+    @abstractmethod
+    def phase(self) -> Phase:
+        """What is switched on."""
+
+    @abstractmethod
+    def set_phase(self, *, observing: bool, quantizing: bool) -> None:
+        """Switch observing and quantizing on or off."""
+
+    @abstractmethod
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` quantized (same shape and dtype), or `input` itself when off."""
+
+    @abstractmethod
+    def is_calibrated(self) -> bool:
+        """Return whether there is a range to quantize with."""
+
+    @abstractmethod
+    def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
+        """Return the numbers with which `forward` quantizes now.
+
+        Args:
+            input: the weight, for a weight's site; an activation's site ignores it.
+
+        Raises:
+            QuantizationError: there is no range yet, or it is not finite.
+        """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if not any(key.startswith(prefix) for key in state_dict):
+            # torch hands a private copy in and the children read the same one afterwards.
+            state_dict.update(self.state_dict(prefix=prefix))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class ObservedFakeQuantizer(FakeQuantizer):
+    """Quantizes with the range that an observer answers.
+
+    An activation's range follows the observer in training steps while `observing` is on and is
+    kept in the buffers `scale` (float32) and `zero_point` (int32, int64 above 24 bits), both
+    () or (channels,). A weight's range is computed from the weight itself in every forward
+    pass and stored nowhere. Evaluation changes no buffer.
+
+    The buffers `observing` and `quantizing` (bool) hold the phase, so that checkpoints do.
+    Branches use Python copies of them: forward never waits for an accelerator, and
+    torch.compile compiles anew only when the phase changes.
+
+    Raises:
+        QuantizationError: the scheme is per channel and the site has no number of channels.
+    """
+
+    observing: Tensor
+    quantizing: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, scheme: QuantizationScheme, site: QuantizationSite, observer: Observer
+    ) -> None:
+        super().__init__(scheme, site)
+        shape = site.range_shape(scheme)
+        self.observer = observer
+        self.register_buffer("observing", torch.zeros((), dtype=torch.bool, device=site.device))
+        self.register_buffer("quantizing", torch.zeros((), dtype=torch.bool, device=site.device))
+        self._phase = Phase(observing=False, quantizing=False)
+        self._is_weight = site.role == "weight"
+        self._calibrated = self._is_weight
+        if not self._is_weight:
+            index_dtype = torch.int64 if scheme.bits > MAX_FLOAT32_BITS else torch.int32
+            self.register_buffer("scale", torch.ones(shape, device=site.device))
+            self.register_buffer(
+                "zero_point", torch.zeros(shape, dtype=index_dtype, device=site.device)
+            )
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+
+    @property
+    def phase(self) -> Phase:
+        """What is switched on; both off at construction."""
+        return self._phase
+
+    def set_phase(self, *, observing: bool, quantizing: bool) -> None:
+        """Switch observing and quantizing on or off."""
+        self.observing.fill_(observing)
+        self.quantizing.fill_(quantizing)
+        self._phase = Phase(observing, quantizing)
+        # Asked here, between steps, so that a compiled forward finds the answer cached.
+        self.is_calibrated()
+
+    def is_calibrated(self) -> bool:
+        """Return whether there is a range to quantize with; always, for a weight.
+
+        Synchronises with the device until the answer is yes.
+        """
+        if not self._calibrated:
+            self._calibrated = self.observer.has_observed()
+        return self._calibrated
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` quantized, or `input` itself when off or before any finite batch."""
+        if self._is_weight:
+            if not self._phase.quantizing:
+                return input
+            scale, zero_point = self._weight_qparams(input)
+        else:
+            if self._phase.observing and self.training:
+                self._observe(input.detach())
+            if not self._phase.quantizing or not self.is_calibrated():
+                return input
+            scale, zero_point = self.scale, self.zero_point
+        scheme = self.scheme
+        return fake_quantize(
+            input, scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+        )
+
+    def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
+        """Return the numbers with which `forward` quantizes now, as tensors of their own.
+
+        Args:
+            input: the weight, for a weight's site; an activation's site ignores it.
+
+        Raises:
+            QuantizationError: nothing was observed yet, or the weight is missing or not finite.
+        """
+        if self._is_weight:
+            if input is None:
+                raise QuantizationError(f"{self.site}: its range needs the weight itself.")
+            minimum, maximum = self.observer.compute_range(input.detach())
+            check_range(minimum, maximum, where=f"{self.site}: the range")
+            scale, zero_point = compute_qparams(minimum, maximum, self.scheme)
+        else:
+            if not self.is_calibrated():
+                raise QuantizationError(
+                    f"{self.site}: no finite value was observed, so that there is no range to "
+                    "quantize with; run at least one training step with this layer in use."
+                )
+            scale, zero_point = self.scale.clone(), self.zero_point.clone()
+        scheme = self.scheme
+        return QuantizationParameters(
+            scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+        )
+
+    def extra_repr(self) -> str:
+        """Return the scheme and the role, for `print(model)`."""
+        return f"{self.scheme}, {self.site.role}"
+
+    def _weight_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return compute_qparams(*self.observer.compute_range(weight.detach()), self.scheme)
+
+    def _observe(self, input: Tensor) -> None:
+        self.observer.observe(input)
+        scale, zero_point = compute_qparams(*self.observer.observed_range(), self.scheme)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+
+def _refresh(module: nn.Module, incompatible_keys: object) -> None:
+    """Read the phase back from the buffers after `load_state_dict`."""
+    if isinstance(module, ObservedFakeQuantizer):
+        module._phase = Phase(bool(module.observing), bool(module.quantizing))
+        module._calibrated = module._is_weight
+        module.is_calibrated()

@@ -1,0 +1,142 @@
+"""Files and folders that survive a kill or a power failure: sync, temporaries, replacement."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from compression_manager.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl
+
+_TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{16}")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full disk or missing permission raises into a CheckpointError.
+
+    A full disk surfaces as OSError from Python, SafetensorError or RuntimeError from the
+    libraries that write tensors.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+
+
+def temporary_path(target: Path) -> Path:
+    """Return a fresh hidden name beside `target`, on the same file system."""
+    return target.with_name(f".{target.name}.tmp-{secrets.token_hex(8)}")
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether `name` is one that `temporary_path` gives."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the entries of a folder, to the disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[bool]:
+    """Hold `path` so that `remove_abandoned` of any process leaves it alone.
+
+    The system releases the hold when the process ends, however it ends, so a temporary
+    that nobody holds belongs to a process that was killed. Yields False if another process
+    holds it.
+    """
+    if sys.platform == "win32":
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporaries in `folder` that killed processes left."""
+    for name in os.listdir(folder):
+        if is_temporary(name):
+            path = folder / name
+            with contextlib.suppress(OSError), in_use(path) as mine:
+                if mine:
+                    discard(path)
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file or folder, whatever is left of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that a kill leaves it whole or gone, never half there."""
+    temporary = temporary_path(path)
+    os.rename(path, temporary)
+    sync(path.parent)
+    discard(temporary)
+
+
+def make_folder(path: Path) -> None:
+    """Create `path` and its missing parents, and force their entries to the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def is_regular_file(path: Path) -> bool:
+    """Return whether `path` is a file and not a link, folder, pipe or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def write_file(path: Path, content: str) -> None:
+    """Write a text file whole or not at all, replacing an older one.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    temporary = temporary_path(path)
+    with writing(path):
+        make_folder(path.parent)
+        remove_abandoned(path.parent)
+        temporary.touch(exist_ok=False)
+        try:
+            with in_use(temporary):
+                temporary.write_text(content, encoding="utf-8")
+                sync(temporary)
+                os.replace(temporary, path)
+                sync(path.parent)
+        finally:
+            discard(temporary)

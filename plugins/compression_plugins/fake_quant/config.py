@@ -1,0 +1,115 @@
+"""Options of the quantization-aware training plugin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from compression_manager.errors import ConfigError
+from compression_manager.plugin import PluginConfig, option
+from compression_manager.quantization import QuantizationScheme
+from compression_manager.schedule import StartAt
+
+DEFAULT_WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
+DEFAULT_ACTIVATION = QuantizationScheme(bits=8, symmetric=False, signed=False)
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """An exception for some layers; of several rules that match, the last one applies.
+
+    Exactly one of `layer` and `module_class` is set.
+    """
+
+    layer: str | None = field(
+        default=None,
+        metadata=option("Qualified layer name, or a glob such as 'encoder.*.linear?'."),
+    )
+    module_class: str | None = field(
+        default=None, metadata=option("Class name of the layers, for example 'Embedding'.")
+    )
+    skip: bool = field(default=False, metadata=option("Leave the layers in floating point."))
+    weight_only: bool = field(
+        default=False, metadata=option("Quantize the weight and leave the input in float.")
+    )
+    weight: QuantizationScheme | None = field(
+        default=None, metadata=option("Scheme of the weight; default: QATConfig.weight.")
+    )
+    activation: QuantizationScheme | None = field(
+        default=None, metadata=option("Scheme of the input; default: QATConfig.activation.")
+    )
+
+    def __post_init__(self) -> None:
+        if (self.layer is None) == (self.module_class is None):
+            raise ConfigError(
+                "a LayerRule takes either layer or module_class, "
+                f"got layer={self.layer!r}, module_class={self.module_class!r}."
+            )
+        if self.skip and (self.weight or self.activation or self.weight_only):
+            raise ConfigError(f"{self}: skip=True leaves nothing to choose a scheme for.")
+        if self.weight_only and self.activation is not None:
+            raise ConfigError(f"{self}: weight_only=True contradicts an activation scheme.")
+        check_activation("LayerRule.activation", self.activation)
+
+    def __str__(self) -> str:
+        if self.layer is not None:
+            return f"LayerRule(layer={self.layer!r})"
+        return f"LayerRule(module_class={self.module_class!r})"
+
+
+@dataclass(frozen=True)
+class QATConfig(PluginConfig):
+    """Quantization-aware training: int8 weights per channel, int8 activations per tensor.
+
+    The default observes ranges in the first training step and fake-quantizes from the second.
+    """
+
+    plugin: ClassVar[str] = "qat"
+
+    weight: QuantizationScheme = field(
+        default=DEFAULT_WEIGHT, metadata=option("Scheme of all weights.")
+    )
+    activation: QuantizationScheme | None = field(
+        default=DEFAULT_ACTIVATION,
+        metadata=option("Scheme of all layer inputs; null quantizes weights only."),
+    )
+    overrides: tuple[LayerRule, ...] = field(
+        default=(), metadata=option("Exceptions per layer; the last rule that matches applies.")
+    )
+    observe_at: StartAt = field(
+        default=StartAt(step=0), metadata=option("When observers start to follow the ranges.")
+    )
+    fake_quantize_at: StartAt = field(
+        default=StartAt(step=1), metadata=option("When fake quantization starts.")
+    )
+    freeze_observers_at: StartAt | None = field(
+        default=None, metadata=option("When activation ranges stop changing; null: never.")
+    )
+    freeze_batch_norm_at: StartAt | None = field(
+        default=None, metadata=option("When BatchNorm statistics stop changing; null: never.")
+    )
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, QuantizationScheme):
+            raise ConfigError(
+                f"QATConfig.weight takes a QuantizationScheme, got {type(self.weight).__name__}."
+            )
+        check_activation("QATConfig.activation", self.activation)
+        rules = tuple(self.overrides)
+        for rule in rules:
+            if not isinstance(rule, LayerRule):
+                raise ConfigError(f"QATConfig.overrides takes LayerRule objects, got {rule!r}.")
+        object.__setattr__(self, "overrides", rules)
+
+
+def check_activation(where: str, scheme: QuantizationScheme | None) -> None:
+    """Raise ConfigError unless `scheme` fits an activation: None, or one range per tensor."""
+    if scheme is None:
+        return
+    if not isinstance(scheme, QuantizationScheme):
+        raise ConfigError(f"{where} takes a QuantizationScheme, got {type(scheme).__name__}.")
+    if scheme.granularity != "tensor":
+        raise ConfigError(
+            f"{where}: activations have one range per tensor, got granularity "
+            f"'{scheme.granularity}'."
+        )

@@ -1,0 +1,163 @@
+"""Scales and zero points against an independent computation and against torch's observers."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization import QuantizationScheme, choose_qparams
+from compression_manager.quantization.parameters import check_range, compute_qparams
+
+EPS = np.finfo(np.float32).eps
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+finite = st.floats(-1e6, 1e6, width=32) | st.floats(
+    -FLOAT32_MAX, FLOAT32_MAX, width=32, allow_nan=False
+)
+ranges = st.tuples(finite, finite).map(sorted)
+schemes = st.builds(
+    QuantizationScheme, bits=st.integers(2, 32), symmetric=st.booleans(), signed=st.booleans()
+)
+
+
+def reference(low, high, scheme):
+    """The formula in numpy, one number at a time."""
+    real = np.float32 if scheme.bits <= 24 else np.float64
+    low, high = real(min(low, 0.0)), real(max(high, 0.0))
+    levels = 2**scheme.bits
+    if scheme.symmetric:
+        scale = max(-low, high) / real(levels // 2 - 1)
+        return max(np.float32(scale), EPS), 0 if scheme.signed else levels // 2
+    first = -(levels // 2) if scheme.signed else 0
+    with np.errstate(over="ignore"):
+        extent = min(high - low, real(np.finfo(np.float32).max))
+    scale = max(np.float32(extent / real(levels - 1)), EPS)
+    zero_point = first - int(np.rint(low / real(scale)))
+    return scale, min(max(zero_point, first), first + levels - 1)
+
+
+@settings(deadline=None, max_examples=300)
+@given(ranges, schemes)
+def test_equals_numpy_bit_for_bit(limits, scheme):
+    scale, zero_point = choose_qparams(*(torch.tensor(limit) for limit in limits), scheme)
+    expected_scale, expected_zero_point = reference(*limits, scheme)
+    assert scale.item() == expected_scale
+    assert zero_point.item() == expected_zero_point
+    assert scale.shape == zero_point.shape == ()
+    assert scale.dtype == torch.float32
+    assert zero_point.dtype == (torch.int64 if scheme.bits > 24 else torch.int32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(ranges, schemes)
+def test_range_is_covered_and_zero_is_exact(limits, scheme):
+    low, high = limits
+    scale, zero_point = (
+        value.double().item()
+        for value in choose_qparams(torch.tensor(low), torch.tensor(high), scheme)
+    )
+    assert scale > 0
+    assert scheme.quant_min <= zero_point <= scheme.quant_max
+    if high - low > FLOAT32_MAX:
+        return
+    # Half a step at each end, for the rounding of the zero point, and float32's own rounding.
+    slack = 0.51 * scale + 1e-6 * max(abs(low), abs(high))
+    assert (scheme.quant_min - zero_point) * scale <= min(low, 0.0) + slack
+    assert (scheme.quant_max - zero_point) * scale >= max(high, 0.0) - slack
+
+
+def test_per_channel_equals_one_range_at_a_time():
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randn(2, 64, generator=generator).sort(dim=0).values
+    for scheme in (
+        QuantizationScheme(granularity="channel"),
+        QuantizationScheme(8, False, "channel", signed=False),
+        QuantizationScheme(28, False, "channel"),
+    ):
+        scale, zero_point = choose_qparams(low, high, scheme)
+        assert scale.shape == zero_point.shape == (64,)
+        for channel in range(64):
+            expected = reference(low[channel].item(), high[channel].item(), scheme)
+            assert (scale[channel].item(), zero_point[channel].item()) == expected
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_equals_torch_observers(symmetric):
+    # Deprecated upstream, so that the comparison goes when the module does.
+    observers = pytest.importorskip("torch.ao.quantization.observer")
+    mode = "symmetric" if symmetric else "affine"
+    generator = torch.Generator().manual_seed(1)
+    low, high = (torch.randn(2, 2000, generator=generator) * 3).sort(dim=0).values
+    for signed in (True, False):
+        if symmetric and not signed:
+            continue
+        scheme = QuantizationScheme(8, symmetric, "channel", signed=signed)
+        observer = observers.PerChannelMinMaxObserver(
+            dtype=torch.qint8 if signed else torch.quint8,
+            qscheme=getattr(torch, f"per_channel_{mode}"),
+            quant_min=scheme.quant_min,
+            quant_max=scheme.quant_max,
+        )
+        expected_scale, expected_zero_point = observer._calculate_qparams(low, high)
+        scale, zero_point = choose_qparams(low, high, scheme)
+        torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0)
+        assert torch.equal(zero_point.long(), expected_zero_point.long())
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_range_without_extent_gets_a_positive_scale(value, symmetric):
+    scheme = QuantizationScheme(8, symmetric, signed=symmetric)
+    scale, zero_point = choose_qparams(torch.tensor(value), torch.tensor(value), scheme)
+    assert scale.item() == EPS
+    assert zero_point.item() == 0
+
+
+def test_known_numbers():
+    symmetric = choose_qparams(torch.tensor(-2.54), torch.tensor(1.0), QuantizationScheme())
+    assert symmetric[0].item() == pytest.approx(0.02)
+    affine = QuantizationScheme(8, False, signed=False)
+    scale, zero_point = choose_qparams(torch.tensor(-1.0), torch.tensor(1.55), affine)
+    assert (scale.item(), zero_point.item()) == (pytest.approx(0.01), 100)
+    # A range beside zero is widened to it.
+    scale, zero_point = choose_qparams(torch.tensor(1.0), torch.tensor(2.55), affine)
+    assert (scale.item(), zero_point.item()) == (pytest.approx(0.01), 0)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        (float("nan"), 1.0, r"from nan to 1 "),
+        (0.0, float("nan"), r"from 0 to nan "),
+        (0.0, float("inf"), r"from 0 to inf "),
+        (float("-inf"), 0.0, r"from -inf to 0 "),
+        (2.0, 1.0, r"from 2 to 1 cannot be quantized.*minimum at most the maximum"),
+    ],
+)
+def test_unusable_range_is_refused(low, high, message):
+    with pytest.raises(QuantizationError, match=message):
+        choose_qparams(torch.tensor(low), torch.tensor(high), QuantizationScheme())
+    with pytest.raises(QuantizationError, match=r"of the head from .* in channel 1 cannot"):
+        check_range(torch.tensor([0.0, low]), torch.tensor([0.0, high]), where="of the head")
+
+
+def test_shapes_that_differ_are_refused():
+    with pytest.raises(QuantizationError, match=r"\(2,\) and \(3,\)"):
+        choose_qparams(torch.zeros(2), torch.ones(3), QuantizationScheme(granularity="channel"))
+    with pytest.raises(QuantizationError, match=r"\(2, 2\)"):
+        choose_qparams(torch.zeros(2, 2), torch.ones(2, 2), QuantizationScheme())
+
+
+def test_arguments_are_left_alone_and_get_no_gradient():
+    low = torch.tensor(1.0, requires_grad=True)
+    high = torch.tensor(2.0)
+    scale, zero_point = choose_qparams(low, high, QuantizationScheme(8, False))
+    assert (low.item(), high.item()) == (1.0, 2.0)
+    assert not scale.requires_grad
+    assert not zero_point.requires_grad
+
+
+def test_training_steps_may_skip_the_check():
+    scale, _ = compute_qparams(torch.tensor(float("nan")), torch.tensor(1.0), QuantizationScheme())
+    assert scale.isnan()
