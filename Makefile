@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo test check
+.PHONY: help venv demo test check reference
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -32,3 +32,6 @@ check: $(STAMP)  ## lint, types, direction of imports, code blocks of the docume
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n 2 docs README.md
+
+reference: $(STAMP)  ## rewrite docs/reference from the code
+	$(BIN)/python docs/generate_reference.py

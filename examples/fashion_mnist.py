@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
+import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +173,10 @@ def read_idx(path: Path) -> Bytes:
             "not with 000008."
         )
     header = 4 + 4 * content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content[4:header], ">u4"))
-    if len(content) != header + int(np.prod(shape)):
+    if len(content) < header:
+        raise ConfigError(f"{path} ends within its header of {header} bytes.")
+    shape = struct.unpack(f">{content[3]}I", content[4:header])
+    if len(content) != header + math.prod(shape):
         raise ConfigError(
             f"{path} has {len(content) - header} bytes of data, but its header announces the "
             f"shape {shape}."

@@ -64,6 +64,8 @@ def plugins_from_recipe(
             if key in runtime_objects
         }
         unused -= known | {f"{instance}.{option}" for option in known}
+        if fields.get("enabled") is False:
+            continue
         config = build_config(
             plugin_class.config_class,
             {"name": instance, **fields},
@@ -89,10 +91,12 @@ def complete(plugins: list[Plugin[Any]]) -> list[Plugin[Any]]:
     """Return the plugins with unique names, followed by default providers that are missing.
 
     Raises:
-        ConfigError: two instances were given the same name, or own the same role.
+        ConfigError: no plugin is enabled, or two have the same name or own the same role.
     """
-    _name_uniquely(plugins)
-    completed = list(plugins)
+    completed = [plugin for plugin in plugins if plugin.config.enabled]
+    if not completed:
+        raise ConfigError("no plugin is enabled; name at least one, for example [QATConfig()].")
+    _name_uniquely(completed)
     # The list grows while it is walked: a provider may itself declare providers.
     for plugin in completed:
         for provider in plugin.default_providers.values():

@@ -1,8 +1,9 @@
 """Config dataclasses from plain recipe nodes, and back.
 
 Frozen dataclasses are built field by field from their own type hints, so that every error names
-file and key path; options that a node leaves out keep their defaults, in nested dataclasses
-those of the field's own default.
+file and key path. Options that a node leaves out keep their defaults, in nested dataclasses
+those of the field's own default; a class whose options exclude one another sets
+`replaces_default: ClassVar[bool] = True` and starts from nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ from typing import Any, TypeVar
 from compression_manager.config_values import convert_scalar, show_type, show_value
 from compression_manager.errors import CompressionError, ConfigError, suggest
 from compression_manager.plugin import PluginConfig
-from compression_manager.recipe import Recipe, load_recipe
-
-__all__ = ["Recipe", "build_config", "describe_config", "load_recipe"]
 
 ConfigType = TypeVar("ConfigType", bound=PluginConfig)
 Registry = Mapping[str, type]
@@ -199,8 +197,10 @@ class _Conversion:
         return self._dataclass(registry[name], options)
 
     def _dataclass(self, config_class: type, node: Any) -> Any:
-        same = type(self.inherited) is config_class
-        return _build(config_class, node, self.place, self.inherited if same else None)
+        inherits = type(self.inherited) is config_class
+        if getattr(config_class, "replaces_default", False):
+            inherits = False
+        return _build(config_class, node, self.place, self.inherited if inherits else None)
 
     def _at(self, place: _Place) -> _Conversion:
         return _Conversion(place, self.registry)

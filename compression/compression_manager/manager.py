@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pluggy
 from torch import nn
@@ -131,7 +131,7 @@ class CompressionManager(TrainingEvents):
         self.load_state_dict(read_checkpoint(path))
         return self.position
 
-    def load_weights(self, directory: str | Path, *, which: str = "latest") -> None:
+    def load_weights(self, directory: str | Path, *, which: Literal["latest", "best"] = "latest") -> None:
         """Load only the model's tensors from a checkpoint, for example the best one.
 
         Args:

@@ -38,6 +38,11 @@ class PluginConfig:
 
     plugin: ClassVar[str]
 
+    enabled: bool = field(
+        default=True,
+        kw_only=True,
+        metadata=option("Whether the plugin takes part; false is as if it were not listed."),
+    )
     name: str | None = field(
         default=None,
         kw_only=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import option
@@ -14,6 +15,9 @@ class StartAt:
 
     Exactly one of the two is set.
     """
+
+    # `{epoch: 2}` in a recipe must not keep the step of a default `StartAt(step=1)`.
+    replaces_default: ClassVar[bool] = True
 
     step: int | None = field(
         default=None, metadata=option("Completed optimizer steps at which it starts.")

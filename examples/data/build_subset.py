@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fashion_mnist import SUBSET, SUBSET_PER_CLASS, encode, per_class, read_folder
-
 from compression_manager.errors import ConfigError
+from fashion_mnist import SUBSET, SUBSET_PER_CLASS, encode, per_class, read_folder
 
 
 def build(source: Path) -> bytes:

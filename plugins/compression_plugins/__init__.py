@@ -1,0 +1,55 @@
+"""The built-in plugins' configs; each plugin is imported when its config is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compression_plugins.calibration import CalibrationConfig
+    from compression_plugins.checkpoint import CheckpointConfig
+    from compression_plugins.distillation import (
+        DistillationConfig,
+        KnowledgeDistillationLossConfig,
+    )
+    from compression_plugins.early_stopping import EarlyStoppingConfig
+    from compression_plugins.fake_quant import LayerRule, QATConfig
+    from compression_plugins.fake_quant import QATConfig as QuantizationAwareTrainingConfig
+    from compression_plugins.progress import ProgressConfig
+    from compression_plugins.tensorboard import TensorBoardConfig
+
+__all__ = [
+    "DistillationConfig",
+    "KnowledgeDistillationLossConfig",
+    "QATConfig",
+    "QuantizationAwareTrainingConfig",
+    "LayerRule",
+    "CalibrationConfig",
+    "CheckpointConfig",
+    "EarlyStoppingConfig",
+    "TensorBoardConfig",
+    "ProgressConfig",
+]
+
+_HOMES = {
+    "DistillationConfig": "distillation",
+    "KnowledgeDistillationLossConfig": "distillation",
+    "QATConfig": "fake_quant",
+    "LayerRule": "fake_quant",
+    "CalibrationConfig": "calibration",
+    "CheckpointConfig": "checkpoint",
+    "EarlyStoppingConfig": "early_stopping",
+    "TensorBoardConfig": "tensorboard",
+    "ProgressConfig": "progress",
+}
+
+# Neural Compressor's name.
+_ALIASES = {"QuantizationAwareTrainingConfig": "QATConfig"}
+
+
+def __getattr__(name: str) -> Any:
+    target = _ALIASES.get(name, name)
+    if target not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES[target]}")
+    return getattr(module, target)

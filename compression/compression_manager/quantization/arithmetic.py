@@ -80,7 +80,7 @@ def dequantize(
     wide = dtype == torch.float64 or quantized.dtype in (torch.int32, torch.int64)
     compute = torch.float64 if wide else torch.float32
     grid = _make_grid(quantized, scale, zero_point, axis, compute)
-    return _values(quantized.to(compute, copy=True), grid).to(dtype)
+    return _values(quantized.to(compute), grid).to(dtype)
 
 
 def fake_quantize(
@@ -159,7 +159,7 @@ def _steps(input: Tensor, grid: _Grid) -> Tensor:
 
 
 def _values(code: Tensor, grid: _Grid) -> Tensor:
-    """Turn integers held in floating point into real numbers, in place."""
+    """Turn integers held in floating point into real numbers, in place of them."""
     return code.sub_(grid.zero_point).mul_(grid.scale)
 
 

@@ -102,21 +102,15 @@ def verify_directory(path: Path, *, format_name: str, version: int = 1) -> Manif
 def read_manifest(path: Path, *, format_name: str, version: int = 1) -> Manifest:
     """Read and check the manifest alone; arguments and errors as in `verify_directory`."""
     directory = locate(path)
-    content = _manifest_content(directory, format_name)
-    document = parse_json(content, directory / MANIFEST_NAME)
-    if not isinstance(document, dict) or "format" not in document:
-        # A damaged key leaves our digest behind, which other software's manifests lack.
-        if isinstance(document, dict) and {"sha256", "files"} <= document.keys():
-            raise _damaged(directory, "it names no format")
+    document = parse_json(_manifest_content(directory, format_name), directory / MANIFEST_NAME)
+    found = document.get("format") if isinstance(document, dict) else None
+    if not _is_intact(document):
+        # One damaged key or value leaves the others, which other software's manifests lack.
+        if found == format_name or _looks_like_ours(document):
+            raise _damaged(directory, "its content does not match its own SHA-256")
         raise CheckpointError(_expected(directory, f"its {MANIFEST_NAME} is foreign", format_name))
-    if document["format"] != format_name and document.get("sha256") != _document_sha256(document):
-        found = f"its {MANIFEST_NAME} declares the format {document['format']!r}"
-        raise CheckpointError(_expected(directory, found, format_name))
-    if document.get("sha256") != _document_sha256(document):
-        raise _damaged(directory, "its content does not match its own SHA-256")
-    if document["format"] != format_name:
-        found = f"it is a {document['format']!r} directory"
-        raise CheckpointError(_expected(directory, found, format_name))
+    if found != format_name:
+        raise CheckpointError(_expected(directory, f"its format is {found!r}", format_name))
     return _parse(directory, document, version)
 
 
@@ -162,6 +156,19 @@ def _manifest_content(directory: Path, format_name: str) -> bytes:
         return (directory / MANIFEST_NAME).read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {directory}: {error}") from error
+
+
+def _is_intact(document: Any) -> bool:
+    if not isinstance(document, dict):
+        return False
+    try:
+        return document.get("sha256") == _document_sha256(document)
+    except RecursionError:
+        return False
+
+
+def _looks_like_ours(document: Any) -> bool:
+    return isinstance(document, dict) and {"sha256", "files"} <= document.keys()
 
 
 def _parse(directory: Path, document: Mapping[str, Any], version: int) -> Manifest:

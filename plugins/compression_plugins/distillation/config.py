@@ -8,7 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from compression_manager.checks import require_choice, require_not_negative, require_positive
+from compression_manager.checks import (
+    require_choice,
+    require_not_negative,
+    require_positive,
+    require_type,
+)
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
 
@@ -45,14 +50,17 @@ class KnowledgeDistillationLossConfig:
         require_positive(owner, "temperature", self.temperature)
         for name in ("loss_types", "loss_weights"):
             value = getattr(self, name)
-            if isinstance(value, str) or len(value) != 2:
-                raise ConfigError(f"{owner}.{name} takes two entries, got {value!r}.")
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise ConfigError(f"{owner}.{name} must be a list of two entries, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
         require_choice(owner, "loss_types[0]", self.loss_types[0], TASK_LOSS_TYPES)
-        if not isinstance(self.loss_types[1], str):
-            raise ConfigError(f"{owner}.loss_types[1] takes a name, got {self.loss_types[1]!r}.")
+        require_type(owner, "loss_types[1]", self.loss_types[1], str)
         for index, weight in enumerate(self.loss_weights):
             require_not_negative(owner, f"loss_weights[{index}]", weight)
+        require_type(owner, "loss_options", self.loss_options, Mapping)
+        object.__setattr__(self, "loss_options", dict(self.loss_options))
+        if "temperature" in self.loss_options:
+            raise ConfigError(f"{owner}.loss_options holds 'temperature'; use {owner}.temperature.")
 
 
 CRITERIA: dict[str, type[Any]] = {"knowledge_distillation": KnowledgeDistillationLossConfig}
@@ -77,7 +85,8 @@ class DistillationConfig(PluginConfig):
     teacher_outputs: Literal["model", "caller"] = field(
         default="model",
         metadata=option(
-            "'model' runs teacher_model; 'caller' takes teacher_output from on_after_compute_loss."
+            "'model' runs teacher_model, whatever the loop passes; 'caller' takes teacher_output "
+            "from on_after_compute_loss."
         ),
     )
     output: str | int | None = field(
@@ -99,15 +108,16 @@ class DistillationConfig(PluginConfig):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         require_choice(owner, "teacher_outputs", self.teacher_outputs, ("model", "caller"))
-        if self.teacher_model is not None and not isinstance(self.teacher_model, nn.Module):
+        require_type(owner, "teacher_model", self.teacher_model, (nn.Module, type(None)))
+        require_type(owner, "criterion", self.criterion, tuple(CRITERIA.values()))
+        for name in ("output", "teacher_output"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):
+                raise ConfigError(f"{owner}.{name} must be a key, an index or None, got {value!r}.")
+        if self.teacher_forward is not None and not callable(self.teacher_forward):
             raise ConfigError(
-                f"{owner}.teacher_model takes a torch.nn.Module, "
-                f"got {type(self.teacher_model).__name__}."
-            )
-        if not isinstance(self.criterion, tuple(CRITERIA.values())):
-            valid = ", ".join(kind.__name__ for kind in CRITERIA.values())
-            raise ConfigError(
-                f"{owner}.criterion takes one of {valid}, got {type(self.criterion).__name__}."
+                f"{owner}.teacher_forward must be a function of the teacher and the inputs, "
+                f"got {self.teacher_forward!r}."
             )
         if self.teacher_model is None and self.teacher_outputs == "model":
             raise ConfigError(
@@ -118,4 +128,8 @@ class DistillationConfig(PluginConfig):
         if self.teacher_model is not None and self.teacher_outputs == "caller":
             raise ConfigError(
                 f"{owner}.teacher_model has no use with teacher_outputs='caller'; drop one."
+            )
+        if self.teacher_forward is not None and self.teacher_outputs == "caller":
+            raise ConfigError(
+                f"{owner}.teacher_forward has no use with teacher_outputs='caller'; drop one."
             )

@@ -2,10 +2,12 @@
 
 Logits are (*, classes) with the classes last; a loss is the mean over all other positions
 ("batch mean"), times temperature^2, so that gradients keep their size when the temperature
-changes (Hinton et al. 2015, section 2). Computed in float32 at least.
+changes (Hinton et al. 2015, section 2). Computed, and returned, in float32 at least.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,7 +30,7 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
         Scalar, 0 where both distributions are equal.
 
     Raises:
-        ConfigError: the shapes differ, or the temperature is not positive.
+        ConfigError: the shapes differ, or the temperature is not a finite number above 0.
     """
     log_student, log_teacher = _log_softmax_pair(student, teacher, temperature)
     divergence = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
@@ -74,5 +76,5 @@ def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
             f"student logits have shape {tuple(student.shape)}, teacher logits "
             f"{tuple(teacher.shape)}; both must be equal, with the classes last."
         )
-    if not temperature > 0:
-        raise ConfigError(f"temperature must be positive, got {temperature}.")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature must be a finite number above 0, got {temperature}.")

@@ -22,21 +22,31 @@ def pick_logits(output: Any, key: str | int | None, *, where: str, option: str) 
         option: name of the option that chooses, for messages.
 
     Raises:
-        ConfigError: nothing fits, or what fits is no tensor of at least one dimension.
+        ConfigError: nothing fits, or what fits is no floating-point tensor of at least one
+            dimension.
     """
     found = _pick(output, key, where, option)
-    if not isinstance(found, Tensor) or found.dim() == 0:
-        what = f"a scalar ({found})" if isinstance(found, Tensor) else type(found).__name__
-        raise ConfigError(
-            f"the {where}'s logits are {what}; choose another element of its output with "
-            f"DistillationConfig({option}=...)."
-        )
-    return found
+    if isinstance(found, Tensor) and found.dim() > 0 and found.is_floating_point():
+        return found
+    what = type(found).__name__
+    if isinstance(found, Tensor):
+        what = f"a tensor of shape {tuple(found.shape)} and dtype {found.dtype}"
+    raise ConfigError(
+        f"the {where}'s logits must be a floating-point tensor (*, classes), got {what}; choose "
+        f"another element of its output with DistillationConfig({option}=...)."
+    )
 
 
 def _pick(output: Any, key: str | int | None, where: str, option: str) -> Any:
-    if isinstance(output, Tensor) and key is None:
-        return output
+    if isinstance(output, Tensor):
+        if key is None:
+            return output
+        raise ConfigError(f"the {where} returned a tensor, which needs no {option}={key!r}.")
+    name = "logits" if key is None else key
+    if isinstance(output, Mapping) and name in output:
+        return output[name]
+    if isinstance(name, str) and not isinstance(output, Mapping) and hasattr(output, name):
+        return getattr(output, name)
     if isinstance(output, (tuple, list)) and not isinstance(key, str):
         index = 0 if key is None else key
         if -len(output) <= index < len(output):
@@ -44,13 +54,14 @@ def _pick(output: Any, key: str | int | None, where: str, option: str) -> Any:
         raise ConfigError(
             f"the {where} returned {len(output)} elements; {option}={index} is out of range."
         )
-    name = "logits" if key is None else key
-    if isinstance(output, Mapping) and name in output:
-        return output[name]
-    if isinstance(name, str) and hasattr(output, name):
-        return getattr(output, name)
-    valid = [str(item) for item in output] if isinstance(output, Mapping) else []
     raise ConfigError(
         f"the {where} returned {type(output).__name__}, which holds no {name!r}; choose its logits "
-        f"with DistillationConfig({option}=...); {suggest(str(name), valid)}"
+        f"with DistillationConfig({option}=...); {suggest(str(name), _names(output))}"
     )
+
+
+def _names(output: Any) -> list[str]:
+    if isinstance(output, Mapping):
+        return [str(key) for key in output]
+    fields = getattr(output, "_fields", None) or getattr(output, "__dict__", {})
+    return [name for name in fields if not name.startswith("_")]

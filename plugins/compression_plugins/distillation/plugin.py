@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,8 +42,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         self._teacher_hash: str | None = None
 
     @hookimpl
-    def validate_composition(self, context: Context, plugins: Sequence[Plugin[Any]]) -> None:
-        """Refuse a teacher that is the student, and instances that would call it differently."""
+    def validate_composition(self, context: Context) -> None:
+        """Refuse a teacher that is the student, or shares with it what training changes."""
         if self._teacher is not None:
             check_distinct(self._teacher.model, context.model)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,13 +32,14 @@ class Teacher:
     def freeze(self, context: Context, owner: str) -> None:
         """Switch to eval mode and stop gradients until the manager closes."""
         modes = [(module, module.training) for module in self.model.modules()]
-        gradients = [(p, p.requires_grad) for p in self.model.parameters()]
+        gradients = {name: p.requires_grad for name, p in self.model.named_parameters()}
 
         def restore() -> None:
             for module, training in modes:
                 module.training = training
-            for parameter, requires_grad in gradients:
-                parameter.requires_grad_(requires_grad)
+            # By name: moving between some kinds of devices replaces the Parameters.
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(gradients.get(name, parameter.requires_grad))
 
         context.add_cleanup(restore, owner=owner)
         self.model.eval()
@@ -66,32 +67,61 @@ class Teacher:
             if isinstance(value, Tensor):
                 plain = value.detach().cpu().contiguous()
                 digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
-                digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(plain.reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def _follow_device(self, inputs: Any) -> None:
-        own = next(
-            iter(tensors_in((list(self.model.parameters()), list(self.model.buffers())))), None
-        )
-        given = next(tensors_in(inputs), None)
-        if own is not None and given is not None and own.device != given.device:
-            self.model.to(given.device)
+        given = _main_device(inputs)
+        own = {tensor.device for tensor in _weights(self.model)}
+        # A teacher that its owner spread over several devices stays where it is.
+        if given is not None and len(own) == 1 and given not in own:
+            self.model.to(given)
 
 
 def check_distinct(teacher: nn.Module, student: nn.Module) -> None:
-    """Raise ConfigError if the teacher is the student or trains the same parameters."""
-    if any(module is student for module in teacher.modules()) or any(
-        module is teacher for module in student.modules()
-    ):
-        raise ConfigError(
-            "the teacher is the student itself or a part of it; pass a separate model, for example "
-            "copy.deepcopy(model)."
-        )
-    own = {id(parameter): name for name, parameter in student.named_parameters()}
-    for name, parameter in teacher.named_parameters():
-        if id(parameter) in own and parameter.requires_grad:
+    """Raise ConfigError if training the student would train or switch parts of the teacher."""
+    students = {id(module): name for name, module in student.named_modules()}
+    for name, module in teacher.named_modules():
+        if module is student or (module is teacher and id(module) in students):
             raise ConfigError(
-                f"the teacher shares the trainable parameter '{name}' with the student's "
-                f"'{own[id(parameter)]}', and freezing the teacher would freeze it; pass a "
+                "the teacher is the student itself, a part of it or a model around it; pass a "
+                "separate model, for example copy.deepcopy(model)."
+            )
+        if id(module) in students:
+            raise ConfigError(
+                f"the teacher's module '{name}' is also the student's '{students[id(module)]}', "
+                "and cannot be in eval mode for one and train mode for the other; pass a "
                 "separate copy."
             )
+    _check_parameters(teacher, student)
+
+
+def _check_parameters(teacher: nn.Module, student: nn.Module) -> None:
+    trained = {_memory(p): name for name, p in student.named_parameters() if p.requires_grad}
+    for name, parameter in teacher.named_parameters():
+        if _memory(parameter) in trained:
+            raise ConfigError(
+                f"the teacher's parameter '{name}' is the student's trainable "
+                f"'{trained[_memory(parameter)]}', and would be trained with it; pass a separate "
+                "copy."
+            )
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    """Return what two parameters have in common when they are views of the same memory.
+
+    `load_state_dict(..., assign=True)` makes such parameters.
+    """
+    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+
+
+def _weights(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _main_device(inputs: Any) -> torch.device | None:
+    """Return the accelerator on which any of the inputs lies, else the CPU if there are inputs."""
+    devices = [tensor.device for tensor in tensors_in(inputs)]
+    accelerators = [device for device in devices if device.type != "cpu"]
+    return next(iter(accelerators or devices), None)

@@ -49,6 +49,15 @@ def test_equals_numpy_bit_for_bit(limits, scheme):
     assert zero_point.dtype == (torch.int64 if scheme.bits > 24 else torch.int32)
 
 
+@pytest.mark.parametrize("bits", [2, 8, 28])
+def test_the_widest_range_has_a_finite_scale(bits):
+    scheme = QuantizationScheme(bits, False)
+    limits = (-FLOAT32_MAX, FLOAT32_MAX)
+    scale, zero_point = choose_qparams(*(torch.tensor(limit) for limit in limits), scheme)
+    assert (scale.item(), zero_point.item()) == reference(*limits, scheme)
+    assert scale.isfinite()
+
+
 @settings(deadline=None, max_examples=200)
 @given(ranges, schemes)
 def test_range_is_covered_and_zero_is_exact(limits, scheme):

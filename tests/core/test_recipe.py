@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from omegaconf import Container
 
-from compression_manager.config import Recipe, load_recipe
 from compression_manager.errors import ConfigError
+from compression_manager.recipe import Recipe, load_recipe
 
 GOOD = """
 seed: 7

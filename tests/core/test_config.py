@@ -18,6 +18,7 @@ from compression_manager.checks import require_positive
 from compression_manager.config import build_config, describe_config
 from compression_manager.errors import ConfigError, PluginError, QuantizationError
 from compression_manager.plugin import PluginConfig, option
+from compression_manager.schedule import StartAt
 
 
 class Mode(enum.Enum):
@@ -79,6 +80,7 @@ class ExampleConfig(PluginConfig):
     )
     output: Scheme | None = field(default=None, metadata=option("Scheme of outputs."))
     start: Scheme | int = field(default=0, metadata=option("A number or a scheme."))
+    begin: StartAt = field(default=StartAt(step=1), metadata=option("When."))
     stages: tuple[Scheme, ...] = field(default=(), metadata=option("Several."))
     layers: Mapping[str, Scheme | None] = field(default_factory=dict, metadata=option("By name."))
     loss: Soft | Hint = field(default=Soft(temperature=3.0), metadata=registered("The loss."))
@@ -131,6 +133,7 @@ def test_an_empty_node_gives_the_defaults() -> None:
         ("output", None, None),
         ("start", 7, 7),
         ("start", {"bits": 4}, Scheme(bits=4)),
+        ("begin", {"epoch": 2}, StartAt(epoch=2)),
         ("stages", [{"bits": 4}, {}], (Scheme(bits=4), Scheme())),
         ("layers", {"a": {"bits": 4}, "b.0": None}, {"a": Scheme(bits=4), "b.0": None}),
         ("loss", {"type": "hint", "layer": "x"}, Hint("x")),
@@ -369,6 +372,7 @@ configs = st.builds(
     weight=schemes,
     output=st.none() | schemes,
     start=st.integers() | schemes,
+    begin=st.builds(StartAt, step=st.integers(0)) | st.builds(StartAt, epoch=st.integers(0)),
     stages=st.lists(schemes, max_size=2).map(tuple),
     layers=st.dictionaries(names, st.none() | schemes, max_size=2),
     loss=losses,

@@ -1,0 +1,134 @@
+"""Directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from compression_manager.errors import CheckpointError
+from compression_manager.state.files import (
+    discard,
+    in_use,
+    make_folder,
+    remove_abandoned,
+    remove_directory,
+    sync,
+    temporary_path,
+    writing,
+)
+from compression_manager.state.manifest import (
+    MANIFEST_NAME,
+    backup_path,
+    read_manifest,
+    write_manifest,
+)
+
+
+@contextlib.contextmanager
+def atomic_directory(
+    final: Path,
+    *,
+    format_name: str,
+    version: int = 1,
+    metadata: Mapping[str, Any] | None = None,
+) -> Iterator[Path]:
+    """Yield a temporary folder to write files into; it becomes `final` when the body ends.
+
+    Then the manifest is written, every file is forced to the disk and the folder renamed. A
+    kill or power failure at any moment leaves the older directory or the new one, readable
+    through `verify_directory(final)`. If the body raises, the older one stays as it was.
+
+    Args:
+        final: the directory to create. An existing one is replaced only if it is empty or
+            holds nothing but what this function wrote with the same `format_name`.
+        format_name: what kind of directory it is, for example
+            "compression_manager.checkpoint".
+        version: version of that format.
+        metadata: JSON values (no NaN or infinity) for the manifest, for people and tools.
+
+    Raises:
+        CheckpointError: `final` is something else that must not be replaced; or it cannot be
+            written (the disk is full, permission is missing).
+    """
+    target = Path(os.path.realpath(final))
+    with writing(target):
+        _recover(target, format_name, version)
+        _refuse_foreign(target, format_name, version)
+        make_folder(target.parent)
+        remove_abandoned(target.parent)
+        temporary = temporary_path(target)
+        temporary.mkdir()
+        try:
+            with in_use(temporary):
+                yield temporary
+                write_manifest(
+                    temporary, format_name=format_name, version=version, metadata=metadata or {}
+                )
+                for path in temporary.iterdir():
+                    sync(path)
+                sync(temporary)
+                _replace(temporary, target)
+        finally:
+            discard(temporary)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Rename `temporary` to `target`; an older target keeps a recoverable name meanwhile."""
+    backup = backup_path(target)
+    replacing = target.exists()
+    if replacing:
+        os.rename(target, backup)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if replacing:
+            os.rename(backup, target)
+        raise
+    sync(target.parent)
+    if replacing:
+        remove_directory(backup)
+
+
+def _recover(target: Path, format_name: str, version: int) -> None:
+    """Finish or undo a replacement during which a process was killed."""
+    backup = backup_path(target)
+    if not os.path.lexists(backup):
+        return
+    _refuse_foreign(backup, format_name, version)
+    if target.exists():
+        remove_directory(backup)
+    else:
+        os.rename(backup, target)
+
+
+def _refuse_foreign(target: Path, format_name: str, version: int) -> None:
+    """Refuse to replace anything that is not wholly ours.
+
+    Raises:
+        CheckpointError: `target` is a file, or a folder with other things in it.
+    """
+    if not target.name:
+        raise CheckpointError(f"{target} cannot be replaced; name a directory inside it.")
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target} is a file; expected a directory, or nothing there yet.")
+    present = set(os.listdir(target))
+    if not present:
+        return
+    try:
+        manifest = read_manifest(target, format_name=format_name, version=version)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{target} is not replaced, because it was not written here or is damaged: {error} "
+            "Choose another directory or remove it."
+        ) from error
+    others = sorted(present - {MANIFEST_NAME} - manifest.files.keys())
+    if others:
+        raise CheckpointError(
+            f"{target} is not replaced, because it also holds {', '.join(others)}. Move these "
+            "or choose another directory."
+        )
