@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 _PLAIN_KINDS = frozenset("biufcSUmM")
 
 
-def is_array(value: object) -> TypeGuard[np.ndarray[Any, Any]]:
+def is_array(value: Any) -> TypeGuard[np.ndarray[Any, Any]]:
     """Return whether `value` is a plain array (not a subclass) of plain numbers or text."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in _PLAIN_KINDS
 
 
-def is_scalar(value: object) -> TypeGuard[np.generic]:
+def is_scalar(value: Any) -> TypeGuard[np.generic]:
     """Return whether `value` is a NumPy number or text."""
     numpy = sys.modules.get("numpy")
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,6 @@ from torch import Tensor
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
-    CompressionError,
     ConfigError,
 )
 from compression_manager.state.directory import atomic_directory
@@ -23,9 +23,10 @@ from compression_manager.state.files import is_temporary
 from compression_manager.state.index import INDEX_NAME, read_index
 from compression_manager.state.manifest import (
     MANIFEST_NAME,
+    ForeignDirectoryError,
     Manifest,
-    backup_path,
     locate,
+    original_name,
     parse_json,
     read_manifest,
     verify_directory,
@@ -59,7 +60,7 @@ def write_checkpoint(
         Path(directory), format_name=CHECKPOINT_FORMAT, metadata=metadata
     ) as folder:
         safetensors.torch.save_file(tensors, folder / _TENSORS_NAME)
-        content = json.dumps(document, indent=1, allow_nan=False)
+        content = json.dumps(document, allow_nan=False)
         (folder / _STATE_NAME).write_text(content + "\n", encoding="utf-8")
 
 
@@ -142,26 +143,15 @@ def _best(root: Path) -> Path:
 
 
 def _manifests(root: Path) -> list[Manifest]:
+    try:
+        names = {original_name(name) for name in os.listdir(root) if not is_temporary(name)}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error}") from error
     manifests = []
-    for name in sorted(os.listdir(root)):
-        # A version that was being replaced when its process was killed is found by the name
-        # that it had.
-        name = name[1 : -len(".replaced")] if _is_lost(root / name) else name
-        path = root / name
-        if is_temporary(name) or not os.path.lexists(locate(path) / MANIFEST_NAME):
-            continue
-        try:
-            manifests.append(read_manifest(path, format_name=CHECKPOINT_FORMAT))
-        except CheckpointCorruptError:
-            raise
-        except CompressionError:
-            continue
+    for name in sorted(names):
+        with contextlib.suppress(ForeignDirectoryError):
+            manifests.append(read_manifest(root / name, format_name=CHECKPOINT_FORMAT))
     return manifests
-
-
-def _is_lost(path: Path) -> bool:
-    original = path.with_name(path.name[1 : -len(".replaced")] or "-")
-    return backup_path(original) == path and not os.path.lexists(original)
 
 
 def _global_step(manifest: Manifest) -> int:

@@ -10,18 +10,17 @@ from typing import Any
 
 from compression_manager.errors import CheckpointError
 from compression_manager.state.files import (
-    discard,
-    in_use,
     make_folder,
     remove_abandoned,
     remove_directory,
     sync,
-    temporary_path,
+    temporary,
     writing,
 )
 from compression_manager.state.manifest import (
     MANIFEST_NAME,
     backup_path,
+    original_name,
     read_manifest,
     write_manifest,
 )
@@ -59,37 +58,41 @@ def atomic_directory(
         _refuse_foreign(target, format_name, version)
         make_folder(target.parent)
         remove_abandoned(target.parent)
-        temporary = temporary_path(target)
-        temporary.mkdir()
-        try:
-            with in_use(temporary):
-                yield temporary
-                write_manifest(
-                    temporary, format_name=format_name, version=version, metadata=metadata or {}
-                )
-                for path in temporary.iterdir():
-                    sync(path)
-                sync(temporary)
-                _replace(temporary, target)
-        finally:
-            discard(temporary)
+        _remove_replaced(target.parent, format_name, version)
+        with temporary(target, Path.mkdir) as draft:
+            yield draft
+            write_manifest(draft, format_name=format_name, version=version, metadata=metadata or {})
+            for path in draft.iterdir():
+                sync(path)
+            sync(draft)
+            _replace(draft, target)
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    """Rename `temporary` to `target`; an older target keeps a recoverable name meanwhile."""
+def _replace(draft: Path, target: Path) -> None:
+    """Rename `draft` to `target`; an older target keeps a recoverable name meanwhile."""
     backup = backup_path(target)
     replacing = target.exists()
     if replacing:
         os.rename(target, backup)
     try:
-        os.rename(temporary, target)
+        os.rename(draft, target)
     except OSError:
         if replacing:
             os.rename(backup, target)
         raise
     sync(target.parent)
     if replacing:
-        remove_directory(backup)
+        with contextlib.suppress(FileNotFoundError):  # another process's write removed it
+            remove_directory(backup)
+
+
+def _remove_replaced(folder: Path, format_name: str, version: int) -> None:
+    """Remove older versions that a process, killed right after replacing them, left."""
+    for name in os.listdir(folder):
+        if original_name(name) != name and (folder / original_name(name)).exists():
+            with contextlib.suppress(CheckpointError, FileNotFoundError):
+                read_manifest(folder / name, format_name=format_name, version=version)
+                remove_directory(folder / name)
 
 
 def _recover(target: Path, format_name: str, version: int) -> None:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -57,36 +57,67 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def in_use(path: Path) -> Iterator[bool]:
-    """Hold `path` so that `remove_abandoned` of any process leaves it alone.
+def temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
+    """Create a temporary beside `target`, and remove what is left of it in the end.
 
-    The system releases the hold when the process ends, however it ends, so a temporary
-    that nobody holds belongs to a process that was killed. Yields False if another process
-    holds it.
+    It is held until then: the system releases the hold when the process ends, however it
+    ends, so that `remove_abandoned` can tell a killed process's temporary from one in use.
+
+    Args:
+        target: what the body renames the temporary to.
+        create: makes the file or folder.
     """
-    if sys.platform == "win32":
-        yield True
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    path, descriptor = _create_and_hold(target, create)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield path
     finally:
-        os.close(descriptor)
+        discard(path)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporaries in `folder` that killed processes left."""
     for name in os.listdir(folder):
         if is_temporary(name):
-            path = folder / name
-            with contextlib.suppress(OSError), in_use(path) as mine:
-                if mine:
-                    discard(path)
+            with contextlib.suppress(OSError):
+                descriptor = _hold(folder / name)
+                if descriptor is not None:
+                    discard(folder / name)
+                    os.close(descriptor)
+
+
+def _create_and_hold(target: Path, create: Callable[[Path], object]) -> tuple[Path, int | None]:
+    while True:
+        path = temporary_path(target)
+        create(path)
+        try:
+            descriptor = _hold(path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another process took it for abandoned before it was held
+        except OSError:
+            return path, None  # no locks here: left-overs stay until removed by hand
+        if path.exists():
+            return path, descriptor
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _hold(path: Path) -> int | None:
+    """Return a descriptor that holds `path`; None where the system has no locks.
+
+    Raises:
+        OSError: another process holds it, it is gone, or the file system has no locks.
+    """
+    if sys.platform == "win32":
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def discard(path: Path) -> None:
@@ -99,10 +130,10 @@ def discard(path: Path) -> None:
 
 def remove_directory(path: Path) -> None:
     """Remove a folder so that a kill leaves it whole or gone, never half there."""
-    temporary = temporary_path(path)
-    os.rename(path, temporary)
+    hidden = temporary_path(path)
+    os.rename(path, hidden)
     sync(path.parent)
-    discard(temporary)
+    discard(hidden)
 
 
 def make_folder(path: Path) -> None:
@@ -127,16 +158,11 @@ def write_file(path: Path, content: str) -> None:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
-    temporary = temporary_path(path)
     with writing(path):
         make_folder(path.parent)
         remove_abandoned(path.parent)
-        temporary.touch(exist_ok=False)
-        try:
-            with in_use(temporary):
-                temporary.write_text(content, encoding="utf-8")
-                sync(temporary)
-                os.replace(temporary, path)
-                sync(path.parent)
-        finally:
-            discard(temporary)
+        with temporary(path, Path.touch) as draft:
+            draft.write_text(content, encoding="utf-8")
+            sync(draft)
+            os.replace(draft, path)
+            sync(path.parent)

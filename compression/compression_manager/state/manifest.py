@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,10 @@ from compression_manager.errors import CheckpointCorruptError, CheckpointError
 from compression_manager.state.files import is_regular_file
 
 MANIFEST_NAME = "manifest.json"
+
+
+class ForeignDirectoryError(CheckpointError):
+    """There is no directory of the expected format."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,9 @@ def read_manifest(path: Path, *, format_name: str, version: int = 1) -> Manifest
         # One damaged key or value leaves the others, which other software's manifests lack.
         if found == format_name or _looks_like_ours(document):
             raise _damaged(directory, "its content does not match its own SHA-256")
-        raise CheckpointError(_expected(directory, f"its {MANIFEST_NAME} is foreign", format_name))
+        raise _foreign(directory, f"its {MANIFEST_NAME} is foreign", format_name)
     if found != format_name:
-        raise CheckpointError(_expected(directory, f"its format is {found!r}", format_name))
+        raise _foreign(directory, f"its format is {found!r}", format_name)
     return _parse(directory, document, version)
 
 
@@ -119,10 +124,17 @@ def backup_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.replaced")
 
 
+def original_name(name: str) -> str:
+    """Return the name that a directory with a name from `backup_path` had; others as they are."""
+    match = re.fullmatch(r"\.(.+)\.replaced", name)
+    return match[1] if match else name
+
+
 def locate(path: Path) -> Path:
     """Return `path`, or where its older version lies after a kill during a replacement."""
-    if path.name and not os.path.lexists(path):
-        backup = backup_path(path)
+    target = Path(os.path.realpath(path))
+    if target.name and not target.exists():
+        backup = backup_path(target)
         if backup.is_dir():
             return backup
     return path
@@ -143,16 +155,14 @@ def parse_json(content: bytes, path: Path) -> Any:
 def _manifest_content(directory: Path, format_name: str) -> bytes:
     try:
         if not os.path.lexists(directory):
-            raise CheckpointError(_expected(directory, "it does not exist", format_name))
+            raise _foreign(directory, "it does not exist", format_name)
         if not directory.is_dir():
-            raise CheckpointError(_expected(directory, "it is not a directory", format_name))
+            raise _foreign(directory, "it is not a directory", format_name)
         if not is_regular_file(directory / MANIFEST_NAME):
             names = sorted(os.listdir(directory))
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             found = f"it holds {shown}" if names else "it is empty"
-            raise CheckpointError(
-                _expected(directory, f"{found} and no file {MANIFEST_NAME}", format_name)
-            )
+            raise _foreign(directory, f"{found} and no file {MANIFEST_NAME}", format_name)
         return (directory / MANIFEST_NAME).read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {directory}: {error}") from error
@@ -233,8 +243,8 @@ def _document_sha256(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _expected(directory: Path, found: str, format_name: str) -> str:
-    return (
+def _foreign(directory: Path, found: str, format_name: str) -> ForeignDirectoryError:
+    return ForeignDirectoryError(
         f"{directory} is not a {format_name!r} directory: {found}. Expected a directory that "
         f"this framework wrote, with a {MANIFEST_NAME}."
     )

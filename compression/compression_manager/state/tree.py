@@ -21,7 +21,7 @@ from compression_manager.state.tensors import TensorStore, why_not_storable, wit
 
 _TAG = "$"
 # Every state that is written must be readable, whatever the depth of the caller's stack.
-_MAX_DEPTH = 100
+_MAX_DEPTH = 64
 # Larger integers would be rounded by JSON readers that know only doubles.
 _LARGEST_JSON_INT = 2**53
 
@@ -182,8 +182,8 @@ class _Unflattener:
         }
 
     def decode(self, value: Any, depth: int) -> Any:
-        # A level of the state takes up to three levels of the document.
-        if depth > 3 * _MAX_DEPTH:
+        # A level of the state takes up to four levels of the document.
+        if depth > 4 * _MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         if isinstance(value, list):
             return self._items(value, depth)
