@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import ConfigError
@@ -94,6 +95,19 @@ def normalise(images: Bytes) -> Tensor:
     """Return `(images / 255 - mean) / standard deviation`: (N, 28, 28) uint8 -> (N, 1, 28, 28)."""
     scaled = torch.from_numpy(images.astype(np.float32, order="C")) / 255
     return ((scaled - MEAN) / STANDARD_DEVIATION).unsqueeze(1)
+
+
+def augment(images: Tensor, shift: int = 1) -> Tensor:
+    """Return each image moved by its own random offset of up to `shift` pixels per axis.
+
+    images: (N, 1, 28, 28) float, normalised -> the same shape; black pixels move in. Offsets
+    come from torch's global random state, which checkpoints hold.
+    """
+    padded = F.pad(images, (shift,) * 4, value=-MEAN / STANDARD_DEVIATION)
+    top, left = torch.randint(2 * shift + 1, (2, len(images), 1))
+    rows, columns = top + torch.arange(SIZE), left + torch.arange(SIZE)
+    each = torch.arange(len(images))[:, None, None]
+    return padded[each, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
 def per_class(labels: Bytes, start: int | None, stop: int | None) -> npt.NDArray[np.intp]:

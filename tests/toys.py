@@ -82,3 +82,22 @@ def train(
         manager.on_before_eval()
         manager.on_after_eval({"loss": losses[-1]})
     return losses
+
+
+def assert_identical(actual: Any, expected: Any, path: str = "state") -> None:
+    """Compare nested mappings and sequences bit for bit."""
+    assert type(actual) is type(expected), path
+    if isinstance(expected, Tensor):
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), path
+        assert torch.equal(actual.isnan(), expected.isnan()), path
+        assert torch.equal(actual.nan_to_num(), expected.nan_to_num()), path
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected), path
+        for key, value in expected.items():
+            assert_identical(actual[key], value, f"{path}.{key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected), path
+        for index, value in enumerate(expected):
+            assert_identical(actual[index], value, f"{path}[{index}]")
+    else:
+        assert repr(actual) == repr(expected), path

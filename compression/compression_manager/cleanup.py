@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from compression_manager.errors import PluginError
+from compression_manager.errors import CompressionError, PluginError
+
+
+class ClosingErrors(ExceptionGroup[Exception], CompressionError):
+    """Several plugins failed while closing; every one of them was closed."""
+
+    def derive(self, excs: Sequence[Exception]) -> ClosingErrors:  # type: ignore[override]
+        """Return a group of the same kind, for `except*` and `split`."""
+        return ClosingErrors(self.message, excs)
 
 
 class Cleanup:
@@ -34,8 +42,8 @@ class Cleanup:
 
 
 def raise_failures(failures: list[Exception]) -> None:
-    """Raise the only failure as it is, or several as an ExceptionGroup; nothing for none."""
+    """Raise the only failure as it is, or several as a group; nothing for none."""
     if len(failures) == 1:
         raise failures[0]
     if failures:
-        raise ExceptionGroup("several plugins failed while closing", failures)
+        raise ClosingErrors("several plugins failed", failures)

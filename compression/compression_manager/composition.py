@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compression_manager.config import build_config, describe_config
-from compression_manager.errors import ConfigError, suggest
-from compression_manager.loading import implemented_hooks, load_plugin_class
+from compression_manager.errors import CompressionError, ConfigError, suggest
+from compression_manager.loading import create_plugin, implemented_hooks, load_plugin_class
 from compression_manager.plugin import Plugin, PluginConfig
 from compression_manager.recipe import load_recipe
 
@@ -73,7 +73,7 @@ def plugins_from_recipe(
             source=recipe.source,
             runtime=given,
         )
-        plugins.append(plugin_class(config))
+        plugins.append(create_plugin(plugin_class, config))
     refuse_unused(unused, options)
     return plugins, recipe.seed
 
@@ -96,13 +96,12 @@ def complete(plugins: list[Plugin[Any]]) -> list[Plugin[Any]]:
     completed = [plugin for plugin in plugins if plugin.config.enabled]
     if not completed:
         raise ConfigError("no plugin is enabled; name at least one, for example [QATConfig()].")
-    _name_uniquely(completed)
     # The list grows while it is walked: a provider may itself declare providers.
     for plugin in completed:
-        for provider in plugin.default_providers.values():
+        for service, provider in plugin.default_providers.items():
             if all(other.config.plugin != provider for other in completed):
-                provider_class = load_plugin_class(provider)
-                completed.append(provider_class(provider_class.config_class()))
+                _add_provider(completed, plugin, service, provider)
+    _name_uniquely(completed)
     _check_roles(completed)
     for plugin in completed:
         implemented_hooks(plugin)
@@ -134,7 +133,21 @@ def _plugin_from_item(item: object) -> Plugin[Any]:
             f"{type(item).__name__} names the plugin '{item.plugin}', which takes a "
             f"{plugin_class.config_class.__name__}."
         )
-    return plugin_class(item)
+    return create_plugin(plugin_class, item)
+
+
+def _add_provider(
+    plugins: list[Plugin[Any]], asking: Plugin[Any], service: str, provider: str
+) -> None:
+    """Append the default provider, unless a listed plugin owns its role."""
+    try:
+        provider_class = load_plugin_class(provider)
+        roles = provider_class.roles
+        if not any(roles & plugin.roles for plugin in plugins):
+            plugins.append(create_plugin(provider_class, provider_class.config_class()))
+    except CompressionError as error:
+        error.add_note(f"'{provider}' is what plugin '{asking.name}' needs to answer {service}")
+        raise
 
 
 def _runtime_options(config_class: type[PluginConfig]) -> set[str]:
@@ -142,18 +155,26 @@ def _runtime_options(config_class: type[PluginConfig]) -> set[str]:
 
 
 def _name_uniquely(plugins: Sequence[Plugin[Any]]) -> None:
+    """Number the plugins that the user did not name; they avoid the names that were given."""
+    if len({id(plugin) for plugin in plugins}) < len(plugins):
+        raise ConfigError("one plugin object is listed twice; build an object for each place.")
     taken: set[str] = set()
     for plugin in plugins:
-        if plugin.config.name is not None and plugin.name in taken:
-            raise ConfigError(
-                f"two plugins are named '{plugin.name}'; give each its own name=... "
-                f"Taken: {', '.join(sorted(taken))}."
-            )
-        base, number = plugin.name, 2
-        while plugin.name in taken:
-            plugin.name = f"{base}_{number}"
-            number += 1
-        taken.add(plugin.name)
+        if plugin.config.name is not None:
+            if plugin.name in taken:
+                raise ConfigError(
+                    f"two plugins are named '{plugin.name}'; give each its own name=... "
+                    f"Taken: {', '.join(sorted(taken))}."
+                )
+            taken.add(plugin.name)
+    for plugin in plugins:
+        if plugin.config.name is None:
+            base, number = plugin.config.plugin, 2
+            plugin.name = base
+            while plugin.name in taken:
+                plugin.name = f"{base}_{number}"
+                number += 1
+            taken.add(plugin.name)
 
 
 def _check_roles(plugins: Sequence[Plugin[Any]]) -> None:

@@ -2,8 +2,10 @@
 
 Frozen dataclasses are built field by field from their own type hints, so that every error names
 file and key path. Options that a node leaves out keep their defaults, in nested dataclasses
-those of the field's own default; a class whose options exclude one another sets
-`replaces_default: ClassVar[bool] = True` and starts from nothing.
+those of the field's own default. A class whose options exclude one another sets
+`replaces_default: ClassVar[bool] = True` and starts from nothing; one in which an option only has
+a meaning together with another's value sets `depends_on: ClassVar[dict[str, str]]`, and the
+inherited value lapses when the other option is given.
 """
 
 from __future__ import annotations
@@ -100,6 +102,9 @@ def _build(config_class: type, node: Any, place: _Place, base: Any) -> Any:
             values[field.name] = conversion.convert(hints[field.name], node[field.name])
         elif base is None and _is_required(field):
             raise ConfigError(f"{place / field.name} is required: {_help(field)}")
+    for name, other in getattr(config_class, "depends_on", {}).items():
+        if other in node and name not in node:
+            values[name] = next(_default(field) for field in fields if field.name == name)
     return _construct(config_class, values, place, base)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,6 @@ from compression_manager.context import Context
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.lifecycle import Lifecycle
 from compression_manager.loss import LossTerms
-from compression_manager.position import Position
 from compression_manager.state import restore_random_state
 from compression_manager.training_state import TrainingState
 
@@ -38,43 +38,51 @@ class TrainingEvents:
         self._state = state
         self._random_state: dict[str, Any] | None = None
         self._late_failures: list[Exception] = []
-        self._optimizer_step_is_open = False
 
     def on_train_begin(self, dataloader: object = None) -> None:
         """Training begins; `dataloader` lets plugins know its length."""
         self._begin_call()
+        given = {} if dataloader is None else {"dataloader": dataloader}
+        tracked = self._context.tracked
+        tracked.check(given)
         self._lifecycle.train_begin()
-        if dataloader is not None:
-            self._context.tracked.register({"dataloader": dataloader})
-        self._hooks.on_train_begin(
-            context=self._context, dataloader=self._context.tracked.get("dataloader")
-        )
+        tracked.register(given)
+        try:
+            self._hooks.on_train_begin(context=self._context, dataloader=tracked.get("dataloader"))
+        except BaseException:
+            # A plugin may refuse to start and ask for `resume`, which comes before training.
+            self._lifecycle.abandon()
+            raise
         if self._random_state is not None:
             # Whatever drew random numbers since `resume` must not shift the continued run.
+            self._state.loader.restore_generators()
             restore_random_state(self._random_state)
             self._random_state = None
 
     def on_epoch_begin(self, epoch: int) -> None:
         """An epoch begins."""
         self._begin_call()
-        _check_count("on_epoch_begin", "epoch", epoch)
+        epoch = _count("on_epoch_begin", "epoch", epoch)
+        loader, position = self._state.loader, self._state.position
+        if loader.must_start and epoch != position.epoch:
+            raise LifecycleError(
+                f"on_epoch_begin({epoch}) came, but training was resumed in the middle of epoch "
+                f"{position.epoch}; start the loop there, for example with manager.epochs(n)."
+            )
         self._lifecycle.epoch_begin()
         self._context.epoch = epoch
-        if not self._state.loader.must_start:
-            self._set_position(epoch, 0)
+        loader.begin_epoch()
+        if not loader.must_start:
+            self._state.move_to(epoch, 0)
         self._hooks.on_epoch_begin(context=self._context, epoch=epoch)
 
     def on_step_begin(self, step: int) -> None:
         """A step begins, before the model's forward pass."""
         self._begin_call()
-        _check_count("on_step_begin", "step", step)
-        if self._state.loader.must_start:
-            raise LifecycleError(
-                "training was resumed in mid-epoch; write the loop as "
-                "'for step, batch in manager.steps(loader):', which skips the "
-                f"{self._state.position.step} batches that were consumed."
-            )
+        step = _count("on_step_begin", "step", step)
+        self._state.loader.check_restored()
         self._lifecycle.step_begin()
+        self._state.move_to(self._context.epoch, step)
         self._context.step = step
         self._hooks.on_step_begin(context=self._context, step=step)
 
@@ -107,9 +115,8 @@ class TrainingEvents:
         """
         self._begin_call()
         context = self._context
+        self._lifecycle.check_loss()
         losses = LossTerms(student_loss, context.task_weight)
-        self._lifecycle.loss()
-        context.remember_input(input)
         try:
             self._hooks.on_after_compute_loss(
                 context=context,
@@ -125,6 +132,8 @@ class TrainingEvents:
         finally:
             context.step_cache.clear()
         total = losses.total()
+        self._lifecycle.loss()
+        context.remember_input(input)
         for term in losses:
             context.metrics.scalar(f"loss/{term.name}", term.value)
         context.metrics.scalar("loss/total", total)
@@ -133,10 +142,10 @@ class TrainingEvents:
     def on_before_optimizer_step(self) -> None:
         """Gradients are complete; call it right before `optimizer.step()`."""
         self._begin_call()
-        self._count_optimizer_step()
         self._lifecycle.before_optimizer_step()
-        self._optimizer_step_is_open = True
+        self._count_optimizer_step()
         self._hooks.on_before_optimizer_step(context=self._context)
+        self._lifecycle.update_announced()
 
     def on_after_optimizer_step(self) -> None:
         """Parameters were updated; call it right after `optimizer.step()`."""
@@ -151,13 +160,13 @@ class TrainingEvents:
         self._lifecycle.step_end()
         self._count_optimizer_step()
         context = self._context
-        self._set_position(context.epoch, context.step + 1)
+        self._state.move_to(context.epoch, context.step + 1)
         for name, rate in context.tracked.learning_rates().items():
             context.metrics.scalar(name, rate)
+        self._hooks.on_step_end(context=context)
         if context.details_requested:
             context.details_requested = False
             self._hooks.publish_details(context=context)
-        self._hooks.on_step_end(context=context)
         self._deliver_metrics()
 
     def on_before_eval(self) -> None:
@@ -177,7 +186,7 @@ class TrainingEvents:
         self._lifecycle.after_eval()
         context = self._context
         self._state.evaluations.append(
-            {"epoch": context.epoch, "global_step": context.global_step, "metrics": values}
+            {"epoch": context.epoch, "global_step": context.global_step, "metrics": dict(values)}
         )
         for name, value in values.items():
             context.metrics.scalar(f"eval/{name}", value)
@@ -187,8 +196,8 @@ class TrainingEvents:
     def on_epoch_end(self) -> None:
         """An epoch ends, its evaluation included."""
         self._begin_call()
-        self._lifecycle.epoch_end(resumed_at_end=self._state.loader.skipped > 0)
-        self._set_position(self._context.epoch + 1, 0)
+        self._lifecycle.epoch_end(may_be_empty=self._state.loader.skipped > 0)
+        self._state.move_to(self._context.epoch + 1, 0)
         self._hooks.on_epoch_end(context=self._context)
         self._deliver_metrics()
 
@@ -206,23 +215,39 @@ class TrainingEvents:
             failures, self._late_failures = self._late_failures, []
             raise_failures(failures)
 
-    def _count_optimizer_step(self) -> None:
-        if self._optimizer_step_is_open:
-            self._optimizer_step_is_open = False
-            self._context.global_step += 1
+    def _leave_epoch(self) -> None:
+        """End an epoch whose loop was left by break or return.
 
-    def _set_position(self, epoch: int, step: int) -> None:
-        self._state.position = Position(epoch, step, self._context.global_step)
+        One without a step counts for nothing. Where the batches of `steps` are not used up, the
+        position stays in mid-epoch.
+        """
+        self._begin_call()
+        if self._lifecycle.epoch_is_empty:
+            self._lifecycle.cancel_epoch()
+            return
+        self._lifecycle.epoch_end(left_early=True)
+        if not self._state.loader.in_progress:
+            self._state.move_to(self._context.epoch + 1, 0)
+        self._hooks.on_epoch_end(context=self._context)
+        self._deliver_metrics()
+
+    def _count_optimizer_step(self) -> None:
+        self._context.global_step += self._lifecycle.close_update()
 
     def _deliver_metrics(self) -> None:
-        metrics = self._context.metrics.drain()
+        metrics = tuple(self._context.metrics.drain())
         if metrics:
             self._hooks.consume_metrics(context=self._context, metrics=metrics)
 
 
-def _check_count(hook: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+def _count(hook: str, name: str, value: object) -> int:
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        count = -1
+    if count < 0:
         raise LifecycleError(f"{hook} takes {name} as a number from 0, got {value!r}.")
+    return count
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -234,6 +259,8 @@ def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
     values = {}
     for name, value in metrics.items():
         try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError("a text")
             values[str(name)] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ConfigError(f"on_after_eval: metric '{name}' is no number: {value!r}.") from error

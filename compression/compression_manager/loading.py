@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,7 +13,9 @@ import pluggy
 
 from compression_manager import hookspecs
 from compression_manager.errors import CompressionError, ConfigError, PluginError, suggest
-from compression_manager.plugin import ENTRY_POINT_GROUP, PROJECT_NAME, Plugin
+from compression_manager.lifecycle import OPTIONAL_HOOKS
+from compression_manager.plugin import ENTRY_POINT_GROUP, PROJECT_NAME, Plugin, PluginConfig
+from compression_manager.services import ANSWER_TYPES
 
 if TYPE_CHECKING:
     from compression_manager.context import Context
@@ -21,9 +24,17 @@ _IMPLEMENTATION_MARK = f"{PROJECT_NAME}_impl"
 _SPECIFICATION_MARK = f"{PROJECT_NAME}_spec"
 
 
-def installed_plugins() -> dict[str, EntryPoint]:
-    """Return name -> entry point of every installed plugin, without importing any."""
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+def installed_plugins() -> dict[str, list[EntryPoint]]:
+    """Return name -> entry points of every installed plugin, without importing any.
+
+    A name has several entry points when distributions compete for it.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        known = found.setdefault(entry.name, [])
+        if all(entry.value != other.value for other in known):
+            known.append(entry)
+    return found
 
 
 def load_plugin_class(name: str) -> type[Plugin[Any]]:
@@ -31,14 +42,22 @@ def load_plugin_class(name: str) -> type[Plugin[Any]]:
 
     Raises:
         ConfigError: no plugin of that name is installed.
-        PluginError: it cannot be imported, or is no `Plugin` subclass with a `config_class`;
-            the message names the distribution that installed it.
+        PluginError: it cannot be imported, is no `Plugin` subclass with a `config_class`, or two
+            distributions install different ones; the message names the distribution.
     """
     installed = installed_plugins()
     if name not in installed:
         raise ConfigError(f"no plugin named '{name}' is installed; {suggest(name, installed)}")
-    entry = installed[name]
-    origin = f"plugin '{name}' ({entry.value}, installed by {_distribution_name(entry)})"
+    origins = [
+        f"({entry.value}, installed by {_distribution_name(entry)})" for entry in installed[name]
+    ]
+    if len(origins) > 1:
+        raise PluginError(
+            f"several plugins have the name '{name}': {' and '.join(origins)}; uninstall all "
+            "but one of these distributions.",
+            plugin=name,
+        )
+    entry, origin = installed[name][0], f"plugin '{name}' {origins[0]}"
     try:
         plugin_class = entry.load()
     except Exception as error:
@@ -49,7 +68,8 @@ def load_plugin_class(name: str) -> type[Plugin[Any]]:
             plugin=name,
         )
     config_class = getattr(plugin_class, "config_class", None)
-    if config_class is None or getattr(config_class, "plugin", None) != name:
+    is_config = isinstance(config_class, type) and issubclass(config_class, PluginConfig)
+    if not is_config or getattr(config_class, "plugin", None) != name:
         raise PluginError(
             f"{origin} must set config_class to a PluginConfig whose 'plugin' is {name!r}.",
             plugin=name,
@@ -57,28 +77,86 @@ def load_plugin_class(name: str) -> type[Plugin[Any]]:
     return plugin_class
 
 
+def create_plugin(plugin_class: type[Plugin[Any]], config: PluginConfig) -> Plugin[Any]:
+    """Return a new instance.
+
+    Raises:
+        PluginError: the constructor raised something that is none of our errors.
+    """
+    try:
+        return plugin_class(config)
+    except CompressionError:
+        raise
+    except Exception as error:
+        name = config.name or config.plugin
+        raise PluginError(
+            f"plugin '{name}' cannot be created: {type(error).__name__}: {error}", plugin=name
+        ) from error
+
+
 def implemented_hooks(plugin: Plugin[Any]) -> dict[str, Callable[..., Any]]:
     """Return attribute name -> hook implementation, checked against the specification.
 
     Raises:
-        PluginError: an unknown hook name, or a parameter that the hook does not have or that
-            has a default.
+        PluginError: an unknown hook name, a hook without its decorator, or a parameter that the
+            hook does not have or that has a default.
     """
+    specifications = _specifications()
     found: dict[str, Callable[..., Any]] = {}
-    for attribute, method in inspect.getmembers(plugin, inspect.isroutine):
+    for attribute in dir(type(plugin)):
+        # Properties are not evaluated: they may not work before prepare.
+        if not callable(getattr(type(plugin), attribute, None)):
+            continue
+        method = getattr(plugin, attribute)
         marks = getattr(method, _IMPLEMENTATION_MARK, None)
         if marks is not None:
-            _check_implementation(plugin, marks.get("specname") or attribute, method)
+            hook = marks.get("specname") or attribute
+            _check_implementation(plugin, hook, method, specifications)
             found[attribute] = method
+        elif attribute in specifications:
+            raise PluginError(
+                f"{_describe(plugin)}: method '{attribute}' has the name of a hook and would not "
+                "be called; decorate it with @hookimpl (an overriding method too).",
+                plugin=plugin.name,
+                hook=attribute,
+            )
     return found
 
 
-def register(hooks: pluggy.PluginManager, plugin: Plugin[Any]) -> None:
-    """Register the plugin's hook implementations so that what they raise names them."""
-    guarded = _Guarded()
-    for attribute, method in implemented_hooks(plugin).items():
-        setattr(guarded, attribute, _guard(plugin, method))
-    hooks.register(guarded, name=plugin.name)
+def required_hooks(plugins: Sequence[Plugin[Any]]) -> dict[str, list[str]]:
+    """Return optional hook -> names of the plugins that cannot do without it.
+
+    Raises:
+        PluginError: a plugin requires something that is no optional hook.
+    """
+    required: dict[str, list[str]] = {}
+    for plugin in plugins:
+        with naming(plugin, "required_hooks"):
+            hooks = plugin.required_hooks()
+        for hook in hooks:
+            if hook not in OPTIONAL_HOOKS:
+                raise PluginError(
+                    f"{_describe(plugin)} requires '{hook}', which is no optional hook; "
+                    f"{suggest(hook, OPTIONAL_HOOKS)}",
+                    plugin=plugin.name,
+                    hook=hook,
+                )
+            required.setdefault(hook, []).append(plugin.name)
+    return required
+
+
+def register(plugins: Sequence[Plugin[Any]]) -> pluggy.PluginManager:
+    """Return a pluggy manager that calls the plugins in their order; what they raise names them."""
+    hooks = pluggy.PluginManager(PROJECT_NAME)
+    hooks.add_hookspecs(hookspecs)
+    guarded = [(plugin.name, *_guarded_parts(plugin)) for plugin in plugins]
+    # pluggy calls what was registered last first, and of what is marked trylast the reverse.
+    for name, usual, _ in reversed(guarded):
+        hooks.register(usual, name=name)
+    for name, _, last in guarded:
+        hooks.register(last, name=f"{name} (trylast)")
+    hooks.check_pending()
+    return hooks
 
 
 def announce_exception(
@@ -95,8 +173,27 @@ def announce_exception(
     return failures
 
 
+@contextmanager
+def naming(plugin: Plugin[Any], method: str) -> Iterator[None]:
+    """Name the plugin and its method in what the block raises, as for hooks."""
+    try:
+        yield
+    except Exception as error:
+        _raise_named(error, plugin, method)
+
+
 class _Guarded:
-    """Holds the guarded hook implementations of one plugin."""
+    """Holds guarded hook implementations of one plugin."""
+
+
+def _guarded_parts(plugin: Plugin[Any]) -> tuple[_Guarded, _Guarded]:
+    """Return the usual implementations, and those marked trylast."""
+    usual, last = _Guarded(), _Guarded()
+    for attribute, method in implemented_hooks(plugin).items():
+        marks = getattr(method, _IMPLEMENTATION_MARK)
+        hook = marks.get("specname") or attribute
+        setattr(last if marks["trylast"] else usual, attribute, _guard(plugin, hook, method))
+    return usual, last
 
 
 def _specifications() -> dict[str, list[str]]:
@@ -107,9 +204,13 @@ def _specifications() -> dict[str, list[str]]:
     }
 
 
-def _check_implementation(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> None:
-    specifications = _specifications()
-    where = f"plugin '{plugin.name}' ({type(plugin).__module__}.{type(plugin).__qualname__})"
+def _check_implementation(
+    plugin: Plugin[Any],
+    hook: str,
+    method: Callable[..., Any],
+    specifications: Mapping[str, list[str]],
+) -> None:
+    where = _describe(plugin)
     if hook not in specifications:
         raise PluginError(
             f"{where} implements '{hook}', which is no hook; {suggest(hook, specifications)}",
@@ -131,12 +232,17 @@ def _check_implementation(plugin: Plugin[Any], hook: str, method: Callable[..., 
                 plugin=plugin.name,
                 hook=hook,
             )
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            raise PluginError(
+                f"{where}: parameter '{name}' of hook '{hook}' must be an ordinary parameter, "
+                f"not {parameter.kind.description}.",
+                plugin=plugin.name,
+                hook=hook,
+            )
 
 
-def _guard(plugin: Plugin[Any], method: Callable[..., Any]) -> Callable[..., Any]:
+def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap one implementation: our own errors get a note, all others become PluginError."""
-    hook = getattr(method, _IMPLEMENTATION_MARK).get("specname") or method.__name__
-
     if inspect.isgeneratorfunction(method):
 
         @functools.wraps(method)
@@ -148,19 +254,29 @@ def _guard(plugin: Plugin[Any], method: Callable[..., Any]) -> Callable[..., Any
 
         return guarded_wrapper
 
+    answer_type = ANSWER_TYPES.get(hook)
+
     @functools.wraps(method)
     def guarded(*args: Any) -> Any:
         try:
-            return method(*args)
+            answer = method(*args)
         except Exception as error:
             _raise_named(error, plugin, hook)
+        if answer_type is not None and not isinstance(answer, (answer_type, type(None))):
+            raise PluginError(
+                f"plugin '{plugin.name}' must answer '{hook}' with None or a "
+                f"{answer_type.__name__}, not with {type(answer).__name__}.",
+                plugin=plugin.name,
+                hook=hook,
+            )
+        return answer
 
     return guarded
 
 
 def _raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
     if isinstance(error, CompressionError):
-        if not getattr(error, "__notes__", None):
+        if not isinstance(error, PluginError) and not getattr(error, "__notes__", None):
             error.add_note(f"raised by plugin '{plugin.name}' in hook '{hook}'")
         raise error
     raise PluginError(
@@ -168,6 +284,10 @@ def _raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
         plugin=plugin.name,
         hook=hook,
     ) from error
+
+
+def _describe(plugin: Plugin[Any]) -> str:
+    return f"plugin '{plugin.name}' ({type(plugin).__module__}.{type(plugin).__qualname__})"
 
 
 def _distribution_name(entry: EntryPoint) -> str:

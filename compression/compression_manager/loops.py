@@ -2,179 +2,184 @@
 
 from __future__ import annotations
 
-import dis
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
-from compression_manager.errors import CheckpointMismatchError, ConfigError
-from compression_manager.state import capture_random_state, restore_random_state
-
-if TYPE_CHECKING:
-    from types import FrameType
-
-    from compression_manager.manager import CompressionManager
+from compression_manager.cleanup import raise_failures
+from compression_manager.errors import ConfigError, LifecycleError
+from compression_manager.events import TrainingEvents
+from compression_manager.loading import announce_exception
+from compression_manager.loop_exit import left_by_exception
+from compression_manager.tracking import is_iterable
 
 Batch = TypeVar("Batch")
 
-# The instructions with which CPython drops a loop's iterator when the loop is left by break,
-# by return or because it is exhausted. Any other instruction means that the body raised.
-_ORDERLY_EXITS = frozenset({"POP_TOP", "POP_ITER", "END_FOR"})
-_SUSPENDED = frozenset({"YIELD_VALUE", "RESUME"})
 
+class TrainingLoops(TrainingEvents):
+    """`epochs` and `steps`, the context manager, and what follows when they are left."""
 
-def run_epochs(manager: CompressionManager, first: int, total: int) -> Iterator[int]:
-    """Yield epoch numbers; fires train and epoch begin and end."""
-    manager.on_train_begin()
-    for epoch in range(first, total):
-        if manager.should_stop:
-            break
-        manager.on_epoch_begin(epoch)
-        try:
-            yield epoch
-        except GeneratorExit:
-            if _left_by_exception(sys._getframe().f_back):
-                manager.loop_raised()
-            else:
-                manager.loop_left(manager.on_epoch_end, manager.on_train_end)
-            return
-        manager.on_epoch_end()
-    manager.on_train_end()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._entered = False
+        self._step_of_loop: int | None = None
 
+    def epochs(self, total: int) -> Iterator[int]:
+        """Yield the epochs from the present position to `total - 1`, with their events.
 
-def run_steps(
-    manager: CompressionManager, position: LoaderPosition, loader: Iterable[Batch]
-) -> Iterator[tuple[int, Batch]]:
-    """Yield (step, batch); fires step begin and end."""
-    consumed = position.consumed
-    batches = position.start(loader)
-    empty = consumed == 0
-    for step, batch in enumerate(batches, start=consumed):
-        empty = False
-        manager.on_step_begin(step)
-        try:
-            yield step, batch
-        except GeneratorExit:
-            if _left_by_exception(sys._getframe().f_back):
-                manager.loop_raised()
-            else:
-                manager.loop_left(manager.on_step_end)
-            return
-        manager.on_step_end()
-    if empty:
-        raise ConfigError(
-            f"the data loader ({type(loader).__name__}) yielded no batch; check the data set's "
-            "size, batch_size and drop_last."
-        )
+        Fires train and epoch begin and end, and stops when `should_stop` is true. When the body
+        raises, the plugins' `on_exception` runs and the manager closes. Leaving the loop by break
+        or return ends the epoch and the training; if the batches of `steps` were not used up,
+        the position stays within the epoch.
+        """
+        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
+            raise ConfigError(f"epochs takes a number that is not negative, got {total!r}.")
+        return self._run_epochs(total)
 
+    def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """Yield `(step, batch)` with the step events around the body.
 
-class LoaderPosition:
-    """Where the loader of the present epoch stands.
-
-    A position in mid-epoch is restored by drawing the epoch's batches again from the random
-    state of its start, dropping those that were consumed, and then restoring the random state
-    of the save.
-
-    Attributes:
-        consumed: batches of the coming epoch that an earlier run consumed.
-        skipped: batches of the present epoch that were skipped for that reason.
-    """
-
-    def __init__(self) -> None:
-        self.consumed = 0
-        self.skipped = 0
-        self._epoch_start: dict[str, Any] | None = None
-        self._saved: dict[str, Any] | None = None
-        self._loader: object = None
-
-    @property
-    def must_start(self) -> bool:
-        """Whether batches must be skipped by `steps(loader)` before the next step."""
-        return self.consumed > 0
-
-    def start(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """Return the loader's iterator, past the batches that an earlier run consumed."""
-        consumed, self.consumed = self.consumed, 0
-        self.skipped = consumed
-        saved, self._saved = self._saved, None
-        self._loader = loader
-        if saved is not None:
-            _set_generators(loader, saved["generators"])
-        if not consumed or saved is None:
-            self._epoch_start = _capture(loader)
-            return iter(loader)
-        self._epoch_start = saved["epoch_start"]
-        restore_random_state(saved["epoch_start"]["random"])
-        _set_generators(loader, saved["epoch_start"]["generators"])
-        batches = iter(loader)
-        for skipped in range(consumed):
-            if next(batches, _END) is _END:
-                raise CheckpointMismatchError(
-                    f"the checkpoint was saved after {consumed} batches of an epoch, but the data "
-                    f"loader ended after {skipped}; resume with the loader that was trained with."
-                )
-        restore_random_state(saved["random"])
-        return batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the random state of the epoch's start and the present one."""
-        return {"epoch_start": self._epoch_start, **_capture(self._loader)}
-
-    def load_state_dict(self, state: dict[str, Any], *, consumed: int, loader: object) -> None:
-        """Prepare `start`; `loader` is the tracked dataloader, or None.
+        After `resume` in mid-epoch, the consumed batches are skipped.
 
         Raises:
-            CheckpointMismatchError: a position in mid-epoch was saved outside of `steps`.
+            ConfigError: the loader yields no batch.
+            CheckpointMismatchError: it is not the loader that was trained with.
         """
-        if consumed and state["epoch_start"] is None:
-            raise CheckpointMismatchError(
-                "the checkpoint was saved in mid-epoch by a loop that does not use "
-                "manager.steps(loader), so the batches that follow are unknown; resume from a "
-                "checkpoint of an epoch's end, or write the loop with manager.steps(loader)."
-            )
-        self.consumed = consumed
-        self._saved = state
-        self._epoch_start = None
-        _set_generators(loader, state["generators"])
+        if not is_iterable(loader):
+            raise ConfigError(f"steps takes a data loader, got {type(loader).__name__}.")
+        return self._run_steps(loader)
 
+    def close(self) -> None:
+        """Give the float model back: remove hooks, restore classes and modes, close writers.
 
-_END = object()
+        All plugins are closed, whatever one of them raises; a second call does nothing.
+        """
+        self._lifecycle.closed = True
+        late, self._late_failures = self._late_failures, []
+        raise_failures([*late, *self._context.run_cleanup()])
 
+    def __enter__(self) -> Self:
+        self._entered = True
+        return self
 
-def _generators(loader: object) -> list[Any]:
-    """Return the distinct torch generators that a DataLoader and its sampler draw from."""
-    owners = (loader, getattr(loader, "sampler", None))
-    found = [getattr(owner, "generator", None) for owner in owners]
-    return list({id(item): item for item in found if item is not None}.values())
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._abort(error)
+        else:
+            self.close()
 
+    # The generators --------------------------------------------------------------------------
 
-def _set_generators(loader: object, states: list[Any]) -> None:
-    for generator, saved in zip(_generators(loader), states, strict=False):
-        generator.set_state(saved)
+    def _run_epochs(self, total: int) -> Iterator[int]:
+        with self._watched(self._lifecycle.abandon):
+            self.on_train_begin()
+            for epoch in range(self._state.position.epoch, total):
+                if self._context.should_stop:
+                    break
+                self.on_epoch_begin(epoch)
+                present = self._lifecycle.epochs_begun
+                try:
+                    yield epoch
+                except GeneratorExit:
+                    if self._lifecycle.in_epoch and self._lifecycle.epochs_begun == present:
+                        ends = (self._end_held_step, self._leave_epoch, self.on_train_end)
+                        self._dropped(self._lifecycle.abandon, *ends)
+                    return
+                self._end_held_step()
+                self.on_epoch_end()
+            self.on_train_end()
 
+    def _run_steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        with self._watched(self._lifecycle.abandon_step):
+            position = self._state.loader
+            consumed = position.consumed
+            empty = consumed == 0
+            for step, batch in enumerate(position.start(loader), start=consumed):
+                empty = False
+                self.on_step_begin(step)
+                present = self._step_of_loop = self._lifecycle.steps_begun
+                try:
+                    yield step, batch
+                except GeneratorExit:
+                    if self._is_in_step(present):
+                        self._dropped(self._lifecycle.abandon_step, self.on_step_end)
+                    return
+                self.on_step_end()
+            position.finish()
+            if empty:
+                raise ConfigError(
+                    f"the data loader ({type(loader).__name__}) yielded no batch; check the data "
+                    "set's size, batch_size and drop_last."
+                )
 
-def _capture(loader: object) -> dict[str, Any]:
-    return {
-        "random": capture_random_state(),
-        "generators": [generator.get_state() for generator in _generators(loader)],
-    }
+    # How they are left -----------------------------------------------------------------------
 
+    def _is_in_step(self, number: int | None) -> bool:
+        lifecycle = self._lifecycle
+        return lifecycle.in_step and not lifecycle.closed and lifecycle.steps_begun == number
 
-def _left_by_exception(frame: FrameType | None) -> bool:
-    """Return whether the loop that drops this generator does so because its body raised.
+    def _end_held_step(self) -> None:
+        """End the step of a `steps` loop that was left by break but is still held by a variable.
 
-    Python tells a generator that it is dropped, but not why; the instruction at which the
-    loop's frame stands does. Frames of generators in between (tqdm, for example) stand at
-    their yield, because they are being dropped themselves.
-    """
-    while frame is not None:
-        instruction = _present_instruction(frame)
-        if instruction not in _SUSPENDED:
-            return instruction not in _ORDERLY_EXITS
-        frame = frame.f_back
-    return False
+        `bar = tqdm(manager.steps(loader))` outlives its loop.
+        """
+        if self._is_in_step(self._step_of_loop):
+            self.on_step_end()
 
+    @contextmanager
+    def _watched(self, abandon: Callable[[], None]) -> Iterator[None]:
+        """Treat what the loop itself raises (a hook, the data loader) as its body's exception."""
+        try:
+            yield
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            if self._entered:
+                abandon()
+            else:
+                self._abort(error)
+            raise
 
-def _present_instruction(frame: FrameType) -> str | None:
-    instructions = dis.get_instructions(frame.f_code)
-    return next((item.opname for item in instructions if item.offset == frame.f_lasti), None)
+    def _dropped(self, abandon: Callable[[], None], *ends: Callable[[], None]) -> None:
+        """The loop was left before its end: fire the events that end it, unless its body raised.
+
+        Python discards what is raised while a generator is dropped, so failures are kept and
+        raised by the next call.
+        """
+        # The generator's own frame called this one.
+        generator = sys._getframe().f_back
+        if generator is None or not left_by_exception(generator.f_back):
+            try:
+                for end in ends:
+                    end()
+            except Exception as error:
+                self._late_failures.append(error)
+        elif self._entered:
+            # The exception itself arrives at `with manager`, or is handled inside of it.
+            abandon()
+        else:
+            unknown = LifecycleError("the body of the training loop raised an exception.")
+            self._late_failures = self._close_after(unknown)
+
+    def _abort(self, error: BaseException) -> None:
+        """Tell every plugin about `error` and close; failures become notes on `error`."""
+        for failure in self._close_after(error):
+            error.add_note(f"while closing: {failure}")
+
+    def _close_after(self, error: BaseException) -> list[Exception]:
+        failures: list[Exception] = []
+        if not self._lifecycle.closed:
+            failures += announce_exception(self._hooks, self._context, error)
+        self._lifecycle.abandon()
+        try:
+            self.close()
+        except Exception as failure:
+            failures.append(failure)
+        return failures

@@ -74,7 +74,10 @@ class LossTerms:
         for term in terms:
             total = total + _weighted(term)
         if not torch.isfinite(total.detach()):
-            values = ", ".join(f"{term.name} = {float(term.value.detach()):g}" for term in self)
+            values = ", ".join(
+                f"{term.name} = {float(term.value.detach()):g} (weight {term.weight:g})"
+                for term in self
+            )
             raise LossError(
                 f"the loss is not finite: {values}. Check the inputs and the learning rate; "
                 "no gradient was computed and no parameter was changed."

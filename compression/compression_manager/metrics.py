@@ -12,6 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from compression_manager.errors import ConfigError
+
 MetricKind = Literal["scalar", "histogram", "image"]
 
 
@@ -45,7 +47,19 @@ class MetricBoard:
         self._pending: list[Metric] = []
 
     def scalar(self, name: str, value: float | Tensor) -> None:
-        """Publish one number; a tensor must have a single element."""
+        """Publish one number; a tensor with a single element is copied.
+
+        Raises:
+            ConfigError: a tensor has several elements.
+        """
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ConfigError(
+                    f"metric '{name}' must be one number, got a tensor of shape "
+                    f"{tuple(value.shape)}; reduce it, or publish a histogram."
+                )
+            # Losses and scales are changed in place later on.
+            value = value.detach().reshape(()).clone()
         self._publish(name, "scalar", value)
 
     def histogram(self, name: str, value: Tensor) -> None:

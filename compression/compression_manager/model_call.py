@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression_manager.errors import ConfigError
 from compression_manager.state import capture_random_state, restore_random_state
 
 LABEL_KEYS = frozenset({"label", "labels"})
@@ -23,6 +25,22 @@ def call_model(model: Any, inputs: Any) -> Any:
     return model(inputs)
 
 
+def call_with_examples(model: nn.Module, inputs: Any) -> Any:
+    """Call `model` with example inputs, and say so if it does not take them.
+
+    Raises:
+        ConfigError: the model raised an exception.
+    """
+    try:
+        return call_model(model, inputs)
+    except Exception as error:
+        raise ConfigError(
+            f"the model cannot be called with the example inputs ({error!r}). Pass as "
+            "example_inputs what your loop calls the model with; without them, the input of the "
+            "first on_after_compute_loss is taken."
+        ) from error
+
+
 def without_labels(inputs: Any) -> Any:
     """Return `inputs` without the entries `label` and `labels` if it is a mapping."""
     if isinstance(inputs, Mapping):
@@ -31,7 +49,7 @@ def without_labels(inputs: Any) -> Any:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a nesting of mappings, lists and tuples."""
+    """Yield every tensor in a nesting of mappings, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -40,6 +58,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name, None))
 
 
 @contextmanager

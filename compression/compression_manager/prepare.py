@@ -23,6 +23,8 @@ from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_manager.manager import CompressionManager
 
+MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
+
 
 def prepare_compression(
     model: nn.Module,
@@ -56,6 +58,7 @@ def prepare_compression(
         raise ConfigError(
             f"prepare_compression takes a torch.nn.Module as model, got {type(model).__name__}."
         )
+    _check_seed(seed)
     if isinstance(configs, (str, Path)):
         plugins, recipe_seed = plugins_from_recipe(configs, overrides, runtime_objects)
         seed = recipe_seed if seed is None else seed
@@ -71,14 +74,24 @@ def prepare_compression(
     manager = CompressionManager(context, plugins)
     try:
         manager.shape_model()
-    except BaseException:
-        manager.close()
+    except BaseException as error:
+        try:
+            manager.close()
+        except Exception as failure:
+            error.add_note(f"while closing: {failure}")
         raise
     return manager
+
+
+def _check_seed(seed: object) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed takes a whole number from 0 to {MAX_SEED}, got {seed!r}.")
 
 
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
+        sys.modules["numpy"].random.seed(seed)

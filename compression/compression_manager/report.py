@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.deploy.layers import CONVERTED_CLASSES, LayerSpec
+from compression_manager.model_call import call_with_examples, quiet_evaluation
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.layers import QuantizedLayer
-
-# A float32 scale and an int32 zero point.
-_QPARAMS_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,12 @@ class LayerReport:
         kind: class name of the float layer.
         quantized: whether conversion stores integers for it.
         detail: the schemes, or why the layer is not quantized.
-        bytes_before: bytes of its parameters and buffers as floats.
-        bytes_after: bytes after conversion: integers, scales, zero points and bias.
+        bytes_before: bytes of its saved tensors in the float model; a tensor that several
+            layers share counts for the first.
+        bytes_after: the same in the converted model: integers, scales, zero points and bias.
         sqnr_db: signal-to-quantization-noise ratio of its output against the float layer on
-            the same input, in decibels; None if the layer was not reached or is not quantized.
+            the same input, in decibels, infinite without noise; None if the layer was not
+            reached, is not quantized, or fake quantization has not begun.
     """
 
     name: str
@@ -60,9 +61,11 @@ class Report:
         return sum(layer.bytes_after for layer in self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+        """Return plain values for JSON, which has no infinity: that becomes the string 'inf'."""
         return {
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "sqnr_db": _json_number(layer.sqnr_db)} for layer in self.layers
+            ],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
         }
@@ -117,80 +120,115 @@ def build_report(
         if isinstance(module, FakeQuantizer)
         for child in module.modules()
     }
+    sizes = _Sizes()
     layers = []
     for name, module in model.named_modules():
         if id(module) in inside_quantizers:
             continue
         if isinstance(module, QuantizedLayer):
-            gains_bias = name in folded.values() and getattr(module, "bias", None) is None
-            layers.append(_quantized(name, module, noise.get(name), gains_bias))
-        elif _own_bytes(module):
+            gains_bias = name in folded.values()
+            layers.append(_quantized(name, module, noise.get(name), gains_bias, sizes))
+        elif any(True for _ in _saved_tensors(module)):
             reason = skipped.get(name, "not a layer with a weight")
-            layers.append(_float(name, module, reason, is_folded=name in folded))
+            size = sizes.take(_saved_tensors(module))
+            after = 0 if name in folded else size
+            kind = type(module).__name__
+            layers.append(LayerReport(name, kind, False, reason, size, after, None))
     return Report(tuple(layers))
 
 
+class _Sizes:
+    """Counts the bytes of each tensor once, however many layers share it."""
+
+    def __init__(self) -> None:
+        self._counted: set[int] = set()
+        self._integers: dict[tuple[int, object], str] = {}
+
+    def take(self, tensors: Iterable[Tensor]) -> int:
+        total = 0
+        for tensor in tensors:
+            if id(tensor) not in self._counted:
+                self._counted.add(id(tensor))
+                total += _bytes(tensor)
+        return total
+
+    def shares_integers(self, name: str, weight: Tensor, scheme: object) -> str | None:
+        """Return the earlier layer whose integers are those of `weight` as well."""
+        first = self._integers.setdefault((id(weight), scheme), name)
+        return None if first == name else first
+
+
 def _quantized(
-    name: str, layer: QuantizedLayer, sqnr_db: float | None, gains_bias: bool
+    name: str, layer: QuantizedLayer, sqnr_db: float | None, gains_bias: bool, sizes: _Sizes
 ) -> LayerReport:
     scheme = layer.weight_quantizer.scheme
-    channels = 1 if scheme.axis is None else layer.weight.shape[scheme.axis]
-    after = layer.weight.numel() * scheme.storage_dtype.itemsize + channels * _QPARAMS_BYTES
-    bias = getattr(layer, "bias", None)
-    if bias is not None:
-        after += _bytes(bias)
-    elif gains_bias:
-        after += layer.weight.shape[0] * layer.weight.element_size()
-    detail = f"weight {scheme}"
-    if layer.input_quantizer is not None:
-        after += _QPARAMS_BYTES
-        detail += f", input {layer.input_quantizer.scheme}"
-    else:
-        detail += ", input float"
-    before = sum(_bytes(parameter) for parameter in layer.parameters(recurse=False))
-    return LayerReport(name, layer.float_class.__name__, True, detail, before, after, sqnr_db)
+    quantizer = layer.input_quantizer
+    detail = f"weight {scheme}, input {'float' if quantizer is None else quantizer.scheme}"
+    if quantizer is not None and quantizer.phase.quantizing and not quantizer.is_calibrated():
+        quantizer = None
+        detail = f"weight {scheme}, input float: training never used the layer"
+    spec = LayerSpec(
+        kind=layer.float_class.__name__,
+        weight=scheme,
+        input=None if quantizer is None else quantizer.scheme,
+        bias=gains_bias or getattr(layer, "bias", None) is not None,
+    )
+    converted = dict(CONVERTED_CLASSES[spec.kind](layer, spec).named_buffers())
+    # Folding gives a layer integers of its own.
+    other = None if gains_bias else sizes.shares_integers(name, layer.weight, scheme)
+    if other is not None:
+        detail += f", integers shared with '{other}'"
+        for shared in ("weight", "weight_scale", "weight_zero_point"):
+            del converted[shared]
+    before = sizes.take(layer.parameters(recurse=False))
+    after = sum(_bytes(tensor) for tensor in converted.values())
+    return LayerReport(name, spec.kind, True, detail, before, after, sqnr_db)
 
 
-def _float(name: str, module: nn.Module, reason: str, *, is_folded: bool) -> LayerReport:
-    size = _own_bytes(module)
-    after = 0 if is_folded else size
-    return LayerReport(name, type(module).__name__, False, reason, size, after, None)
-
-
-def _own_bytes(module: nn.Module) -> int:
-    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return sum(_bytes(tensor) for tensor in tensors)
+def _saved_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the module's own tensors that a state_dict holds."""
+    saved = [
+        buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*module.parameters(recurse=False), *saved]
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
+
+
+def _json_number(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def _measure_noise(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     """Return layer -> SQNR in dB, comparing each layer with its float class on equal input."""
-    noise: dict[str, float] = {}
+    energies: dict[str, Tensor] = {}
 
     def measure(name: str) -> Any:
-        def hook(layer: QuantizedLayer, args: tuple[Any, ...], output: Tensor) -> None:
-            exact = layer.float_class.forward(layer, *args)
-            noise[name] = _sqnr_db(exact, output)
+        def hook(
+            layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        ) -> None:
+            exact = layer.float_class.forward(layer, *args, **kwargs).double()
+            energy = torch.stack([exact.square().sum(), (exact - output).square().sum()])
+            energies[name] = energies[name] + energy if name in energies else energy
 
         return hook
 
     with ExitStack() as stack:
         stack.enter_context(quiet_evaluation(model))
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLayer):
-                stack.callback(module.register_forward_hook(measure(name)).remove)
-        call_model(model, example_inputs)
-    return noise
+            if isinstance(module, QuantizedLayer) and module.weight_quantizer.phase.quantizing:
+                handle = module.register_forward_hook(measure(name), with_kwargs=True, prepend=True)
+                stack.callback(handle.remove)
+        call_with_examples(model, example_inputs)
+    return {name: _decibels(*energy.tolist()) for name, energy in energies.items()}
 
 
-@torch.no_grad()
-def _sqnr_db(exact: Tensor, actual: Tensor) -> float:
-    """Return 10 log10(sum exact^2 / sum (exact - actual)^2); infinite without noise."""
-    signal = float(exact.double().square().sum())
-    noise = float((exact.double() - actual.double()).square().sum())
+def _decibels(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise); infinite without noise."""
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(max(signal, 1e-300) / noise)
+    return 10.0 * math.log10(signal / noise) if signal else -math.inf

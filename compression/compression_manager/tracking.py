@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,18 +21,35 @@ class Tracked(Mapping[str, Any]):
         """Add or replace objects; all of them, or none if one is unfit.
 
         Raises:
-            ConfigError: an object has no `state_dict` and `load_state_dict` (a dataloader may
-                lack them), or is the model itself.
+            ConfigError: an object is unfit, see `check`.
+        """
+        self.check(objects)
+        self._objects.update(objects)
+
+    @staticmethod
+    def check(objects: Mapping[str, Any]) -> None:
+        """Refuse objects that cannot be saved and restored; a dataloader need only be iterable.
+
+        Raises:
+            ConfigError: names the first one and what it lacks.
         """
         for name, value in objects.items():
+            if isinstance(value, type):
+                raise ConfigError(
+                    f"track({name}=...) got the class {value.__name__}; pass an instance."
+                )
             if isinstance(value, nn.Module) and name in {"optimizer", "scheduler", "scaler"}:
                 raise ConfigError(f"track({name}=...) got a module ({type(value).__name__}).")
+            if name == "dataloader" and not is_iterable(value):
+                raise ConfigError(
+                    f"track(dataloader=...) takes an iterable of batches, got "
+                    f"{type(value).__name__}."
+                )
             if name != "dataloader" and not is_stateful(value):
                 raise ConfigError(
                     f"track({name}=...) takes objects with state_dict() and load_state_dict(); "
                     f"{type(value).__name__} lacks them."
                 )
-        self._objects.update(objects)
 
     @property
     def optimizers(self) -> dict[str, Optimizer]:
@@ -69,3 +86,8 @@ def is_stateful(value: object) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(
         getattr(value, "load_state_dict", None)
     )
+
+
+def is_iterable(value: object) -> bool:
+    """Return whether a `for` loop can go through `value`."""
+    return isinstance(value, Iterable) or hasattr(value, "__getitem__")

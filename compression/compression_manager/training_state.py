@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compression_manager.context import Context
-from compression_manager.errors import CheckpointError, CheckpointMismatchError, suggest
+from compression_manager.errors import CheckpointError, CheckpointMismatchError, CompressionError
 from compression_manager.lifecycle import Lifecycle
-from compression_manager.loops import LoaderPosition
+from compression_manager.loader_position import LoaderPosition
+from compression_manager.loading import naming
 from compression_manager.plugin import Plugin
 from compression_manager.position import Position
-from compression_manager.state import capture_random_state
+from compression_manager.state import capture_random_state, restore_random_state
+from compression_manager.state_checks import check_kinds, check_model, check_names, gradients_of
 
 STATE_VERSION = 1
-_KEYS = frozenset(
-    {"version", "epoch", "step", "global_step", "recipe", "model", "gradients", "plugins"}
-    | {"tracked", "loader", "random", "evaluations", "stop"}
-)
 
 
 class TrainingState:
     """The parts of one manager that make up its state.
 
     Attributes:
-        position: where a run that is saved now would continue.
         loader: where the data loader of the present epoch stands.
         evaluations: one entry per evaluation: epoch, global_step and metrics.
     """
@@ -35,26 +34,49 @@ class TrainingState:
     def __init__(
         self, context: Context, plugins: Sequence[Plugin[Any]], lifecycle: Lifecycle
     ) -> None:
-        self.position = Position()
-        self.loader = LoaderPosition()
+        self.loader = LoaderPosition(context.tracked)
         self.evaluations: list[dict[str, Any]] = []
+        self._epoch = 0
+        self._step = 0
         self._context = context
         self._plugins = plugins
         self._lifecycle = lifecycle
 
+    @property
+    def position(self) -> Position:
+        """Where a run that is saved now would continue; a step counts from its loss on."""
+        lifecycle = self._lifecycle
+        return Position(
+            self._epoch,
+            self._step + lifecycle.step_is_done,
+            self._context.global_step + lifecycle.uncounted_updates,
+        )
+
+    def move_to(self, epoch: int, step: int) -> None:
+        """Set the epoch to continue in and the number of its batches that are consumed."""
+        self._epoch, self._step = epoch, step
+
     def collect(self) -> dict[str, Any]:
-        """Return the state as nested dicts; its tensors are the live ones, not copies."""
-        context = self._context
+        """Return the state as nested dicts; its tensors are the live ones, not copies.
+
+        Raises:
+            LifecycleError: the work of a step is under way.
+            PluginError: a plugin cannot say what its state is.
+        """
+        self._lifecycle.check_can_save()
+        context, position = self._context, self.position
+        accumulating = self._lifecycle.accumulating
         return {
             "version": STATE_VERSION,
-            "epoch": self.position.epoch,
-            "step": self.position.step,
-            "global_step": context.global_step,
+            "epoch": position.epoch,
+            "step": position.step,
+            "global_step": position.global_step,
             "recipe": dict(context.recipe),
             "model": context.model.state_dict(),
             # Gradients of an unfinished accumulation are part of the next update.
-            "gradients": _gradients(context.model) if self._lifecycle.accumulating else {},
-            "plugins": {plugin.name: plugin.state_dict() for plugin in self._plugins},
+            "accumulating": accumulating,
+            "gradients": gradients_of(context.model) if accumulating else {},
+            "plugins": self._plugin_states(),
             "tracked": context.tracked.state_dict(),
             "loader": self.loader.state_dict(),
             "random": capture_random_state(),
@@ -63,116 +85,94 @@ class TrainingState:
         }
 
     def apply(self, state: Mapping[str, Any]) -> None:
-        """Put `state` back, apart from the random state; all of it or nothing.
+        """Put `state` back; all of it or nothing. Its tensors may come into use as they are.
 
         Raises:
             CheckpointError: this is no training state, or one of another version.
             CheckpointMismatchError: it belongs to another model or composition.
         """
         self._check(state)
-        before = copy.deepcopy(self.collect())
+        before = {
+            "model": copy.deepcopy(self._context.model.state_dict()),
+            "gradients": gradients_of(self._context.model),
+            "plugins": copy.deepcopy(self._plugin_states()),
+            "tracked": copy.deepcopy(self._context.tracked.state_dict()),
+        }
+        attempted = 0
         try:
-            self._put_back(state)
-        except Exception as error:
-            self._put_back(before)
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointMismatchError(
-                f"the checkpoint does not fit: {error} Nothing was changed."
-            ) from error
-
-    def _put_back(self, state: Mapping[str, Any]) -> None:
-        context = self._context
-        context.model.load_state_dict(state["model"])
-        for name, parameter in context.model.named_parameters():
-            gradient = state["gradients"].get(name)
-            parameter.grad = None if gradient is None else gradient.to(parameter.device)
-        for plugin in self._plugins:
-            plugin.load_state_dict(state["plugins"].get(plugin.name, {}))
-        for name, value in state["tracked"].items():
-            context.tracked[name].load_state_dict(value)
-        self.loader.load_state_dict(
-            state["loader"], consumed=state["step"], loader=context.tracked.get("dataloader")
-        )
+            for part, put in self._parts(state):
+                attempted += 1
+                with _fitting(part):
+                    put()
+            restore_random_state(state["random"])
+        except BaseException as error:
+            self._roll_back(before, attempted, error)
+            raise
+        self.loader.load_state_dict(state["loader"], consumed=state["step"])
         self.evaluations = list(state["evaluations"])
-        self.position = Position(state["epoch"], state["step"], state["global_step"])
-        self._lifecycle.resume_accumulation(bool(state["gradients"]))
-        context.epoch = state["epoch"]
-        context.global_step = state["global_step"]
-        context.should_stop = state["stop"]["should_stop"]
-        context.stop_reason = state["stop"]["reason"]
+        self.move_to(state["epoch"], state["step"])
+        self._lifecycle.accumulating = state["accumulating"]
+        self._context.epoch = state["epoch"]
+        self._context.global_step = state["global_step"]
+        self._context.should_stop = state["stop"]["should_stop"]
+        self._context.stop_reason = state["stop"]["reason"]
+
+    def _parts(self, state: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Yield the name of each part of a state and what puts it back."""
+        model, tracked = self._context.model, self._context.tracked
+        yield "the model", functools.partial(model.load_state_dict, state["model"])
+        yield "the gradients", functools.partial(_set_gradients, model, state["gradients"])
+        for plugin in self._plugins:
+            own = state["plugins"].get(plugin.name, {})
+            yield f"plugin '{plugin.name}'", functools.partial(plugin.load_state_dict, own)
+        for name, value in state["tracked"].items():
+            yield f"'{name}'", functools.partial(tracked[name].load_state_dict, value)
+
+    def _roll_back(self, before: Mapping[str, Any], attempted: int, error: BaseException) -> None:
+        for _, (part, put) in zip(range(attempted), self._parts(before), strict=False):
+            try:
+                put()
+            except Exception as failure:
+                error.add_note(f"{part} could not be put back as it was: {failure!r}")
+
+    def _plugin_states(self) -> dict[str, dict[str, Any]]:
+        states = {}
+        for plugin in self._plugins:
+            with naming(plugin, "state_dict"):
+                states[plugin.name] = plugin.state_dict()
+        return states
 
     def _check(self, state: Mapping[str, Any]) -> None:
-        missing = sorted(_KEYS - set(state))
-        if missing:
-            raise CheckpointError(
-                f"this is no training state of compression_manager: it lacks {', '.join(missing)}."
-            )
+        check_kinds(state)
         if state["version"] != STATE_VERSION:
             raise CheckpointError(
                 f"the training state has version {state['version']}; this release reads "
                 f"version {STATE_VERSION}."
             )
-        check_model(self._context.model, state["model"])
-        _check_plugins(self._plugins, state["plugins"])
-        _check_tracked(self._context, state["tracked"])
+        model = self._context.model
+        check_model(model, state["model"])
+        check_names(
+            state,
+            gradients=set(dict(model.named_parameters())),
+            plugins=self._plugin_states(),
+            tracked=set(self._context.tracked.state_dict()),
+        )
+        LoaderPosition.check_state(state["loader"], consumed=state["step"])
 
 
-def check_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
-    """Raise CheckpointMismatchError unless names and shapes are those of `model`."""
-    own = model.state_dict()
-    for name in own:
-        if name not in saved:
-            raise CheckpointMismatchError(
-                f"the checkpoint holds no '{name}', which the model has; {suggest(name, saved)}"
-            )
-    for name, value in saved.items():
-        if name not in own:
-            raise CheckpointMismatchError(
-                f"the checkpoint holds '{name}', which the model lacks; {suggest(name, own)}"
-            )
-        if own[name].shape != value.shape:
-            raise CheckpointMismatchError(
-                f"'{name}' has shape {tuple(value.shape)} in the checkpoint and "
-                f"{tuple(own[name].shape)} in the model."
-            )
+@contextmanager
+def _fitting(part: str) -> Iterator[None]:
+    try:
+        yield
+    except CompressionError:
+        raise
+    except Exception as error:
+        raise CheckpointMismatchError(
+            f"the checkpoint does not fit {part}: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _gradients(model: nn.Module) -> dict[str, Any]:
-    return {
-        name: parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-
-
-def _check_plugins(plugins: Sequence[Plugin[Any]], saved: Mapping[str, Any]) -> None:
-    own = {plugin.name: plugin.state_dict() for plugin in plugins}
-    for name, state in saved.items():
-        if state and name not in own:
-            raise CheckpointMismatchError(
-                f"the checkpoint holds state of plugin '{name}', which is not in the present "
-                f"composition; {suggest(name, own)}"
-            )
-    for name, state in own.items():
-        if state and not saved.get(name):
-            raise CheckpointMismatchError(
-                f"plugin '{name}' keeps state, but the checkpoint was written without it; "
-                f"{suggest(name, saved)}"
-            )
-
-
-def _check_tracked(context: Context, saved: Mapping[str, Any]) -> None:
-    own = context.tracked.state_dict()
-    for name in saved:
-        if name not in own:
-            raise CheckpointMismatchError(
-                f"the checkpoint holds the state of '{name}'; register it with "
-                f"manager.track({name}=...) before resuming."
-            )
-    for name in own:
-        if name not in saved:
-            raise CheckpointMismatchError(
-                f"'{name}' is tracked, but the checkpoint was written without it; "
-                f"{suggest(name, saved)}"
-            )
+def _set_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        gradient = gradients.get(name)
+        parameter.grad = None if gradient is None else gradient.to(parameter.device)

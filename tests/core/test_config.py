@@ -400,3 +400,20 @@ def test_any_plain_node_builds_or_is_refused_by_our_error(node: dict[str, Any]) 
         assert str(error).startswith("recipe.yaml: plugins.example")  # noqa: PT017
     else:
         assert isinstance(built, ExampleConfig)
+
+
+def test_changing_the_granularity_drops_the_axis_of_the_default() -> None:
+    from compression_plugins import QATConfig
+
+    config = build_config(
+        QATConfig,
+        {"weight": {"granularity": "tensor"}, "overrides": [{"layer": "a", "skip": True}]},
+        path="plugins.qat",
+        source="recipe.yaml",
+        runtime={},
+    )
+    assert config.weight.axis is None
+    bits = build_config(
+        QATConfig, {"weight": {"bits": 4}}, path="plugins.qat", source="recipe.yaml", runtime={}
+    )
+    assert (bits.weight.bits, bits.weight.axis) == (4, 0)

@@ -206,7 +206,7 @@ def test_a_damaged_gzip_file_is_refused(fashion_mnist: ModuleType, folder: Path)
     plain = folder / "train-labels-idx1-ubyte"
     zipped = gzip.compress(plain.read_bytes())
     plain.unlink()
-    for content in (zipped[:-20], b"no gzip", zipped[:30] + b"\xff\xff\xff" + zipped[33:]):
+    for content in (zipped[:-20], b"no gzip", zipped[:10] + b"\xff" * 20):
         (folder / f"{plain.name}.gz").write_bytes(content)
         with pytest.raises(ConfigError, match=r"train-labels-idx1-ubyte\.gz cannot be read"):
             fashion_mnist.load(folder)
@@ -218,3 +218,25 @@ def test_a_damaged_subset_is_refused(fashion_mnist: ModuleType, tmp_path: Path, 
     damaged.write_bytes(fashion_mnist.SUBSET.read_bytes()[:keep])
     with pytest.raises(ConfigError, match=r"subset\.xz cannot be read .*build_subset\.py"):
         fashion_mnist.decode(damaged)
+
+
+def test_augment_moves_every_image_by_its_own_offset(fashion_mnist: ModuleType) -> None:
+    images = fashion_mnist.load().test.images[:200]
+    torch.manual_seed(0)
+    moved = fashion_mnist.augment(images)
+    black = -0.2860 / 0.3530
+    offsets = set()
+    for image, result in zip(images[:, 0].numpy(), moved[:, 0].numpy(), strict=True):
+        padded = np.pad(image, 1, constant_values=black)
+        fits = [
+            (top, left)
+            for top in range(3)
+            for left in range(3)
+            if np.allclose(padded[top : top + 28, left : left + 28], result)
+        ]
+        assert fits
+        offsets.add(fits[0])
+    assert moved.shape == images.shape
+    assert len(offsets) == 9
+    torch.manual_seed(0)
+    assert torch.equal(moved, fashion_mnist.augment(images))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from compression_manager.deploy.copying import copy_model
 from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.deploy.parity import Parity, check_parity
-from compression_manager.errors import ConfigError, QuantizationError
-from compression_manager.model_hooks import strip_inert_hooks
+from compression_manager.errors import ConfigError
 from compression_manager.quantization.fused_paths import disable_fused_paths
 
 
@@ -42,33 +41,46 @@ class Conversion:
 
     Attributes:
         model: an eval-mode copy of the trained model, to be changed in place.
+        example_inputs: what the model can be called with, or None.
         replacements: what was replaced so far.
         parity: the comparison with the trained model; None if there was no input to compare on.
     """
 
     model: nn.Module
+    example_inputs: Any = None
     replacements: list[Replacement] = field(default_factory=list)
     parity: Parity | None = None
+    _swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, init=False)
 
     def replace(self, name: str, layer: ConvertedLayer, absorbs: Sequence[str] = ()) -> None:
-        """Put `layer` in place of the module `name`.
+        """Put `layer` in place of the module `name`, under all names that the module has.
 
         Args:
             name: qualified name in `model`.
             layer: the deployed layer.
             absorbs: names of the modules directly behind it whose work `layer` does as well.
         """
-        self._set(name, layer)
+        self._swap(name, layer)
         for other in absorbs:
-            self._set(other, nn.Identity())
+            self._swap(other, nn.Identity().eval())
         self.replacements.append(Replacement(name, layer, tuple(absorbs)))
 
-    def _set(self, name: str, module: nn.Module) -> None:
-        if not name:
-            self.model = module
+    def undo(self) -> None:
+        """Put every replaced module back."""
+        while self._swaps:
+            parent, child, old = self._swaps.pop()
+            setattr(parent, child, old)
+        self.replacements.clear()
+
+    def _swap(self, name: str, new: nn.Module) -> None:
+        old = self.model.get_submodule(name)
+        if old is self.model:
+            self.model = new
             return
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, module)
+        for parent in list(self.model.modules()):
+            for child in [key for key, value in parent._modules.items() if value is old]:
+                setattr(parent, child, new)
+                self._swaps.append((parent, child, old))
 
 
 def convert_copy(
@@ -76,38 +88,42 @@ def convert_copy(
 ) -> Conversion:
     """Return the conversion of a copy of `model`; `model` itself is left untouched.
 
+    The copy lacks the forward and backward hooks that were registered from outside; if one of
+    them changes what a layer returns, the parity check finds it.
+
     Args:
         model: the trained model.
         convert: replaces layers of the conversion's model.
         example_inputs: what to compare both models on, or None to leave that out.
 
     Raises:
-        ConfigError: nothing was replaced.
+        ConfigError: nothing was replaced, or the model does not take `example_inputs`.
         ParityError: a replaced layer computes something else.
         QuantizationError: the model cannot be copied.
     """
-    conversion = Conversion(_inert_copy(model))
+    conversion = Conversion(copy_model(model, keep_user_hooks=False), example_inputs)
     convert(conversion)
     if not conversion.replacements:
         raise ConfigError(
             "nothing was converted: no plugin of this manager quantizes layers; list QATConfig()."
         )
     disable_fused_paths(conversion.model)
+    _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:
-        trained = _inert_copy(model)
         conversion.parity = check_parity(
-            trained, conversion.model, conversion.replacements, example_inputs
+            copy_model(model, keep_user_hooks=True),
+            conversion.model,
+            conversion.replacements,
+            example_inputs,
         )
     return conversion
 
 
-def _inert_copy(model: nn.Module) -> nn.Module:
-    try:
-        copied = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise QuantizationError(
-            f"the model cannot be copied ({error}); a module probably keeps an activation as an "
-            "attribute. Delete such attributes before converting."
-        ) from error
-    strip_inert_hooks(copied)
-    return copied.eval()
+def _share_tied_weights(model: nn.Module, replacements: Sequence[Replacement]) -> None:
+    """Let layers whose float weight is one Parameter share their integers as well."""
+    first: dict[int, ConvertedLayer] = {}
+    for replacement in replacements:
+        weight = cast(Tensor, model.get_submodule(replacement.name).weight)
+        layer = first.setdefault(id(weight), replacement.layer)
+        if layer is not replacement.layer:
+            replacement.layer.share_weight(layer)

@@ -78,6 +78,9 @@ class ConvertedLayer(nn.Module):
     def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
+        # The model's own code may ask a layer for its in_features or embedding_dim.
+        for name in cast(list[str], float_layer.__constants__):
+            setattr(self, name, getattr(float_layer, name))
         float_weight = cast(Tensor, float_layer.weight)
         device = float_weight.device
         axis = spec.weight.axis
@@ -131,6 +134,13 @@ class ConvertedLayer(nn.Module):
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
+    def share_weight(self, other: ConvertedLayer) -> None:
+        """Hold the very tensors of `other` if weight, scale and zero point equal its own."""
+        names = ("weight", "weight_scale", "weight_zero_point")
+        if all(torch.equal(getattr(self, name), getattr(other, name)) for name in names):
+            for name in names:
+                setattr(self, name, getattr(other, name))
+
     def quantized_input(self, input: Tensor) -> Tensor:
         """Return the input on its quantization grid, in its own dtype."""
         scheme = self.spec.input
@@ -170,16 +180,16 @@ class ConvertedLinear(ConvertedLayer):
 class ConvertedConv(ConvertedLayer):
     """Deployed `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`; shapes as the float layer."""
 
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+
     def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__(float_layer, spec)
-        convolution = cast(nn.Conv2d, float_layer)
-        self.stride = convolution.stride
-        self.padding = convolution.padding
-        self.dilation = convolution.dilation
-        self.groups = convolution.groups
-        self.padding_mode = convolution.padding_mode
         # torch's own padding of the borders for the modes that are not zeros.
-        self._border = list(convolution._reversed_padding_repeated_twice)
+        self._border = list(cast(nn.Conv2d, float_layer)._reversed_padding_repeated_twice)
         self._convolve = _CONVOLUTIONS[spec.kind]
 
     def forward(self, input: Tensor) -> Tensor:
@@ -210,14 +220,13 @@ class ConvertedEmbedding(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, embedding_dim) for integer indices of any shape."""
-        rows = self.weight[input]
+        rows = self.weight[input.reshape(-1)]
+        scale, zero_point = self.weight_scale, self.weight_zero_point
         axis = self.spec.weight.axis
-        if axis == 0:
-            scale = self.weight_scale[input].unsqueeze(-1)
-            zero_point = self.weight_zero_point[input].unsqueeze(-1)
-            return ((rows.to(torch.float32) - zero_point) * scale).to(self._dtype)
-        last = None if axis is None else rows.dim() - 1
-        return dequantize(rows, self.weight_scale, self.weight_zero_point, last, dtype=self._dtype)
+        if axis is not None and axis % self.weight.dim() == 0:
+            scale, zero_point = scale[input.reshape(-1)], zero_point[input.reshape(-1)]
+        values = dequantize(rows, scale, zero_point, axis, dtype=self._dtype)
+        return values.reshape(*input.shape, -1)
 
 
 _CONVOLUTIONS: dict[str, Any] = {"Conv1d": F.conv1d, "Conv2d": F.conv2d, "Conv3d": F.conv3d}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import ParityError
-from compression_manager.model_call import call_model, quiet_evaluation, tensors_in
+from compression_manager.model_call import (
+    call_model,
+    call_with_examples,
+    quiet_evaluation,
+    tensors_in,
+)
 
 if TYPE_CHECKING:
     from compression_manager.deploy.conversion import Replacement
@@ -23,6 +28,9 @@ LAYER_TOLERANCE = 1e-4
 # Over the whole model such a difference can move a value across a rounding threshold, so that a
 # few elements of later layers differ by a step of their grid.
 MODEL_TOLERANCE = 2e-2
+
+# Narrower types round each result (and a folded weight) by up to half their epsilon.
+_EPSILONS = 4
 
 
 @dataclass(frozen=True)
@@ -62,56 +70,88 @@ def check_parity(
 
     Raises:
         ParityError: naming the first layer, in the order of execution, that differs by more
-            than `LAYER_TOLERANCE`, or the model's output beyond `MODEL_TOLERANCE`.
+            than `LAYER_TOLERANCE`, or the model's output beyond `MODEL_TOLERANCE` (more in
+            bfloat16 and float16).
+        ConfigError: the trained model does not take `example_inputs`.
     """
-    with ExitStack() as stack:
-        stack.enter_context(quiet_evaluation(trained, converted))
-        layer_errors = _watch_layers(stack, trained, replacements)
-        expected = list(tensors_in(call_model(trained, example_inputs)))
-        actual = list(tensors_in(call_model(converted, example_inputs)))
-    for layer, error in layer_errors.items():
-        if not error <= LAYER_TOLERANCE:
+    # Each run starts from the same random state.
+    with ExitStack() as stack, quiet_evaluation(trained):
+        comparisons = _watch_layers(stack, trained, replacements)
+        expected = list(tensors_in(call_with_examples(trained, example_inputs)))
+    for layer, (error, tolerance) in comparisons.items():
+        if not error <= tolerance:
             raise ParityError(
                 f"layer '{layer}' computes something else after conversion: relative error "
-                f"{error:.2g}, allowed {LAYER_TOLERANCE:g}."
+                f"{error:.2g}, allowed {tolerance:.2g}."
             )
-    output_error = _output_error(expected, actual)
-    if not output_error <= MODEL_TOLERANCE:
+    actual = _run_converted(converted, example_inputs)
+    error, tolerance = _compare_outputs(expected, actual)
+    if not error <= tolerance:
         raise ParityError(
-            f"the converted model's output differs from the trained model's by {output_error:.2g} "
-            f"(relative root mean square), allowed {MODEL_TOLERANCE:g}, although each converted "
+            f"the converted model's output differs from the trained model's by {error:.2g} "
+            f"(relative root mean square), allowed {tolerance:.2g}, although each converted "
             "layer agrees: the model computes something outside of its layers that differs."
         )
-    return Parity(layer_errors, output_error)
+    return Parity({layer: error for layer, (error, _) in comparisons.items()}, error)
+
+
+def _run_converted(model: nn.Module, inputs: Any) -> list[Tensor]:
+    try:
+        with quiet_evaluation(model):
+            return list(tensors_in(call_model(model, inputs)))
+    except Exception as error:
+        raise ParityError(
+            f"the converted model fails where the trained one works: {error!r}. Its code probably "
+            "uses the weight of a quantized layer itself; leave that layer out with "
+            "LayerRule(layer=..., skip=True)."
+        ) from error
 
 
 def _watch_layers(
     stack: ExitStack, trained: nn.Module, replacements: Sequence[Replacement]
-) -> dict[str, float]:
-    """Compare each layer's first call while `trained` runs; fills the returned dict."""
-    errors: dict[str, float] = {}
+) -> dict[str, tuple[float, float]]:
+    """Compare each layer's first call while `trained` runs.
+
+    Fills the returned dict: layer -> relative error and tolerance.
+    """
+    comparisons: dict[str, tuple[float, float]] = {}
     results: dict[str, Tensor] = {}
 
     def run_converted(replacement: Replacement) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if replacement.name not in results and replacement.name not in errors:
-                results[replacement.name] = replacement.layer(*args)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if replacement.name not in results and replacement.name not in comparisons:
+                results[replacement.name] = replacement.layer(*args, **kwargs)
 
         return hook
 
     def compare(replacement: Replacement) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if replacement.name in results:
-                errors[replacement.name] = _relative_error(output, results.pop(replacement.name))
+                actual = results.pop(replacement.name)
+                comparisons[replacement.name] = (
+                    _relative_error(output, actual),
+                    _tolerance(LAYER_TOLERANCE, output),
+                )
 
         return hook
 
     for replacement in replacements:
         layer = trained.get_submodule(replacement.name)
-        stack.callback(layer.register_forward_pre_hook(run_converted(replacement)).remove)
+        handle = layer.register_forward_pre_hook(run_converted(replacement), with_kwargs=True)
+        stack.callback(handle.remove)
         output_layer = trained.get_submodule(replacement.output_of)
         stack.callback(output_layer.register_forward_hook(compare(replacement)).remove)
-    return errors
+    return comparisons
+
+
+def _tolerance(base: float, *outputs: Tensor) -> float:
+    return max([base, *(_EPSILONS * torch.finfo(output.dtype).eps for output in outputs)])
+
+
+def _difference(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return expected - actual in float64, zero where both are the same infinity or NaN."""
+    same = (expected == actual) | (expected.isnan() & actual.isnan())
+    return torch.where(same, 0.0, expected.double() - actual.double())
 
 
 def _relative_error(expected: Tensor, actual: Tensor) -> float:
@@ -119,20 +159,22 @@ def _relative_error(expected: Tensor, actual: Tensor) -> float:
         return float("inf")
     if expected.numel() == 0:
         return 0.0
-    difference = (expected.double() - actual.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+    difference = _difference(expected, actual).abs().max()
+    return float(difference / _finite(expected).abs().max().clamp(min=1e-30))
 
 
-def _output_error(expected: list[Tensor], actual: list[Tensor]) -> float:
-    if len(expected) != len(actual) or any(
-        a.shape != b.shape for a, b in zip(expected, actual, strict=True)
-    ):
-        return float("inf")
-    pairs = [
-        (a.double(), b.double())
-        for a, b in zip(expected, actual, strict=True)
-        if a.is_floating_point()
-    ]
-    noise = sum(float((a - b).square().sum()) for a, b in pairs)
-    signal = sum(float(a.square().sum()) for a, _ in pairs)
-    return float((noise / max(signal, 1e-30)) ** 0.5)
+def _compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, float]:
+    """Return the relative root mean square error of the floating-point outputs, and what is
+    allowed.
+    """
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        return float("inf"), MODEL_TOLERANCE
+    pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if a.is_floating_point()]
+    noise = sum(float(_difference(a, b).square().sum()) for a, b in pairs)
+    signal = sum(float(_finite(a).square().sum()) for a, _ in pairs)
+    error = float((noise / max(signal, 1e-30)) ** 0.5)
+    return error, _tolerance(MODEL_TOLERANCE, *(a for a, _ in pairs))
+
+
+def _finite(values: Tensor) -> Tensor:
+    return values.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

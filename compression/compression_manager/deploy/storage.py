@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.layers import CONVERTED_CLASSES, ConvertedLayer, LayerSpec
 from compression_manager.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointMismatchError,
     ConfigError,
     QuantizationError,
@@ -40,6 +42,8 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
     Raises:
         CheckpointError: it cannot be written.
     """
+    state = conversion.model.state_dict()
+    tied = _aliases(state, directory)
     document = {
         "layers": [
             {
@@ -48,12 +52,18 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
                 **replacement.layer.spec.to_dict(),
             }
             for replacement in conversion.replacements
-        ]
+        ],
+        "tied": tied,
     }
     with atomic_directory(directory, format_name=FORMAT_NAME) as temporary:
-        state = _without_aliases(conversion.model.state_dict())
-        safetensors.torch.save_file(state, temporary / _TENSORS)
-        (temporary / _LAYERS).write_text(json.dumps(document, separators=(",", ":")))
+        tensors = {
+            name: value.detach().cpu().contiguous()
+            for name, value in state.items()
+            if name not in tied
+        }
+        safetensors.torch.save_file(tensors, temporary / _TENSORS)
+        text = json.dumps(document, separators=(",", ":"))
+        (temporary / _LAYERS).write_text(text, encoding="utf-8")
     return directory
 
 
@@ -77,73 +87,75 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         )
     manifest = verify_directory(Path(directory), format_name=FORMAT_NAME)
     tensors = safetensors.torch.load_file(manifest.path(_TENSORS))
-    entries = _read_entries(manifest.path(_LAYERS))
-    replacements = {entry["name"]: _build(float_model, entry, directory) for entry in entries}
-    absorbed = [name for entry in entries for name in entry["absorbed"]]
-    _check_tensors(float_model, replacements, absorbed, tensors, directory)
+    entries, tied = _read_document(manifest.path(_LAYERS))
+    tensors |= {name: tensors[source] for name, source in tied.items() if source in tensors}
 
     conversion = Conversion(float_model)
-    for entry in entries:
-        conversion.replace(entry["name"], replacements[entry["name"]], entry["absorbed"])
+    built = [(entry, _build(float_model, entry, directory)) for entry in entries]
+    try:
+        for entry, layer in built:
+            conversion.replace(entry.name, layer, entry.absorbed)
+        _check_tensors(conversion.model.state_dict(), tensors, directory)
+    except CheckpointMismatchError:
+        conversion.undo()
+        raise
     disable_fused_paths(conversion.model)
-    conversion.model.load_state_dict(_with_aliases(conversion.model, tensors))
+    conversion.model.load_state_dict(tensors)
+    _share_tied_weights(conversion, tied)
     return conversion.model.eval()
 
 
-def _read_entries(path: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Entry:
+    """What `quantization.json` says about one layer."""
+
+    name: str
+    absorbed: tuple[str, ...]
+    spec: LayerSpec
+
+
+def _read_document(path: Path) -> tuple[list[_Entry], dict[str, str]]:
     try:
-        entries = json.loads(path.read_text())["layers"]
-        for entry in entries:
-            entry["spec"] = LayerSpec.from_dict(entry)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        entries = [
+            _Entry(str(item["name"]), tuple(item["absorbed"]), LayerSpec.from_dict(item))
+            for item in document["layers"]
+        ]
+        return entries, dict(document["tied"])
     except (ValueError, KeyError, TypeError, QuantizationError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path} cannot be read: {error!r}.") from error
-    return list(entries)
 
 
-def _build(model: nn.Module, entry: Mapping[str, Any], directory: str | Path) -> ConvertedLayer:
+def _build(model: nn.Module, entry: _Entry, directory: str | Path) -> ConvertedLayer:
     modules = dict(model.named_modules())
-    spec: LayerSpec = entry["spec"]
-    for name in (entry["name"], *entry["absorbed"]):
+    for name in (entry.name, *entry.absorbed):
         if name not in modules:
             raise CheckpointMismatchError(
                 f"{directory}: the model has no layer '{name}'; {suggest(name, modules)}"
             )
-    layer = modules[entry["name"]]
-    if type(layer).__name__ != spec.kind or spec.kind not in CONVERTED_CLASSES:
+    layer, kind = modules[entry.name], entry.spec.kind
+    if kind not in CONVERTED_CLASSES or type(layer) is not getattr(nn, kind):
         raise CheckpointMismatchError(
-            f"{directory}: layer '{entry['name']}' was a {spec.kind}; here it is a "
+            f"{directory}: layer '{entry.name}' was a {kind}; here it is a "
             f"{type(layer).__name__}. Pass a fresh float model of the same architecture."
         )
-    return CONVERTED_CLASSES[spec.kind](layer, spec)
+    return CONVERTED_CLASSES[kind](layer, entry.spec)
 
 
 def _check_tensors(
-    model: nn.Module,
-    replacements: Mapping[str, ConvertedLayer],
-    absorbed: list[str],
-    tensors: Mapping[str, Tensor],
-    directory: str | Path,
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory: str | Path
 ) -> None:
-    """Compare names and shapes with what the model will hold once it is changed."""
-    expected: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        owner = name.rpartition(".")[0]
-        if owner not in replacements and owner not in absorbed:
-            expected[name] = value
-    for name, layer in replacements.items():
-        prefix = f"{name}." if name else ""
-        expected.update(layer.state_dict(prefix=prefix))
-    shared = _aliases(model.state_dict())
+    """Compare names, shapes and dtypes with what the changed model holds."""
     for name, value in expected.items():
-        source = name if name in tensors else shared.get(name, name)
-        if source not in tensors:
+        if name not in tensors:
             raise CheckpointMismatchError(
                 f"{directory}: holds no tensor '{name}'; {suggest(name, tensors)}"
             )
-        if tensors[source].shape != value.shape:
+        saved = tensors[name]
+        if (saved.shape, saved.dtype) != (value.shape, value.dtype):
             raise CheckpointMismatchError(
-                f"{directory}: tensor '{name}' has shape {tuple(tensors[source].shape)}, the model "
-                f"needs {tuple(value.shape)}."
+                f"{directory}: tensor '{name}' is {saved.dtype} {tuple(saved.shape)}, the model "
+                f"needs {value.dtype} {tuple(value.shape)}."
             )
     for name in tensors:
         if name not in expected:
@@ -152,27 +164,28 @@ def _check_tensors(
             )
 
 
-def _aliases(state: Mapping[str, Any]) -> dict[str, str]:
+def _share_tied_weights(conversion: Conversion, tied: Mapping[str, str]) -> None:
+    """Let layers that shared a weight when they were saved share it again."""
+    layers = {item.name: item.layer for item in conversion.replacements}
+    for name, source in tied.items():
+        layer, other = (layers.get(key.removesuffix(".weight")) for key in (name, source))
+        if layer is not None and other is not None:
+            layer.share_weight(other)
+
+
+def _aliases(state: Mapping[str, Any], directory: Path) -> dict[str, str]:
     """Return name -> first name under which the same tensor appears, for all later names."""
     first: dict[tuple[Any, ...], str] = {}
     found: dict[str, str] = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{directory}: cannot hold '{name}' of the model's state, a "
+                f"{type(value).__name__}; only tensors are saved."
+            )
         key = (value.data_ptr(), value.dtype, value.shape, value.stride())
         if value.numel() and key in first:
             found[name] = first[key]
         else:
             first[key] = name
     return found
-
-
-def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors to write: each tied one once, contiguous, on the CPU."""
-    tied = _aliases(state)
-    return {
-        name: value.detach().cpu().contiguous() for name, value in state.items() if name not in tied
-    }
-
-
-def _with_aliases(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tied = _aliases(model.state_dict())
-    return {name: tensors[name if name in tensors else tied[name]] for name in model.state_dict()}

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import nn
 
 # In eval mode without gradients these modules hand their children's weights to one fused
-# kernel and never call the children. Each attribute, set to the value, turns the kernel off and
-# has no other effect.
+# kernel and never call the children. Each attribute, set to the value, makes them compute as in
+# training (which leaves the outputs of padded positions as they come, not zero).
 _SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
     (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
     (nn.TransformerEncoder, "use_nested_tensor", False),

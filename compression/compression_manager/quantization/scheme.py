@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,9 @@ class QuantizationScheme:
     Raises:
         QuantizationError: a value out of range or a combination without meaning.
     """
+
+    # A recipe that changes a default's granularity must not keep its axis.
+    depends_on: ClassVar[dict[str, str]] = {"axis": "granularity"}
 
     bits: int = field(default=8, metadata=option(f"Bits per value, {MIN_BITS} to {MAX_BITS}."))
     symmetric: bool = field(

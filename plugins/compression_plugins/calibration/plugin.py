@@ -28,7 +28,7 @@ class CalibrationPlugin(Plugin[CalibrationConfig]):
         # Watched until their first skipped batch is reported.
         self._watched: list[tuple[QuantizationSite, RangeObserver]] = []
 
-    @hookimpl
+    @hookimpl(trylast=True)
     def make_observer(self, scheme: QuantizationScheme, site: QuantizationSite) -> RangeObserver:
         """Return a new observer of the configured kind."""
         observer = self._build(scheme, site)

@@ -104,7 +104,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         check_same_logits(student, teacher)
         assert self._loss is not None  # set by prepare_model
         name, weight = config.criterion.loss_types[1], config.criterion.loss_weights[1]
-        losses.add(f"{self.name}/{name}", self._loss(student, teacher), weight)
+        losses.add(f"{self.name}/{name}", self._loss(student, teacher.detach()), weight)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hash of the teacher's weights; the weights themselves are never saved."""
@@ -128,7 +128,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             )
 
     def _run_teacher(self, context: Context, teacher: Teacher, input: Any) -> Any:
-        key = ("teacher", id(teacher.model), self.config.teacher_forward)
+        key = ("teacher", id(teacher.model), id(self.config.teacher_forward))
         if key not in context.step_cache:
             context.step_cache[key] = teacher.run(input)
         return context.step_cache[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class Teacher:
     ) -> None:
         self.model = model
         self._forward = forward
+        self._shared: list[nn.Module] = []
 
     def freeze(self, context: Context, owner: str) -> None:
         """Switch to eval mode and stop gradients until the manager closes."""
-        modes = [(module, module.training) for module in self.model.modules()]
+        students = {id(module) for module in context.model.modules()}
+        self._shared = [module for module in self.model.modules() if id(module) in students]
+        own = [module for module in self.model.modules() if id(module) not in students]
+        modes = [(module, module.training) for module in own]
         gradients = {name: p.requires_grad for name, p in self.model.named_parameters()}
 
         def restore() -> None:
@@ -42,8 +47,8 @@ class Teacher:
                 parameter.requires_grad_(gradients.get(name, parameter.requires_grad))
 
         context.add_cleanup(restore, owner=owner)
-        self.model.eval()
-        self.model.requires_grad_(False)
+        with self._in_eval_mode():
+            self.model.requires_grad_(False)
 
     def run(self, inputs: Any) -> Any:
         """Return the teacher's output for the student's inputs.
@@ -51,10 +56,8 @@ class Teacher:
         Moves the teacher to the inputs' device first; whatever `train()` was called on, it runs
         in eval mode.
         """
-        if any(module.training for module in self.model.modules()):
-            self.model.eval()
         self._follow_device(inputs)
-        with torch.no_grad():
+        with self._in_eval_mode(), torch.no_grad():
             if self._forward is not None:
                 return self._forward(self.model, inputs)
             return call_model(self.model, without_labels(inputs))
@@ -67,14 +70,27 @@ class Teacher:
             if isinstance(value, Tensor):
                 plain = value.detach().cpu().contiguous()
                 digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
-                digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+                digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        # Activations without state may be one object in both models; the student keeps its mode.
+        modes = [(module, module.training) for module in self._shared]
+        if any(module.training for module in self.model.modules()):
+            self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
     def _follow_device(self, inputs: Any) -> None:
-        given = _main_device(inputs)
-        own = {tensor.device for tensor in _weights(self.model)}
+        own, given = next(_weights(self.model), None), _main_device(inputs)
+        if own is None or given is None or own.device == given:
+            return
         # A teacher that its owner spread over several devices stays where it is.
-        if given is not None and len(own) == 1 and given not in own:
+        if all(tensor.device == own.device for tensor in _weights(self.model)):
             self.model.to(given)
 
 
@@ -87,32 +103,29 @@ def check_distinct(teacher: nn.Module, student: nn.Module) -> None:
                 "the teacher is the student itself, a part of it or a model around it; pass a "
                 "separate model, for example copy.deepcopy(model)."
             )
-        if id(module) in students:
+        if id(module) in students and any(True for _ in _weights(module)):
             raise ConfigError(
                 f"the teacher's module '{name}' is also the student's '{students[id(module)]}', "
-                "and cannot be in eval mode for one and train mode for the other; pass a "
-                "separate copy."
+                "so that training would change the teacher; pass a separate copy."
             )
-    _check_parameters(teacher, student)
-
-
-def _check_parameters(teacher: nn.Module, student: nn.Module) -> None:
     trained = {_memory(p): name for name, p in student.named_parameters() if p.requires_grad}
     for name, parameter in teacher.named_parameters():
         if _memory(parameter) in trained:
             raise ConfigError(
                 f"the teacher's parameter '{name}' is the student's trainable "
-                f"'{trained[_memory(parameter)]}', and would be trained with it; pass a separate "
-                "copy."
+                f"'{trained[_memory(parameter)]}', so that training would change the teacher; "
+                "pass a separate copy."
             )
 
 
 def _memory(tensor: Tensor) -> tuple[torch.device, int]:
     """Return what two parameters have in common when they are views of the same memory.
 
-    `load_state_dict(..., assign=True)` makes such parameters.
+    `load_state_dict(..., assign=True)` makes such parameters. Other kinds of parameters (lazy,
+    sharded, without data) have no address.
     """
-    return tensor.device, tensor.untyped_storage().data_ptr() or id(tensor)
+    address = tensor.untyped_storage().data_ptr() if type(tensor) is nn.Parameter else 0
+    return tensor.device, address or id(tensor)
 
 
 def _weights(model: nn.Module) -> Iterator[Tensor]:

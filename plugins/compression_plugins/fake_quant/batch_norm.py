@@ -6,39 +6,58 @@ nor tracing are needed, so that the model's control flow is free.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compression_manager.model_call import tensors_in
 from compression_manager.model_hooks import ModelHooks
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+# Exact classes: a subclass may do more than normalize.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class PairFinder(TorchFunctionMode):
-    """A context that observes the forward pass run inside it; then `pairs()` answers."""
+class PairFinder(TorchDispatchMode):
+    """A context that observes the forward pass run inside it; then `pairs()` answers.
+
+    It watches the operations themselves, below autograd, because functions of Python alone
+    would miss scripted modules and custom autograd functions.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self._model = model
         self._hooks = ModelHooks()
+        self.active = False
+        self._forget()
+
+    def _forget(self) -> None:
+        # Holding a tensor keeps its id from being used again during the pass.
         self._outputs: dict[int, tuple[str, Tensor]] = {}
+        self._inputs: dict[str, int] = {}
         self._calls: dict[str, int] = {}
-        self._consumers: dict[int, int] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._used_elsewhere: set[int] = set()
+        self._running: str | None = None
 
     def __enter__(self) -> Self:
         for name, module in self._model.named_modules():
             if isinstance(module, _CONVOLUTIONS):
-                self._hooks.add_forward_hook(module, self._on_convolution(name))
-            elif isinstance(module, _BATCH_NORMS):
-                self._hooks.add_forward_pre_hook(module, self._on_batch_norm(name))
+                # First of all hooks: what another hook does with the output is a use of it.
+                self._hooks.add_forward_hook(module, self._after_convolution(name), prepend=True)
+            elif type(module) in _BATCH_NORMS:
+                self._hooks.add_forward_pre_hook(
+                    module, self._before_batch_norm(name), with_kwargs=True
+                )
+                self._hooks.add_forward_hook(module, self._after_batch_norm, prepend=True)
         super().__enter__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self.active = True
         return self
 
     def __exit__(
@@ -47,71 +66,93 @@ class PairFinder(TorchFunctionMode):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.active = False
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]  # untyped in torch
         self._hooks.remove_all()
 
-    def __torch_function__(
+    def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        # A call that returns no tensor (a shape, a flag) does not use the values.
-        if any(True for _ in tensors_in(result)):
-            for tensor in tensors_in((args, kwargs)):
-                if id(tensor) in self._outputs:
-                    self._consumers[id(tensor)] = self._consumers.get(id(tensor), 0) + 1
-        return result
+        if self._running is None and self._outputs:
+            for value in tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and id(value) in self._outputs:
+                    self._used_elsewhere.add(id(value))
+        return func(*args, **kwargs)
 
     def pairs(self, model_output: Any) -> dict[str, str]:
-        """Return BatchNorm name -> name of the convolution that feeds only it.
+        """Return BatchNorm name -> name of the convolution that feeds only it, and forget all.
 
         Args:
             model_output: what the observed forward pass returned; a convolution whose output
                 is part of it has another consumer.
         """
-        returned = {id(tensor) for tensor in tensors_in(model_output)}
+        used = self._used_elsewhere | {id(tensor) for tensor in tensors_in(model_output)}
+        readers = list(self._inputs.values())
         found: dict[str, str] = {}
-        for batch_norm, tensor in self._inputs.items():
-            key = id(tensor)
-            if key not in self._outputs or key in returned:
+        for batch_norm, key in self._inputs.items():
+            if key not in self._outputs or key in used or readers.count(key) != 1:
                 continue
             convolution = self._outputs[key][0]
-            once = self._calls[convolution] == self._calls[batch_norm] == 1
-            if once and self._consumers.get(key) == 1:
+            if self._calls[convolution] == self._calls[batch_norm] == 1:
                 found[batch_norm] = convolution
+        self._forget()
         return found
 
-    def _on_convolution(self, name: str) -> Callable[..., None]:
+    def abandon(self) -> None:
+        """End an observation that came to nothing."""
+        self.__exit__(None, None, None)
+        self._forget()
+
+    def _after_convolution(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
-            # Holding the tensor keeps its id from being used again during this pass.
-            self._outputs[id(output)] = (name, output)
+            # Without a batch dimension the channels are not where BatchNorm looks for them.
+            if output.dim() == module.get_parameter("weight").dim():
+                self._outputs[id(output)] = (name, output)
 
         return hook
 
-    def _on_batch_norm(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_batch_norm(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
-            self._inputs[name] = args[0]
+            self._inputs[name] = id(args[0] if args else kwargs["input"])
+            self._running = name
 
         return hook
+
+    def _after_batch_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._running = None
 
 
 def observe_next_forward(
     model: nn.Module, hooks: ModelHooks, found: Callable[[dict[str, str]], object]
 ) -> None:
-    """Observe the next forward pass of `model`, whoever runs it, and hand over its pairs."""
+    """Observe the next complete forward pass of `model`, whoever runs it, and hand over its pairs.
+
+    A pass that raises is forgotten, and the one after it observed. Compiled passes are not
+    observed.
+    """
     finder = PairFinder(model)
 
     def begin(module: nn.Module, args: Any) -> None:
-        begin_handle.remove()
+        if torch.compiler.is_compiling():
+            return
+        if finder.active:  # the last pass was left by KeyboardInterrupt, which calls no hook
+            finder.abandon()
         finder.__enter__()
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        end_handle.remove()
+        if torch.compiler.is_compiling() or not finder.active:
+            return
+        if sys.exception() is not None:
+            # torch is iterating over the hooks, so that none may be removed now.
+            finder.abandon()
+            return
         finder.__exit__(None, None, None)
-        if output is not None:
-            found(finder.pairs(output))
+        for handle in (begin_handle, end_handle):
+            handle.remove()
+        found(finder.pairs(output))
 
     begin_handle = hooks.add_forward_pre_hook(model, begin)
     # Also called when forward raises, so that the observation ends in any case.

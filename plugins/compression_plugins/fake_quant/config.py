@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme
@@ -49,6 +50,7 @@ class LayerRule:
             raise ConfigError(f"{self}: skip=True leaves nothing to choose a scheme for.")
         if self.weight_only and self.activation is not None:
             raise ConfigError(f"{self}: weight_only=True contradicts an activation scheme.")
+        require_type(self, "weight", self.weight, (QuantizationScheme, type(None)))
         check_activation("LayerRule.activation", self.activation)
 
     def __str__(self) -> str:
@@ -90,16 +92,29 @@ class QATConfig(PluginConfig):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, QuantizationScheme):
-            raise ConfigError(
-                f"QATConfig.weight takes a QuantizationScheme, got {type(self.weight).__name__}."
-            )
+        require_type(self, "weight", self.weight, QuantizationScheme)
         check_activation("QATConfig.activation", self.activation)
-        rules = tuple(self.overrides)
-        for rule in rules:
+        require_type(self, "overrides", self.overrides, (tuple, list))
+        for rule in self.overrides:
             if not isinstance(rule, LayerRule):
                 raise ConfigError(f"QATConfig.overrides takes LayerRule objects, got {rule!r}.")
-        object.__setattr__(self, "overrides", rules)
+        object.__setattr__(self, "overrides", tuple(self.overrides))
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        for name in ("observe_at", "fake_quantize_at"):
+            require_type(self, name, getattr(self, name), StartAt)
+        for name in ("freeze_observers_at", "freeze_batch_norm_at"):
+            require_type(self, name, getattr(self, name), (StartAt, type(None)))
+        frozen, observe = self.freeze_observers_at, self.observe_at
+        if frozen is None:
+            return
+        for end, start in ((frozen.step, observe.step), (frozen.epoch, observe.epoch)):
+            if end is not None and start is not None and end <= start:
+                raise ConfigError(
+                    f"QATConfig.freeze_observers_at ({frozen}) must come after observe_at "
+                    f"({observe}), or no range is ever observed."
+                )
 
 
 def check_activation(where: str, scheme: QuantizationScheme | None) -> None:

@@ -17,12 +17,16 @@ from compression_manager.quantization.layers import QuantizedLayer
 def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -> ConvertedLayer:
     """Return the deployed form of `layer`, with `batch_norm` folded into it.
 
+    An input that was never observed stays in floating point, as it did in training.
+
     Raises:
-        QuantizationError: the layer's input was never observed.
+        QuantizationError: the weight is not finite.
     """
     weight = layer.weight.detach()
     weight_parameters = layer.weight_quantizer.quantization_parameters(weight)
     input_quantizer = layer.input_quantizer
+    if input_quantizer is not None and not input_quantizer.is_calibrated():
+        input_quantizer = None
     input_parameters = (
         None if input_quantizer is None else input_quantizer.quantization_parameters()
     )

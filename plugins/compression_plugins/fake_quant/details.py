@@ -9,7 +9,7 @@ from compression_manager.quantization.layers import QuantizedLayer
 
 def publish_layer(metrics: MetricBoard, name: str, layer: QuantizedLayer) -> None:
     """Publish `quantization/<layer>/...`: scales, zero points, ranges and a weight histogram."""
-    prefix = f"quantization/{name}"
+    prefix = f"quantization/{name}" if name else "quantization"
     weight = layer.weight.detach()
     metrics.histogram(f"{prefix}/weight", weight)
     _publish(metrics, f"{prefix}/weight", layer.weight_quantizer.quantization_parameters(weight))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from compression_manager.errors import ConfigError, suggest
@@ -36,39 +37,44 @@ def plan_model(model: nn.Module, config: QATConfig) -> ModelPlan:
     """Return what `config` means for `model`.
 
     Raises:
-        ConfigError: a rule matches no layer, the model is prepared already, or nothing would
-            be quantized.
+        ConfigError: a rule has no effect, a scheme does not fit a layer, the model is prepared
+            already, or nothing would be quantized.
     """
     _refuse_prepared(model)
-    candidates = dict(_candidates(model))
-    _check_rules(config.overrides, model)
+    candidates = _candidates(model)
+    unsupported = {
+        name: reason
+        for name, module in candidates.items()
+        if (reason := _reason_against(module)) is not None
+    }
+    for rule in config.overrides:
+        _check_rule(rule, model, candidates, unsupported)
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     for name, module in candidates.items():
-        rule = _last_match(config.overrides, name, module)
-        reason = _reason_against(model, name, module, rule)
-        if reason is not None:
-            skipped[name] = reason
-            continue
-        layers.append(_plan_layer(name, module, config, rule))
+        exception = _last_match(config.overrides, name, module)
+        if exception is not None and exception.skip:
+            skipped[name] = f"skipped by {exception}"
+        elif name in unsupported:
+            skipped[name] = unsupported[name]
+        else:
+            layers.append(_plan_layer(name, module, config, exception))
     if not layers:
-        reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in skipped.items())
         raise ConfigError(
-            f"QATConfig would quantize nothing: {reasons or 'the model has no layers'}. Supported "
-            f"layers: {', '.join(kind.__name__ for kind in QUANTIZED_CLASSES)}."
+            f"QATConfig would quantize nothing: {_listed(skipped) or 'the model has no layers'}. "
+            f"Supported layers: {', '.join(kind.__name__ for kind in QUANTIZED_CLASSES)}."
         )
     return ModelPlan(tuple(layers), skipped)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module that owns parameters."""
-    for name, module in model.named_modules():
-        if _has_own_parameters(module) or parametrize.is_parametrized(module):
-            yield name, module
-
-
-def _has_own_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Return every module that owns parameters."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        or parametrize.is_parametrized(module)
+    }
 
 
 def _plan_layer(
@@ -81,31 +87,43 @@ def _plan_layer(
         activation = None if rule.weight_only else rule.activation or activation
     if isinstance(module, nn.Embedding):
         activation = None  # its input is indices
+    dimensions = module.get_parameter("weight").dim()
+    if weight.axis is not None and not -dimensions <= weight.axis < dimensions:
+        raise ConfigError(
+            f"layer '{name}': axis {weight.axis} of the weight's scheme does not exist; the "
+            f"weight of a {type(module).__name__} has the axes 0 to {dimensions - 1}."
+        )
     return LayerPlan(name, weight, activation)
 
 
-def _reason_against(
-    model: nn.Module, name: str, module: nn.Module, rule: LayerRule | None
-) -> str | None:
-    if rule is not None and rule.skip:
-        return f"skipped by {rule}"
+def _reason_against(module: nn.Module) -> str | None:
+    """Return why `module` cannot be quantized, or None if it can."""
+    if isinstance(module, LazyModuleMixin):
+        return "it is lazy: run one forward pass before preparing"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     kind = type(module)
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "MultiheadAttention uses its weight without calling it"
     if kind not in QUANTIZED_CLASSES:
-        supported = next((base for base in QUANTIZED_CLASSES if isinstance(module, base)), None)
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "MultiheadAttention uses its weight without calling it"
-        if supported is not None:
-            return f"{kind.__name__} is a subclass of {supported.__name__} with its own behaviour"
+        base = next((base for base in QUANTIZED_CLASSES if isinstance(module, base)), None)
+        if base is not None:
+            return f"{kind.__name__} is a subclass of {base.__name__} with its own behaviour"
         return f"{kind.__name__} has no quantized form"
+    return _reason_against_weight(module)
+
+
+def _reason_against_weight(module: nn.Module) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, spectral_norm or pruning)"
+    if not weight.is_floating_point():
+        return f"its weight is {weight.dtype}"
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "Embedding with max_norm changes its weight in forward"
         if module.sparse:
             return "Embedding with sparse=True has no sparse gradient through fake quantization"
-    if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
-        return "it is lazy: run one forward pass before preparing"
     return None
 
 
@@ -118,16 +136,37 @@ def _refuse_prepared(model: nn.Module) -> None:
             )
 
 
-def _check_rules(rules: Sequence[LayerRule], model: nn.Module) -> None:
-    modules = dict(model.named_modules())
-    for rule in rules:
-        if any(_matches(rule, name, module) for name, module in modules.items()):
-            continue
-        if rule.layer is not None:
-            valid = [name for name, module in _candidates(model) if name]
-            raise ConfigError(f"{rule} matches no layer; {suggest(rule.layer, valid)}")
-        classes = {type(module).__name__ for module in modules.values()}
-        raise ConfigError(f"{rule} matches no layer; {suggest(rule.module_class or '', classes)}")
+def _check_rule(
+    rule: LayerRule,
+    model: nn.Module,
+    candidates: Mapping[str, nn.Module],
+    unsupported: Mapping[str, str],
+) -> None:
+    """Raise ConfigError if the rule has no effect on any layer."""
+    hit = [name for name, module in candidates.items() if _matches(rule, name, module)]
+    if not hit:
+        raise ConfigError(f"{rule} matches no layer; {_near(rule, model, candidates)}")
+    if not rule.skip and all(name in unsupported for name in hit):
+        reasons = _listed({name: unsupported[name] for name in hit})
+        raise ConfigError(f"{rule} matches only layers that cannot be quantized: {reasons}.")
+
+
+def _near(rule: LayerRule, model: nn.Module, candidates: Mapping[str, nn.Module]) -> str:
+    """Return what the user may have meant."""
+    for name, module in model.named_modules():
+        inside = any(candidate.startswith(f"{name}.") for candidate in candidates)
+        if name and inside and _matches(rule, name, module):
+            return (
+                f"'{name}' is a container without parameters of its own; "
+                f"LayerRule(layer='{name}.*') matches all layers inside."
+            )
+    if rule.layer is not None:
+        return suggest(rule.layer, [name for name in candidates if name])
+    return suggest(str(rule.module_class), {type(item).__name__ for item in candidates.values()})
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name or 'the model'}: {why}" for name, why in reasons.items())
 
 
 def _last_match(rules: Sequence[LayerRule], name: str, module: nn.Module) -> LayerRule | None:

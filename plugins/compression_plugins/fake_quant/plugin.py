@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
-from compression_manager.errors import CheckpointMismatchError
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.errors import CheckpointMismatchError, QuantizationError
+from compression_manager.model_call import call_with_examples, quiet_evaluation
 from compression_manager.quantization import (
     FakeQuantizer,
     ObservedFakeQuantizer,
@@ -43,6 +43,7 @@ class QATPlugin(Plugin[QATConfig]):
         super().__init__(config)
         self._plan = ModelPlan((), {})
         self._pairs: dict[str, str] | None = None
+        self._folded: dict[str, str] = {}
         self._context: Context | None = None
         self._batch_norm_is_frozen = False
 
@@ -66,8 +67,11 @@ class QATPlugin(Plugin[QATConfig]):
             )
             context.add_cleanup(_restoring(layer), owner=self.name)
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
-        context.skipped_layers.update(self._plan.skipped)
-        self._find_pairs(context)
+        if context.example_inputs is None:
+            self._take_pairs(None)
+            observe_next_forward(context.model, context.model_hooks, self._take_pairs)
+        else:
+            self._take_pairs(_find_pairs(context.model, context.example_inputs))
 
     @hookimpl(trylast=True)
     def make_fake_quantizer(
@@ -103,9 +107,19 @@ class QATPlugin(Plugin[QATConfig]):
 
     @hookimpl
     def convert_model(self, conversion: Conversion) -> None:
-        """Replace every quantization-aware layer of the copy by its deployed form."""
+        """Replace every quantization-aware layer of the copy by its deployed form.
+
+        Raises:
+            QuantizationError: fake quantization has not begun, or nothing was observed.
+        """
         model = conversion.model
-        batch_norm_of = {conv: name for name, conv in self._foldable(model).items()}
+        self._check_trained(model)
+        if conversion.example_inputs is not None:
+            # Only the pairs of the model as deployed count: eval mode may take another path.
+            deployed = _find_pairs(model, conversion.example_inputs)
+            trained = deployed if self._pairs is None else self._pairs
+            self._take_pairs(dict(deployed.items() & trained.items()))
+        batch_norm_of = {convolution: name for name, convolution in self._folded.items()}
         for planned in self._plan.layers:
             layer = cast(QuantizedLayer, model.get_submodule(planned.name))
             name = batch_norm_of.get(planned.name)
@@ -139,8 +153,7 @@ class QATPlugin(Plugin[QATConfig]):
                 f"plugin '{self.name}': the checkpoint quantizes other layers; different: "
                 f"{', '.join(different) or 'their order'}."
             )
-        if state["pairs"] is not None:
-            self._take_pairs(state["pairs"])
+        self._take_pairs(state["pairs"])
 
     # Internals -------------------------------------------------------------------------------
 
@@ -162,23 +175,38 @@ class QATPlugin(Plugin[QATConfig]):
             cast(QuantizedLayer, model.get_submodule(planned.name)) for planned in self._plan.layers
         ]
 
-    def _find_pairs(self, context: Context) -> None:
-        model = context.model
-        if context.example_inputs is None:
-            observe_next_forward(model, context.model_hooks, self._take_pairs)
-            return
-        finder = PairFinder(model)
-        with quiet_evaluation(model), finder:
-            output = call_model(model, context.example_inputs)
-        self._take_pairs(finder.pairs(output))
-
-    def _take_pairs(self, pairs: Mapping[str, str]) -> None:
+    def _take_pairs(self, pairs: Mapping[str, str] | None) -> None:
+        """Remember the pairs (None: not known yet) and describe the layers accordingly."""
         assert self._context is not None
-        self._pairs = dict(pairs)
-        folded = self._foldable(self._context.model)
-        self._context.folded_layers.update(folded)
-        for name, convolution in folded.items():
-            self._context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
+        context = self._context
+        for name in self._folded:
+            context.folded_layers.pop(name, None)
+            context.skipped_layers.pop(name, None)
+        self._pairs = None if pairs is None else dict(pairs)
+        self._folded = self._foldable(context.model)
+        context.folded_layers.update(self._folded)
+        context.skipped_layers.update(self._plan.skipped)
+        for name, convolution in self._folded.items():
+            context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
+
+    def _check_trained(self, model: nn.Module) -> None:
+        """Raise QuantizationError unless the layers compute on integers by now."""
+        layers = self._layers(model)
+        if not all(
+            quantizer.phase.quantizing for layer in layers for quantizer in layer.quantizers()
+        ):
+            raise QuantizationError(
+                f"plugin '{self.name}': fake quantization has not begun, so that the converted "
+                f"model would not be the trained one; it begins at {self.config.fake_quantize_at}, "
+                "counted in optimizer steps and epochs through this manager's hooks. Train on "
+                "before converting."
+            )
+        inputs = [layer.input_quantizer for layer in layers if layer.input_quantizer is not None]
+        if inputs and not any(quantizer.is_calibrated() for quantizer in inputs):
+            raise QuantizationError(
+                f"plugin '{self.name}': no layer has observed the range of its input; observers "
+                f"start at {self.config.observe_at}. Train on before converting."
+            )
 
     def _foldable(self, model: nn.Module) -> dict[str, str]:
         """Return BatchNorm name -> convolution name where folding changes only scales."""
@@ -194,13 +222,20 @@ class QATPlugin(Plugin[QATConfig]):
     def _freeze_batch_norm(self, context: Context) -> None:
         if not self._batch_norm_is_frozen:
             self._batch_norm_is_frozen = True
-            context.add_cleanup(lambda: self._unfreeze_batch_norm(context), owner=self.name)
+            frozen = [module for module in _batch_norms(context.model) if module.training]
+            context.add_cleanup(lambda: _unfreeze(context.model, frozen), owner=self.name)
+            for module in _batch_norms(context.model):
+                # Whatever the user's loop calls train() on, and whenever.
+                context.model_hooks.add_forward_pre_hook(module, _set_eval)
         for module in _batch_norms(context.model):
             module.eval()
 
-    def _unfreeze_batch_norm(self, context: Context) -> None:
-        for module in _batch_norms(context.model):
-            module.train(context.model.training)
+
+def _find_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
+    finder = PairFinder(model)
+    with quiet_evaluation(model), finder:
+        output = call_with_examples(model, inputs)
+    return finder.pairs(output)
 
 
 def _restoring(layer: QuantizedLayer) -> Callable[[], None]:
@@ -209,3 +244,13 @@ def _restoring(layer: QuantizedLayer) -> Callable[[], None]:
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+
+def _set_eval(module: nn.Module, args: Any) -> None:
+    if module.training:
+        module.eval()
+
+
+def _unfreeze(model: nn.Module, frozen: list[_BatchNorm]) -> None:
+    for module in frozen:
+        module.train(model.training)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import tqdm
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -220,7 +221,9 @@ def test_evaluation_outside_of_an_epoch_is_harmless(terminal) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_tqdm_starts_no_thread_for_the_bar(terminal) -> None:
+def test_tqdm_starts_no_thread_for_the_bar(terminal, monkeypatch) -> None:
+    # Another test's bar may have started the thread that tqdm shares.
+    monkeypatch.setattr(tqdm.tqdm, "monitor", None)
     loop = Loop([1])
     loop.epoch(0)
     assert loop.plugin._bar is not None

@@ -1,0 +1,214 @@
+"""Bad input gets one of the framework's errors and leaves the model and files as they were.
+
+One test per entry of the list in the issue; details are tested beside each module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+from torch import nn
+
+from compression_manager import (
+    CheckpointError,
+    CompressionError,
+    ConfigError,
+    LifecycleError,
+    LossError,
+    prepare_compression,
+)
+from compression_plugins import (
+    CheckpointConfig,
+    DistillationConfig,
+    LayerRule,
+    QATConfig,
+)
+
+
+def _snapshot(model: nn.Module) -> dict[str, Any]:
+    return {
+        "state": copy.deepcopy(model.state_dict()),
+        "classes": [type(module) for module in model.modules()],
+        "modes": [module.training for module in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+    }
+
+
+@pytest.fixture
+def model() -> Iterator[nn.Module]:
+    """A model that must be untouched when the test is over."""
+    model = toys.mlp()
+    before = _snapshot(model)
+    yield model
+    after = _snapshot(model)
+    assert all(torch.equal(before["state"][k], after["state"][k]) for k in before["state"])
+    assert {k: v for k, v in before.items() if k != "state"} == {
+        k: v for k, v in after.items() if k != "state"
+    }
+
+
+def _recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plugins: {qatt: {}}", ["qatt", "did you mean 'qat'"]),
+        ("plugin: {qat: {}}", ["recipe.yaml", "plugins"]),
+        ("plugins: {qat: {weights: {bits: 4}}}", ["plugins.qat.weights", "weight"]),
+        ("plugins: {qat: {weight: {bits: 99}}}", ["plugins.qat.weight", "99", "32"]),
+        ("plugins: {qat: {weight: {bits: many}}}", ["plugins.qat.weight.bits", "many"]),
+        ("plugins: {qat: {overrides: [{layer: lin, skip: true}]}}", ["lin", "Valid: 0, 2"]),
+        ("plugins: {qat: {overrides: 3}}", ["plugins.qat.overrides", "3"]),
+        ("plugins: {}", ["plugins"]),
+        ("plugins: {distillation: {}}", ["teacher_model"]),
+        ("plugins: {qat: {}, qat: {}}", ["recipe.yaml", "qat"]),
+        ("plugins: [", ["recipe.yaml"]),
+    ],
+)
+def test_recipe(model: nn.Module, tmp_path: Path, text: str, expected: list[str]) -> None:
+    with pytest.raises(CompressionError) as error:
+        prepare_compression(model, _recipe(tmp_path, text))
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_missing_recipe_names_the_file(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        prepare_compression(model, tmp_path / "nowhere.yaml")
+
+
+def test_override_that_matches_nothing(model: nn.Module, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, "plugins: {qat: {}}")
+    with pytest.raises(ConfigError, match="wieght"):
+        prepare_compression(model, recipe, overrides=["plugins.qat.wieght.bits=4"])
+    with pytest.raises(ConfigError, match=r"0.bias|0, 2"):
+        prepare_compression(model, [QATConfig(overrides=(LayerRule(layer="1x", skip=True),))])
+
+
+@pytest.mark.parametrize("configs", [[], [3], "missing.yaml", None, QATConfig()])
+def test_configs_of_a_wrong_kind(model: nn.Module, configs: Any) -> None:
+    with pytest.raises(ConfigError):
+        prepare_compression(model, configs)
+
+
+@pytest.mark.parametrize("not_a_model", [None, 3, lambda x: x, toys.mlp().state_dict()])
+def test_model_that_is_no_module(not_a_model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"torch\.nn\.Module"):
+        prepare_compression(not_a_model, [QATConfig()])
+
+
+def test_teacher_that_is_the_student(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="teacher is the student"):
+        prepare_compression(model, [QATConfig(), DistillationConfig(model)])
+
+
+def test_mismatched_logits_at_prepare(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match="classes"):
+        prepare_compression(
+            model,
+            [QATConfig(), DistillationConfig(toys.mlp(classes=7))],
+            example_inputs=torch.randn(2, 6),
+        )
+
+
+def test_mismatched_logits_at_the_first_step(model: nn.Module) -> None:
+    manager = prepare_compression(model, [DistillationConfig(toys.mlp(classes=7))])
+    manager.on_train_begin()
+    manager.on_step_begin(0)
+    inputs = torch.randn(2, 6)
+    output = model(inputs)
+    with pytest.raises(ConfigError, match=r"\(2, 4\).*\(2, 7\)"):
+        manager.on_after_compute_loss(inputs, output, output.mean())
+    manager.close()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        torch.ones(2),
+        torch.tensor(3),
+        3.0,
+        None,
+        torch.tensor(float("nan")),
+        torch.tensor(float("inf")),
+    ],
+)
+def test_loss_that_is_no_finite_scalar(model: nn.Module, loss: Any) -> None:
+    manager = prepare_compression(model, [QATConfig()])
+    manager.on_train_begin()
+    manager.on_step_begin(0)
+    with pytest.raises(LossError):
+        manager.on_after_compute_loss(torch.randn(2, 6), torch.randn(2, 4), loss)
+    manager.close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.on_step_begin(0),
+        lambda m: m.on_epoch_begin(0),
+        lambda m: m.on_step_end(),
+        lambda m: m.on_epoch_end(),
+        lambda m: m.on_train_end(),
+        lambda m: m.on_after_compute_loss(None, None, torch.ones(())),
+        lambda m: m.on_before_optimizer_step(),
+        lambda m: m.on_after_optimizer_step(),
+        lambda m: m.on_after_eval({}),
+    ],
+)
+def test_hooks_out_of_order(model: nn.Module, call: Callable[[Any], Any]) -> None:
+    manager = prepare_compression(model, [QATConfig()])
+    with pytest.raises(LifecycleError):
+        call(manager)
+    manager.close()
+
+
+def test_empty_loader(model: nn.Module) -> None:
+    with prepare_compression(model, [QATConfig()]) as manager:
+        manager.on_train_begin()
+        manager.on_epoch_begin(0)
+        with pytest.raises(CompressionError, match="no batch"):
+            list(manager.steps([]))
+        with pytest.raises(LifecycleError, match="without a single step"):
+            manager.on_epoch_end()
+
+
+@pytest.mark.parametrize("content", [None, "empty", "foreign", "file", "garbage"])
+def test_unreadable_or_foreign_checkpoint(
+    model: nn.Module, tmp_path: Path, content: str | None
+) -> None:
+    directory = tmp_path / "checkpoint"
+    if content == "file":
+        directory.write_text("x")
+    elif content is not None:
+        directory.mkdir()
+        if content == "foreign":
+            (directory / "model.bin").write_bytes(b"x")
+        elif content == "garbage":
+            (directory / "manifest.json").write_text("{]")
+    before = sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
+    manager = prepare_compression(model, [QATConfig()])
+    with pytest.raises(CheckpointError) as error:
+        manager.resume(directory)
+    manager.close()
+    assert "checkpoint" in str(error.value)
+    after = sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
+    assert before == after
+
+
+def test_checkpoint_directory_that_is_a_file(model: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ConfigError, match="taken"):
+        prepare_compression(model, [QATConfig(), CheckpointConfig(tmp_path / "taken")])
+    assert (tmp_path / "taken").read_text() == "mine"

@@ -1,0 +1,87 @@
+"""Deployed layers by themselves."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from compression_manager.deploy import LayerSpec
+from compression_manager.deploy.layers import CONVERTED_CLASSES
+from compression_manager.quantization import QuantizationScheme
+
+WEIGHT = QuantizationScheme(granularity="channel")
+INPUT = QuantizationScheme(symmetric=False, signed=False)
+
+
+@pytest.mark.parametrize("input", [INPUT, None])
+def test_a_spec_survives_json(input):
+    spec = LayerSpec("Conv2d", WEIGHT, input, True)
+    assert LayerSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("layer", "spec", "expected"),
+    [
+        (
+            nn.Linear(3, 2),
+            LayerSpec("Linear", WEIGHT, INPUT, True),
+            {
+                "weight": (torch.int8, (2, 3)),
+                "weight_scale": (torch.float32, (2,)),
+                "weight_zero_point": (torch.int32, (2,)),
+                "input_scale": (torch.float32, ()),
+                "input_zero_point": (torch.int32, ()),
+                "bias": (torch.float32, (2,)),
+            },
+        ),
+        (
+            nn.Embedding(5, 2).double(),
+            LayerSpec("Embedding", QuantizationScheme(bits=32), None, False),
+            {
+                "weight": (torch.int32, (5, 2)),
+                "weight_scale": (torch.float32, ()),
+                "weight_zero_point": (torch.int64, ()),
+            },
+        ),
+        (
+            nn.Conv1d(2, 4, 3, bias=False, dtype=torch.bfloat16),
+            LayerSpec("Conv1d", QuantizationScheme(signed=False, symmetric=False), INPUT, True),
+            {
+                "weight": (torch.uint8, (4, 2, 3)),
+                "weight_scale": (torch.float32, ()),
+                "weight_zero_point": (torch.int32, ()),
+                "input_scale": (torch.float32, ()),
+                "input_zero_point": (torch.int32, ()),
+                "bias": (torch.bfloat16, (4,)),
+            },
+        ),
+    ],
+)
+def test_a_layer_holds_what_its_spec_says(layer, spec, expected):
+    converted = CONVERTED_CLASSES[spec.kind](layer, spec)
+    held = {name: (value.dtype, tuple(value.shape)) for name, value in converted.named_buffers()}
+    assert held == expected == {
+        name: (value.dtype, tuple(value.shape)) for name, value in converted.state_dict().items()
+    }  # fmt: skip
+    assert not list(converted.parameters())
+    assert not converted.training
+    for constant in type(layer).__constants__:
+        assert getattr(converted, constant) == getattr(layer, constant)
+
+
+def test_printing_shows_the_schemes():
+    layer = CONVERTED_CLASSES["Linear"](nn.Linear(3, 2), LayerSpec("Linear", WEIGHT, None, True))
+    assert repr(layer) == f"ConvertedLinear(weight={WEIGHT}, input=float)"
+
+
+def test_weights_are_shared_only_if_equal():
+    spec = LayerSpec("Linear", WEIGHT, None, False)
+    first, second = (CONVERTED_CLASSES["Linear"](nn.Linear(3, 2), spec) for _ in range(2))
+    second.weight_scale.fill_(2.0)
+    second.share_weight(first)
+    assert second.weight is not first.weight
+    second.weight_scale.fill_(1.0)
+    second.share_weight(first)
+    assert second.weight is first.weight
+    assert second.weight_scale is first.weight_scale

@@ -1,0 +1,204 @@
+"""The parity check finds what differs, names it, and is not misled."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import toys
+from compression_manager import Plugin, hookimpl, prepare_compression
+from compression_manager.deploy import check_parity
+from compression_manager.deploy.conversion import Replacement
+from compression_manager.errors import ConfigError, ParityError
+from compression_manager.plugin import PluginConfig
+from compression_manager.schedule import StartAt
+from compression_plugins.fake_quant import QATConfig
+from quantization_reference import prepared, trained
+
+IMAGES = toys.images().tensors[0]
+VECTORS = toys.vectors().tensors[0]
+
+
+def conversion(model, inputs):
+    torch.manual_seed(0)
+    manager = trained(model, inputs)
+    manager.convert()
+    return manager._conversion, model.eval()
+
+
+def sabotage_integer(layer):
+    layer.weight.view(-1)[0] += 60
+
+
+def sabotage_scale(layer):
+    layer.weight_scale.mul_(1.01)
+
+
+def sabotage_input_scale(layer):
+    layer.input_scale.mul_(1.5)
+
+
+def sabotage_zero_point(layer):
+    layer.input_zero_point.fill_(250)
+
+
+def sabotage_bias(layer):
+    layer.bias.add_(0.1)
+
+
+def sabotage_with_nan(layer):
+    layer.bias.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv2", "fc"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        sabotage_integer,
+        sabotage_scale,
+        sabotage_input_scale,
+        sabotage_zero_point,
+        sabotage_bias,
+        sabotage_with_nan,
+    ],
+)
+def test_a_layer_that_differs_is_named(name, damage):
+    torch.manual_seed(0)
+    converted, model = conversion(toys.ConvNet(), IMAGES)
+    damage(converted.model.get_submodule(name))
+    with pytest.raises(ParityError, match=f"layer '{name}' computes something else"):
+        check_parity(model, converted.model, converted.replacements, IMAGES)
+
+
+def test_the_first_of_several_in_the_order_of_execution_is_named():
+    class Reversed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Linear(6, 4)
+            self.first = nn.Linear(6, 6)
+
+        def forward(self, input):
+            return self.last(self.first(input))
+
+    converted, model = conversion(Reversed(), VECTORS)
+    for name in ("first", "last"):
+        sabotage_bias(converted.model.get_submodule(name))
+    with pytest.raises(ParityError, match="layer 'first'"):
+        check_parity(model, converted.model, converted.replacements, VECTORS)
+
+
+def test_a_difference_outside_of_the_layers_is_found():
+    model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+    converted, model = conversion(model, VECTORS)
+    with torch.no_grad():
+        converted.model[1].weight.mul_(1.1)
+    with pytest.raises(ParityError, match="outside of its layers"):
+        check_parity(model, converted.model, converted.replacements, VECTORS)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+def test_outputs_in_a_dataclass_are_compared():
+    class Wrapped(nn.Sequential):
+        def forward(self, input):
+            return Output(super().forward(input))
+
+    model = Wrapped(nn.Linear(6, 4), nn.LayerNorm(4))
+    manager = prepared(model, fake_quantize_at=StartAt(step=0))
+    manager.on_step_begin(0)
+    model(VECTORS)
+    manager.convert(VECTORS)
+    converted = manager._conversion
+    with torch.no_grad():
+        converted.model[1].weight.mul_(1.1)
+    with pytest.raises(ParityError, match="outside of its layers"):
+        check_parity(model.eval(), converted.model, converted.replacements, VECTORS)
+
+
+def test_an_output_of_another_shape_is_found():
+    converted, model = conversion(toys.mlp(), VECTORS)
+    other = nn.Sequential(converted.model, nn.Flatten(0))
+    with pytest.raises(ParityError, match="differs from the trained model's by inf"):
+        check_parity(model, other, converted.replacements, VECTORS)
+
+
+def test_layers_that_the_input_does_not_reach_are_absent():
+    converted, model = conversion(toys.mlp(), VECTORS)
+    unused = Replacement("unused", converted.replacements[0].layer)
+    model.unused = nn.Linear(6, 4)
+    model.forward = lambda input: model[2](model[1](model[0](input)))
+    parity = check_parity(model, converted.model, [*converted.replacements, unused], VECTORS)
+    assert set(parity.layer_errors) == {"0", "2"}
+    assert parity.worst_layer in {"0", "2"}
+
+
+def test_masked_outputs_and_random_models_are_compared_fairly():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 4)
+
+        def forward(self, input):
+            noise = torch.rand(input.shape[0], 4)
+            scores = (self.linear(input) + noise).masked_fill(noise < 0.3, float("-inf"))
+            return scores, scores.argmax(1), F.softmax(torch.full_like(scores, -torch.inf), 1)
+
+    torch.manual_seed(0)
+    model = Masked()
+    manager = prepared(model, fake_quantize_at=StartAt(step=0))
+    manager.on_step_begin(0)
+    model(VECTORS)
+    manager.convert(VECTORS)
+    assert manager._conversion.parity.output_error < 1e-6
+
+
+def test_code_that_uses_a_quantized_weight_itself_is_explained():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, input):
+            return F.linear(self.linear(input), self.linear.weight)
+
+    manager = prepared(Direct(), [VECTORS] * 2)
+    with pytest.raises(ParityError, match=r"uses the weight .* LayerRule\(layer=\.\.\., skip=True"):
+        manager.convert()
+
+
+def test_inputs_that_the_model_does_not_take_are_explained():
+    manager = prepared(toys.mlp(), [VECTORS] * 2)
+    with pytest.raises(ConfigError, match="cannot be called with the example inputs") as caught:
+        manager.convert({"wrong": VECTORS})
+    assert "TypeError" in str(caught.value)
+
+
+class SabotageConfig(PluginConfig):
+    plugin = "sabotage"
+
+
+class Sabotage(Plugin[SabotageConfig]):
+    config_class = SabotageConfig
+
+    @hookimpl
+    def convert_model(self, conversion):
+        sabotage_scale(conversion.model.get_submodule("conv2"))
+
+
+def test_convert_runs_the_check():
+    torch.manual_seed(0)
+    manager = prepare_compression(toys.ConvNet(), [QATConfig(), Sabotage(SabotageConfig())])
+    toys.train(
+        manager,
+        toys.loader(toys.images()),
+        torch.optim.SGD(manager.model.parameters(), 0.01),
+        1,
+    )
+    with pytest.raises(ParityError, match="layer 'conv2'"):
+        manager.convert()

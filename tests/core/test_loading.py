@@ -1,0 +1,148 @@
+"""From an entry-point name to a plugin class: only what was named is imported."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import toys
+from probes import ProbeConfig
+
+from compression_manager import ConfigError, Plugin, PluginError, loading, prepare_compression
+from compression_manager.plugin import ENTRY_POINT_GROUP
+
+
+class _Distribution:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class _EntryPoint(EntryPoint):
+    """An entry point that says which distribution installed it."""
+
+    def with_distribution(self, name: str) -> EntryPoint:
+        vars(self)["dist"] = _Distribution(name)
+        return self
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Install fake distributions: `install((name, "module:attribute", distribution), ...)`."""
+
+    def install(*plugins: tuple[str, str, str]) -> None:
+        points = [
+            _EntryPoint(name, value, ENTRY_POINT_GROUP).with_distribution(distribution)
+            for name, value, distribution in plugins
+        ]
+        monkeypatch.setattr(
+            loading, "entry_points", lambda group: points if group == ENTRY_POINT_GROUP else []
+        )
+
+    return install
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("third_party_module")
+    monkeypatch.setitem(sys.modules, "third_party_module", module)
+    return module
+
+
+class GoodPlugin(Plugin[ProbeConfig]):
+    config_class = ProbeConfig
+
+
+class OtherConfigPlugin(Plugin[Any]):
+    config_class = type("OtherConfig", (ProbeConfig,), {"plugin": "other"})
+
+
+class NoConfigClassPlugin(Plugin[Any]):
+    pass
+
+
+class NotAConfigPlugin(Plugin[Any]):
+    config_class = types.SimpleNamespace(plugin="probe")  # type: ignore[assignment]
+
+
+def test_only_the_named_plugin_is_imported(install: Any, module: Any) -> None:
+    module.Plugin = GoodPlugin
+    install(
+        ("broken", "no_such_module_at_all:Plugin", "dist-broken"),
+        ("probe", "third_party_module:Plugin", "dist-good"),
+    )
+    manager = prepare_compression(toys.mlp(), [ProbeConfig()])
+    assert type(manager._plugins[0]) is GoodPlugin
+
+
+def test_unknown_name_gets_the_nearest(install: Any) -> None:
+    install(("probing", "a:b", "d"))
+    with pytest.raises(ConfigError, match="no plugin named 'probe'.*did you mean 'probing'"):
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("no_such_module_at_all:Plugin", "cannot be imported: ModuleNotFoundError"),
+        ("third_party_module:missing", "cannot be imported: AttributeError"),
+        ("third_party_module:function", "must be a subclass of compression_manager.Plugin"),
+        ("third_party_module:NoClass", "must be a subclass"),
+        ("third_party_module:NoConfig", "must set config_class"),
+        ("third_party_module:NotAConfig", "must set config_class"),
+        ("third_party_module:OtherConfig", "'plugin' is 'probe'"),
+    ],
+)
+def test_broken_plugin_is_named_with_its_distribution(
+    install: Any, module: Any, value: str, text: str
+) -> None:
+    module.function = lambda: None
+    module.NoClass = 3
+    module.NoConfig = NoConfigClassPlugin
+    module.NotAConfig = NotAConfigPlugin
+    module.OtherConfig = OtherConfigPlugin
+    install(("probe", value, "dist-broken"))
+    with pytest.raises(PluginError) as error:
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+    assert error.value.plugin == "probe"
+    assert error.value.hook is None
+    for part in (text, "dist-broken", value, "'probe'"):
+        assert part in str(error.value)
+
+
+def test_import_error_is_the_cause(install: Any) -> None:
+    install(("probe", "no_such_module_at_all:Plugin", "d"))
+    with pytest.raises(PluginError) as error:
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+    assert isinstance(error.value.__cause__, ModuleNotFoundError)
+
+
+def test_two_distributions_with_one_name_are_refused(install: Any, module: Any) -> None:
+    module.Plugin = GoodPlugin
+    install(("probe", "third_party_module:Plugin", "one"), ("probe", "elsewhere:Plugin", "two"))
+    with pytest.raises(PluginError, match=r"installed by one\).*installed by two\)"):
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+    install(("probe", "third_party_module:Plugin", "one"), ("probe", "third_party_module:Plugin", "x"))
+    prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
+def test_config_that_names_another_plugin(install: Any, module: Any) -> None:
+    module.Plugin = type("Strict", (Plugin,), {"config_class": type("S", (ProbeConfig,), {})})
+    install(("probe", "third_party_module:Plugin", "d"))
+    with pytest.raises(ConfigError, match="ProbeConfig names the plugin 'probe', which takes a S"):
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
+def test_failing_constructor_is_named(install: Any, module: Any) -> None:
+    def __init__(self: Any, config: Any) -> None:
+        raise OSError("no disk")
+
+    module.Plugin = type("Fails", (GoodPlugin,), {"__init__": __init__})
+    install(("probe", "third_party_module:Plugin", "d"))
+    with pytest.raises(PluginError, match="'mine' cannot be created: OSError: no disk") as error:
+        prepare_compression(toys.mlp(), [ProbeConfig(name="mine")])
+    assert error.value.plugin == "mine"
+    assert isinstance(error.value.__cause__, OSError)

@@ -1,0 +1,107 @@
+"""`track` takes what can be saved and restored, and refuses the rest as a whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import toys
+import torch
+from probes import begin_step, call_loss, probe
+from torch import nn
+
+from compression_manager import ConfigError, LifecycleError, prepare_compression
+
+
+class HalfStateful:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("objects", "text"),
+    [
+        ({"optimizer": object()}, r"track\(optimizer=...\).*state_dict.*object lacks them"),
+        ({"optimizer": [1]}, "list lacks them"),
+        ({"scheduler": HalfStateful()}, "HalfStateful lacks them"),
+        ({"optimizer": torch.optim.SGD}, "got the class SGD; pass an instance"),
+        ({"optimizer": nn.Linear(1, 1)}, r"track\(optimizer=...\) got a module"),
+        ({"ema": None}, "NoneType lacks them"),
+        ({"dataloader": 3}, r"track\(dataloader=...\) takes an iterable of batches, got int"),
+    ],
+)
+def test_unfit_objects_are_refused_and_nothing_is_registered(
+    objects: dict[str, Any], text: str
+) -> None:
+    manager = prepare_compression(toys.mlp(), [probe()])
+    optimizer = torch.optim.SGD(manager.model.parameters(), 0.1)
+    with pytest.raises(ConfigError, match=text):
+        manager.track(**{"fine": optimizer, **objects})
+    assert len(manager._context.tracked) == 0
+
+
+def test_the_model_itself_is_refused() -> None:
+    manager = prepare_compression(toys.mlp(), [probe()])
+    with pytest.raises(ConfigError, match="got the model itself"):
+        manager.track(model=manager.model)
+    manager.track(ema=toys.mlp())
+
+
+def test_track_on_a_closed_manager() -> None:
+    manager = prepare_compression(toys.mlp(), [probe()])
+    manager.close()
+    with pytest.raises(LifecycleError, match="track was called on a closed manager"):
+        manager.track(optimizer=torch.optim.SGD(manager.model.parameters(), 0.1))
+
+
+def test_later_calls_add_and_replace() -> None:
+    manager = prepare_compression(toys.mlp(), [probe()])
+    first, second = (torch.optim.SGD(manager.model.parameters(), rate) for rate in (0.1, 0.2))
+    manager.track(optimizer=first)
+    manager.track(optimizer=second, ema=first)
+    assert dict(manager._context.tracked) == {"optimizer": second, "ema": first}
+
+
+def test_dataloader_reaches_the_plugins() -> None:
+    seen: list[Any] = []
+
+    def on_train_begin(self: Any, dataloader: Any) -> None:
+        seen.append(dataloader)
+
+    for given, tracked in ((None, None), ([1], None), (None, [2]), ([1], [2])):
+        manager = prepare_compression(toys.mlp(), [probe(on_train_begin=on_train_begin)])
+        manager.track(dataloader=tracked)
+        manager.on_train_begin(given)
+    assert seen == [None, [1], [2], [1]]
+
+
+def test_learning_rates_of_every_group_and_optimizer_are_published() -> None:
+    seen: dict[str, float] = {}
+
+    def consume_metrics(self: Any, metrics: Any) -> None:
+        seen.update({metric.name: metric.as_float() for metric in metrics})
+
+    def published(**optimizers: Any) -> dict[str, float]:
+        seen.clear()
+        manager = prepare_compression(model, [probe(consume_metrics=consume_metrics)])
+        manager.track(**optimizers)
+        begin_step(manager)
+        call_loss(manager)
+        manager.on_step_end()
+        return {name: value for name, value in seen.items() if not name.startswith("loss/")}
+
+    model = toys.mlp()
+    one = torch.optim.SGD(model.parameters(), 0.5)
+    groups = [{"params": model[0].parameters(), "lr": 0.25}, {"params": model[2].parameters()}]
+    two = torch.optim.SGD(groups, 0.125)
+    assert published() == {}
+    assert published(optimizer=one) == {"learning_rate": 0.5}
+    assert published(optimizer=two) == {
+        "learning_rate/group_0": 0.25,
+        "learning_rate/group_1": 0.125,
+    }
+    assert published(optimizer=one, second=two) == {
+        "learning_rate/optimizer": 0.5,
+        "learning_rate/second/group_0": 0.25,
+        "learning_rate/second/group_1": 0.125,
+    }

@@ -1,0 +1,134 @@
+"""The demo script: what it writes, that it skips what is finished, and that it resumes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "examples" / "recipes" / "distill_and_quantize.yaml"
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with two epochs on a few images, everything else as in `make demo`."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    names = ("distill_and_quantize", "demo_summary", "fashion_mnist", "models")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import demo_summary
+    import distill_and_quantize
+    import fashion_mnist
+
+    full = fashion_mnist.load()
+
+    def few(split: Any, count: int) -> Any:
+        chosen = torch.linspace(0, len(split) - 1, count).long()
+        return fashion_mnist.Split(split.images[chosen], split.labels[chosen])
+
+    splits = fashion_mnist.Splits(
+        few(full.train, 256), few(full.validation, 60), few(full.test, 60)
+    )
+    monkeypatch.setattr(fashion_mnist, "load", lambda data: splits)
+    for name in ("TEACHER_TRAINING", "STUDENT_TRAINING"):
+        short = distill_and_quantize.Training(epochs=2, learning_rate=0.01, batch_size=64)
+        monkeypatch.setattr(distill_and_quantize, name, short)
+    add_latency = demo_summary.add_latency
+    monkeypatch.setattr(
+        demo_summary, "add_latency", lambda results, images: add_latency(results, images, rounds=2)
+    )
+    return distill_and_quantize
+
+
+def _run(demo: ModuleType, output: Path, *options: str) -> dict[str, Any]:
+    demo.main([str(RECIPE), "--output", str(output), *options])
+    return json.loads((output / "summary.json").read_text())
+
+
+def test_writes_everything_and_skips_what_is_finished(
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = _run(demo, tmp_path / "run", "--seeds", "2")
+    for name in ("teacher", "student", "distilled", "qat", "distilled_qat", "int8"):
+        entry = summary[name]
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["latency_ms"]["1"] > 0
+        assert entry["latency_ms"]["64"] > 0
+        assert Path(entry["path"]).exists()
+        singles = [run[name]["accuracy"] for run in summary["seeds"]]
+        assert entry["accuracy"] == pytest.approx(sum(singles) / 2)
+    assert summary["teacher"]["parameters"] >= 10 * summary["student"]["parameters"]
+    saved = sum(file.stat().st_size for file in Path(summary["int8"]["path"]).iterdir())
+    assert saved == summary["seeds"][0]["int8"]["bytes"]
+    assert (tmp_path / "run" / "summary.png").read_bytes().startswith(b"\x89PNG")
+    first = capsys.readouterr().out
+    assert "| int8 |" in first
+    assert "skipped" not in first
+
+    again = _run(demo, tmp_path / "run", "--seeds", "2")
+    assert capsys.readouterr().out.count("skipped") == 10
+    assert again["int8"]["accuracy"] == summary["int8"]["accuracy"]
+
+
+def test_students_start_equal_and_plugins_make_the_difference(
+    demo: ModuleType, tmp_path: Path
+) -> None:
+    _run(demo, tmp_path / "run")
+    folder = tmp_path / "run" / "seed-0"
+    states = {
+        name: load_file(folder / name / "model.safetensors")
+        for name in ("student", "distilled", "qat", "distilled_qat")
+    }
+    weight = "block1.conv.weight"
+    assert not torch.equal(states["student"][weight], states["distilled"][weight])
+    assert not torch.equal(states["qat"][weight], states["distilled_qat"][weight])
+    quantized = [name for name in states if any("quantizer" in key for key in states[name])]
+    assert quantized == ["qat", "distilled_qat"]
+
+
+def test_interrupted_run_resumes_to_the_same_bits(
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = _run(demo, tmp_path / "whole")
+
+    calls = 0
+    accuracy = demo.accuracy
+
+    def interrupt(*arguments: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # the second epoch of the third of five trainings
+            raise KeyboardInterrupt
+        return accuracy(*arguments)
+
+    monkeypatch.setattr(demo, "accuracy", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _run(demo, tmp_path / "parts")
+    capsys.readouterr()
+    actual = _run(demo, tmp_path / "parts")
+    output = capsys.readouterr().out
+    assert output.count("skipped") == 2
+    assert "resuming at epoch 1 of 2" in output
+    for name in ("teacher", "student", "distilled", "qat", "distilled_qat"):
+        assert actual[name]["accuracy"] == expected[name]["accuracy"]
+        one = load_file(tmp_path / "whole" / "seed-0" / name / "model.safetensors")
+        other = load_file(tmp_path / "parts" / "seed-0" / name / "model.safetensors")
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_other_settings_do_not_mix(demo: ModuleType, tmp_path: Path) -> None:
+    _run(demo, tmp_path / "run")
+    other = tmp_path / "recipe.yaml"
+    other.write_text(RECIPE.read_text() + "\n# changed\n")
+    with pytest.raises(SystemExit, match="other settings"):
+        demo.main([str(other), "--output", str(tmp_path / "run")])
