@@ -55,16 +55,21 @@ STUDENTS = (
 
 @dataclass(frozen=True)
 class Training:
-    """Budget of one model; the same for all students."""
+    """Budget and settings of one model; the same for all students, chosen on validation."""
 
     epochs: int
     learning_rate: float
-    batch_size: int = 64
-    weight_decay: float = 5e-4
+    batch_size: int
+    weight_decay: float
+    shift: int  # images move by up to this many pixels at random
 
 
-TEACHER_TRAINING = Training(epochs=15, learning_rate=0.1)
-STUDENT_TRAINING = Training(epochs=24, learning_rate=0.1)
+TEACHER_TRAINING = Training(
+    epochs=18, learning_rate=0.01, batch_size=64, weight_decay=0.05, shift=1
+)
+STUDENT_TRAINING = Training(
+    epochs=50, learning_rate=0.02, batch_size=128, weight_decay=0.02, shift=0
+)
 
 
 def train(
@@ -95,12 +100,8 @@ def train(
     )
     data = TensorDataset(splits.train.images, splits.train.labels)
     loader = DataLoader(data, training.batch_size, shuffle=True, drop_last=True)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        training.learning_rate,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=training.weight_decay,
+    optimizer = torch.optim.AdamW(
+        model.parameters(), training.learning_rate, weight_decay=training.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, training.learning_rate, total_steps=training.epochs * len(loader), pct_start=0.2
@@ -117,7 +118,7 @@ def train(
             model.train()
             for step, (images, labels) in enumerate(loader):
                 manager.on_step_begin(step)
-                images = fashion_mnist.augment(images)
+                images = fashion_mnist.augment(images, training.shift)
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
                 loss = manager.on_after_compute_loss(images, logits, loss, target=labels)

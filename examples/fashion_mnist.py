@@ -97,15 +97,17 @@ def normalise(images: Bytes) -> Tensor:
     return ((scaled - MEAN) / STANDARD_DEVIATION).unsqueeze(1)
 
 
-def augment(images: Tensor, shift: int = 1) -> Tensor:
-    """Return each image moved by its own random offset of up to `shift` pixels per axis.
+def augment(images: Tensor, shift: int) -> Tensor:
+    """Return each image mirrored or not, and moved by its own offset of up to `shift` pixels.
 
-    images: (N, 1, 28, 28) float, normalised -> the same shape; black pixels move in. Offsets
-    come from torch's global random state, which checkpoints hold.
+    images: (N, 1, 28, 28) float, normalised -> the same shape; black pixels move in. Random
+    numbers come from torch's global generator, whose state checkpoints hold.
     """
     padded = F.pad(images, (shift,) * 4, value=-MEAN / STANDARD_DEVIATION)
     top, left = torch.randint(2 * shift + 1, (2, len(images), 1))
     rows, columns = top + torch.arange(SIZE), left + torch.arange(SIZE)
+    mirrored = torch.rand(len(images), 1) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
     each = torch.arange(len(images))[:, None, None]
     return padded[each, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 

@@ -36,7 +36,7 @@ class ResidualBlock(nn.Module):
 
 def teacher() -> nn.Sequential:
     """Return a ResNet of three blocks: (N, 1, 28, 28) float -> (N, 10) logits."""
-    widths = (32, 64, 160)
+    widths = (16, 48, 160)
     layers = [("stem", _conv_bn_relu(1, widths[0], stride=2))]
     previous = widths[0]
     for index, width in enumerate(widths, start=1):
@@ -50,7 +50,7 @@ def student() -> nn.Sequential:
     """Return a CNN of three convolutions: (N, 1, 28, 28) float -> (N, 10) logits."""
     layers = []
     previous = 1
-    for index, width in enumerate((16, 32, 64), start=1):
+    for index, width in enumerate((18, 36, 72), start=1):
         layers.append((f"block{index}", _conv_bn_relu(previous, width, stride=2)))
         previous = width
     return _with_head(layers, previous)

@@ -26,10 +26,10 @@ class StartAt:
 
     def __post_init__(self) -> None:
         given = [value for value in (self.step, self.epoch) if value is not None]
-        if len(given) != 1 or given[0] < 0:
+        if len(given) != 1 or type(given[0]) is not int or given[0] < 0:
             raise ConfigError(
-                "a starting point takes either step or epoch, a number that is not negative; "
-                f"got step={self.step}, epoch={self.epoch}."
+                "a starting point takes either step or epoch, a whole number from 0; "
+                f"got step={self.step!r}, epoch={self.epoch!r}."
             )
 
     def reached(self, *, global_step: int, epoch: int) -> bool:

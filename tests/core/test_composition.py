@@ -6,12 +6,12 @@ import itertools
 from typing import Any, ClassVar
 
 import pytest
-import toys
-from probes import ProbeConfig, probe
 from torch import nn
 
+import toys
 from compression_manager import ConfigError, Plugin, prepare_compression
 from compression_plugins import CalibrationConfig, DistillationConfig, ProgressConfig, QATConfig
+from probes import ProbeConfig, probe
 
 
 def _names(configs: list[Any]) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import toys
-from probes import call_loss, probe
 
+import toys
 from compression_manager import prepare_compression
+from probes import call_loss, probe
 
 
 @pytest.mark.parametrize("after", [True, False])

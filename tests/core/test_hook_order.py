@@ -6,11 +6,11 @@ import itertools
 from typing import Any
 
 import pytest
-import toys
-from probes import HOOKS, begin_step, call_loss, finish, probe, recorder
 
+import toys
 from compression_manager import CompressionManager, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
+from probes import HOOKS, begin_step, call_loss, finish, probe, recorder
 
 SERVICES = {"make_observer", "make_fake_quantizer", "make_distillation_loss"}
 SITE = QuantizationSite("0", "weight")

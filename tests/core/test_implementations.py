@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import toys
-from probes import ProbeConfig, begin_step, probe
 
+import toys
 from compression_manager import Plugin, PluginError, hookimpl, prepare_compression
+from probes import ProbeConfig, begin_step, probe
 
 
 class _Base(Plugin[ProbeConfig]):

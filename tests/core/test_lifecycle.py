@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import toys
-from probes import call_loss, recorder
 
+import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from probes import call_loss, recorder
 
 CALLS = {
     "train+": lambda m: m.on_train_begin(),
@@ -91,9 +91,12 @@ WRONG = [
     ("train+ epoch+ step+ loss step- eval+", "epoch-", "call on_after_eval first"),
     ("train+ epoch+ step+ step- epoch-", "epoch-", "without on_epoch_begin"),
     ("train+ step+", "save", "in the middle of a step's work"),
-    *(("eval+ close", name, "closed manager; prepare a new one") for name in CALLS if name != "close"
-      and name != "save"),
-]  # fmt: skip
+    *(
+        ("eval+ close", name, "closed manager; prepare a new one")
+        for name in CALLS
+        if name not in ("close", "save")
+    ),
+]
 
 
 @pytest.mark.parametrize(("before", "call", "text"), WRONG)
@@ -116,7 +119,8 @@ RIGHT = [
     "train+ step+ loss update+ update- loss update+ update- step- train-",
     "train+ step+ loss loss update+ step- train-",
     "eval+ eval- train+ train- train+ epoch+ step+ step- eval+ eval- eval+ eval- epoch- train-",
-    "train+ epoch+ step+ loss step- epoch- eval+ eval- epoch+ step+ step- epoch- train- eval+ eval-",
+    "train+ epoch+ step+ loss step- epoch- eval+ eval- epoch+ step+ step- epoch- train-",
+    "train+ step+ step- train- eval+ eval-",
 ]
 
 

@@ -9,11 +9,11 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
-import toys
-from probes import ProbeConfig
 
+import toys
 from compression_manager import ConfigError, Plugin, PluginError, loading, prepare_compression
 from compression_manager.plugin import ENTRY_POINT_GROUP
+from probes import ProbeConfig
 
 
 class _Distribution:
@@ -80,7 +80,7 @@ def test_only_the_named_plugin_is_imported(install: Any, module: Any) -> None:
 
 def test_unknown_name_gets_the_nearest(install: Any) -> None:
     install(("probing", "a:b", "d"))
-    with pytest.raises(ConfigError, match="no plugin named 'probe'.*did you mean 'probing'"):
+    with pytest.raises(ConfigError, match=r"no plugin named 'probe'.*did you mean 'probing'"):
         prepare_compression(toys.mlp(), [ProbeConfig()])
 
 
@@ -125,7 +125,9 @@ def test_two_distributions_with_one_name_are_refused(install: Any, module: Any) 
     install(("probe", "third_party_module:Plugin", "one"), ("probe", "elsewhere:Plugin", "two"))
     with pytest.raises(PluginError, match=r"installed by one\).*installed by two\)"):
         prepare_compression(toys.mlp(), [ProbeConfig()])
-    install(("probe", "third_party_module:Plugin", "one"), ("probe", "third_party_module:Plugin", "x"))
+    install(
+        ("probe", "third_party_module:Plugin", "one"), ("probe", "third_party_module:Plugin", "x")
+    )
     prepare_compression(toys.mlp(), [ProbeConfig()])
 
 

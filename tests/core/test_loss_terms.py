@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-import toys
-from probes import begin_step, call_loss, loss_of, probe
 
+import toys
 from compression_manager import CompressionManager, ConfigError, LossError, prepare_compression
+from probes import begin_step, call_loss, loss_of, probe
 
 
 def _adds(name: str, value: float, weight: float = 1.0, *, task_weight: float | None = None) -> Any:

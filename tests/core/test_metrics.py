@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import toys
 import torch
-from probes import begin_step, finish, probe
 
+import toys
 from compression_manager import ConfigError, prepare_compression
 from compression_manager.metrics import MetricBoard
+from probes import begin_step, finish, probe
 
 
 def test_board_keeps_order_kind_and_step() -> None:
@@ -44,7 +44,9 @@ def test_several_numbers_are_no_scalar() -> None:
     def on_step_end(self: Any, context: Any) -> None:
         context.metrics.scalar("mine", torch.ones(2))
 
-    manager = begin_step(prepare_compression(toys.mlp(), [probe("culprit", on_step_end=on_step_end)]))
+    manager = begin_step(
+        prepare_compression(toys.mlp(), [probe("culprit", on_step_end=on_step_end)])
+    )
     with pytest.raises(ConfigError, match=r"metric 'mine' must be one number.*\(2,\)") as error:
         manager.on_step_end()
     assert "culprit" in error.value.__notes__[0]

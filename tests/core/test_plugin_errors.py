@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import toys
-from probes import HOOKS, begin_step, call_loss, finish, probe
 
+import toys
 from compression_manager import CompressionManager, ConfigError, PluginError, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
+from probes import HOOKS, begin_step, call_loss, finish, probe
 
 SITE = QuantizationSite("0", "weight")
 ANNOUNCED = {"on_exception"}
@@ -103,7 +103,10 @@ def test_note_names_the_plugin_that_raised_not_the_one_that_asked() -> None:
     def answer(self: Any) -> None:
         raise ConfigError("own text")
 
-    plugins = [probe("asks", on_step_begin=on_step_begin), probe("b", make_distillation_loss=answer)]
+    plugins = [
+        probe("asks", on_step_begin=on_step_begin),
+        probe("b", make_distillation_loss=answer),
+    ]
     with pytest.raises(ConfigError) as error:
         begin_step(prepare_compression(toys.mlp(), plugins))
     assert error.value.__notes__ == ["raised by plugin 'b' in hook 'make_distillation_loss'"]
@@ -114,7 +117,7 @@ def test_methods_besides_hooks_are_named_as_well(method: str) -> None:
     def fail(self: Any) -> Any:
         raise OSError("gone")
 
-    with pytest.raises(PluginError, match="'culprit' failed in hook.*OSError: gone") as error:
+    with pytest.raises(PluginError, match=r"'culprit' failed in hook.*OSError: gone") as error:
         prepare_compression(toys.mlp(), [probe("culprit", **{method: fail})]).state_dict()
     assert (error.value.plugin, error.value.hook) == ("culprit", method)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import toys
-from probes import call_loss, probe, run_step
 
+import toys
 from compression_manager import CompressionManager, LifecycleError, PluginError, prepare_compression
+from probes import call_loss, probe, run_step
 
 
 def _requiring(*hooks: str) -> CompressionManager:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
 
+import toys
 from compression_manager import ConfigError, prepare_compression
 from compression_plugins import QATConfig
 
@@ -73,7 +73,12 @@ def test_object_of_a_disabled_instance_is_left_over_without_complaint(recipe: An
 def test_order_and_names_are_the_recipes(recipe: Any) -> None:
     text = "plugins:\n  progress: {}\n  soft: {plugin: distillation}\n  qat: {}\n"
     manager = prepare_compression(toys.mlp(), recipe(text), teacher_model=toys.mlp())
-    assert [plugin.name for plugin in manager._plugins] == ["progress", "soft", "qat", "calibration"]
+    assert [plugin.name for plugin in manager._plugins] == [
+        "progress",
+        "soft",
+        "qat",
+        "calibration",
+    ]
 
 
 def test_list_takes_no_objects_and_no_overrides() -> None:

@@ -6,13 +6,13 @@ import itertools
 from typing import Any
 
 import pytest
-import toys
-from probes import probe
 
+import toys
 from compression_manager import ConfigError, PluginError, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
 from compression_plugins import QATConfig
 from compression_plugins.calibration.observers import MinMaxObserver, RangeObserver
+from probes import probe
 
 SITE = QuantizationSite("0", "weight")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import toys
 import torch
-from probes import begin_step, call_loss, probe
 from torch import nn
 
+import toys
 from compression_manager import ConfigError, LifecycleError, prepare_compression
+from probes import begin_step, call_loss, probe
 
 
 class HalfStateful:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     )
     monkeypatch.setattr(fashion_mnist, "load", lambda data: splits)
     for name in ("TEACHER_TRAINING", "STUDENT_TRAINING"):
-        short = distill_and_quantize.Training(epochs=2, learning_rate=0.01, batch_size=64)
+        short = dataclasses.replace(getattr(distill_and_quantize, name), epochs=2, batch_size=64)
         monkeypatch.setattr(distill_and_quantize, name, short)
     add_latency = demo_summary.add_latency
     monkeypatch.setattr(

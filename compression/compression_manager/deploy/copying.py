@@ -51,8 +51,6 @@ def copy_model(model: nn.Module, *, keep_user_hooks: bool) -> nn.Module:
     strip_inert_hooks(copied)
     if not keep_user_hooks:
         _remove_hooks(copied, set(user_hooks))
-    for parameter in copied.parameters():
-        parameter.grad = None
     return copied.eval()
 
 

@@ -1,0 +1,234 @@
+"""A resumed run ends with the same bits as one that was never stopped."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from probes import probe
+from resuming import EPOCHS, STEPS, Setup, Training, differences
+
+SETUPS = [
+    Setup(),
+    Setup("adamw", own_generator="loader", after=False),
+    Setup("adamw", own_generator="batch_sampler", set_to_none=False),
+    Setup(accumulate=3, own_generator="loader"),
+    Setup("adamw", accumulate=3, set_to_none=False, track_loader=True),
+]
+
+
+def _uninterrupted(setup: Setup) -> tuple[Training, dict[int, Any]]:
+    states: dict[int, Any] = {}
+
+    def save(manager: CompressionManager, count: int) -> None:
+        states[count] = copy.deepcopy(manager.state_dict())
+
+    training = Training.start(setup)
+    training.run(save)
+    return training, states
+
+
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_from_every_step(setup: Setup) -> None:
+    expected, states = _uninterrupted(setup)
+    assert len(states) == EPOCHS * STEPS
+    for count, state in states.items():
+        resumed = Training.start(setup, seed=100 + count)
+        resumed.manager.load_state_dict(state)
+        assert resumed.manager.position == type(resumed.manager.position)(
+            count // STEPS, count % STEPS + 1, (count + 1) // setup.accumulate
+        )
+        torch.rand(3)  # whatever is drawn between loading and training must not matter
+        resumed.run()
+        assert resumed.losses == expected.losses[count + 1 :]
+        assert differences(resumed.final(), expected.final()) == []
+
+
+def test_saving_in_hooks_is_the_same_as_in_the_body() -> None:
+    states: list[Any] = []
+
+    def on_step_end(self: Any, context: Any) -> None:
+        states.append(copy.deepcopy(context.collect_state()))
+
+    setup = Setup(accumulate=3)
+    training = Training.start(setup, plugins=[probe(on_step_end=on_step_end)])
+    training.run()
+    _, in_body = _uninterrupted(setup)
+    for count, state in in_body.items():
+        assert state["step"] == states[count]["step"] == count % STEPS + 1
+        for part in ("epoch", "global_step", "model", "gradients", "tracked", "loader", "random"):
+            assert differences(states[count][part], state[part]) == [], part
+
+
+def test_after_a_break_in_mid_epoch() -> None:
+    expected, _ = _uninterrupted(Setup())
+    stopped = Training.start(Setup())
+
+    def train() -> None:
+        for epoch in stopped.manager.epochs(EPOCHS):
+            for step, (inputs, targets) in stopped.manager.steps(stopped.loader):
+                stopped.body(epoch * STEPS + step, inputs, targets)
+                if (epoch, step) == (1, 1):
+                    return
+            stopped.manager.on_before_eval()
+            stopped.manager.on_after_eval({"bias": stopped.bias()})
+
+    train()
+    state = copy.deepcopy(stopped.manager.state_dict())
+    resumed = Training.start(Setup(), seed=1)
+    resumed.manager.load_state_dict(state)
+    resumed.run()
+    assert stopped.losses + resumed.losses == expected.losses
+    assert differences(resumed.final(), expected.final()) == []
+
+
+@pytest.mark.parametrize("own_generator", [None, "loader"])
+def test_twice_in_one_epoch(own_generator: str | None) -> None:
+    setup = Setup(own_generator=own_generator)
+    expected, states = _uninterrupted(setup)
+    second: dict[int, Any] = {}
+
+    def save(manager: CompressionManager, count: int) -> None:
+        second[count] = copy.deepcopy(manager.state_dict())
+
+    first = Training.start(setup, seed=1)
+    first.manager.load_state_dict(states[5])
+    first.run(save)
+    resumed = Training.start(setup, seed=2)
+    resumed.manager.load_state_dict(second[6])
+    resumed.run()
+    assert resumed.losses == expected.losses[7:]
+    assert differences(resumed.final(), expected.final()) == []
+
+
+def test_one_state_serves_several_runs() -> None:
+    setup = Setup(accumulate=3)
+    expected, states = _uninterrupted(setup)
+    state = states[6]
+    untouched = copy.deepcopy(state)
+    for seed in (1, 2):
+        resumed = Training.start(setup, seed=seed)
+        resumed.manager.load_state_dict(state)
+        resumed.run()
+        assert differences(resumed.final(), expected.final()) == []
+        assert differences(state, untouched) == []
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [Setup(), Setup("adamw", own_generator="loader", track_loader=True), Setup(accumulate=3)],
+    ids=str,
+)
+def test_plain_loop_at_the_ends_of_epochs(setup: Setup) -> None:
+    states: dict[int, Any] = {}
+    expected = Training.start(setup)
+    expected.run_plain(
+        lambda epoch: states.update({epoch: copy.deepcopy(expected.manager.state_dict())})
+    )
+    for epoch, state in states.items():
+        resumed = Training.start(setup, seed=50)
+        resumed.manager.load_state_dict(state)
+        next(iter(resumed.loader))  # draws from the loader's generator
+        assert resumed.manager.position.epoch == epoch + 1
+        resumed.run_plain()
+        assert resumed.losses == expected.losses[(epoch + 1) * STEPS :]
+        assert differences(resumed.final(), expected.final()) == []
+
+
+def test_loader_given_to_on_train_begin_is_known_in_time() -> None:
+    def run(training: Training) -> None:
+        manager = training.manager
+        manager.on_train_begin(training.loader)
+        for epoch in range(manager.position.epoch, EPOCHS):
+            manager.on_epoch_begin(epoch)
+            for step, (inputs, targets) in enumerate(training.loader):
+                manager.on_step_begin(step)
+                training.body(step, inputs, targets)
+                manager.on_step_end()
+            manager.on_epoch_end()
+            states.append(copy.deepcopy(manager.state_dict()))
+
+    states: list[Any] = []
+    setup = Setup(own_generator="loader")
+    expected = Training.start(setup)
+    run(expected)
+    resumed = Training.start(setup, seed=9)
+    resumed.manager.load_state_dict(states[0])
+    run(resumed)
+    assert resumed.losses == expected.losses[STEPS:]
+
+
+def test_unknown_loader_with_a_generator_is_refused_before_the_first_step() -> None:
+    setup = Setup(own_generator="loader", track_loader=True)
+    states: list[Any] = []
+    training = Training.start(setup)
+    training.run_plain(lambda epoch: states.append(copy.deepcopy(training.manager.state_dict())))
+    resumed = Training.start(Setup(own_generator="loader"))
+    resumed.manager.load_state_dict(states[0])
+    with pytest.raises(
+        LifecycleError, match=r"register it with manager.track\(dataloader=loader\)"
+    ):
+        resumed.run_plain()
+    by_steps = Training.start(Setup(own_generator="loader"))
+    by_steps.manager.load_state_dict(states[0])
+    by_steps.run()
+    assert by_steps.losses == training.losses[STEPS:]
+
+
+def test_stop_request_and_evaluations_come_back() -> None:
+    def on_after_eval(self: Any, context: Any) -> None:
+        context.request_stop("enough")
+
+    manager = prepare_compression(torch.nn.Linear(1, 1), [probe(on_after_eval=on_after_eval)])
+    manager.on_before_eval()
+    manager.on_after_eval({"accuracy": 0.25})
+    other = prepare_compression(torch.nn.Linear(1, 1), [probe()])
+    other.load_state_dict(manager.state_dict())
+    assert (other.should_stop, other.stop_reason) == (True, "enough")
+    assert other.evaluations == manager.evaluations
+    assert list(other.epochs(3)) == []
+
+
+class _StatefulLoader:
+    """Keeps its own position, like torchdata's."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Any:
+        while self.next < 4:
+            self.next += 1
+            yield self.next - 1
+        self.next = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.next = state["next"]
+
+
+def test_loader_with_its_own_state_continues_by_itself() -> None:
+    def start() -> tuple[CompressionManager, _StatefulLoader]:
+        loader = _StatefulLoader()
+        manager = prepare_compression(torch.nn.Linear(1, 1), [probe()])
+        manager.track(dataloader=loader)
+        return manager, loader
+
+    manager, loader = start()
+    manager.on_train_begin()
+    manager.on_epoch_begin(0)
+    for step, _ in manager.steps(loader):
+        if step == 1:
+            break
+    state = copy.deepcopy(manager.state_dict())
+    resumed, loader = start()
+    resumed.load_state_dict(state)
+    assert [list(resumed.steps(loader)) for _ in resumed.epochs(2)] == [
+        [(2, 2), (3, 3)],
+        [(0, 0), (1, 1), (2, 2), (3, 3)],
+    ]

@@ -1,0 +1,233 @@
+"""A state that does not fit is refused with the reason, and changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from compression_manager import (
+    CheckpointError,
+    CheckpointMismatchError,
+    CompressionManager,
+    PluginError,
+    prepare_compression,
+)
+from compression_manager.state import capture_random_state
+from probes import probe
+from resuming import Setup, Training, differences
+
+
+def _everything(manager: CompressionManager) -> Any:
+    """Return all that loading may change, by value."""
+    return copy.deepcopy(
+        {
+            "model": manager.model.state_dict(),
+            "gradients": {n: p.grad for n, p in manager.model.named_parameters()},
+            "plugins": {plugin.name: plugin.state_dict() for plugin in manager._plugins},
+            "tracked": manager._context.tracked.state_dict(),
+            "random": capture_random_state(),
+            "position": tuple(vars_of(manager.position)),
+            "context": [manager._context.epoch, manager._context.global_step],
+            "stop": [manager.should_stop, manager.stop_reason],
+            "evaluations": manager.evaluations,
+            "accumulating": manager._lifecycle.accumulating,
+            "loader": {
+                key: value for key, value in vars(manager._state.loader).items()
+                if key not in ("_tracked", "_loader")
+            },
+        }
+    )  # fmt: skip
+
+
+def vars_of(position: Any) -> list[int]:
+    return [position.epoch, position.step, position.global_step]
+
+
+class Counter:
+    """A tracked object; a state of -1 makes it raise when it is half changed."""
+
+    def __init__(self, value: int = 0) -> None:
+        self.left, self.right = torch.tensor(value), torch.tensor(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left, "right": self.right}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left = state["left"]
+        if int(state["right"]) == -1:
+            raise RuntimeError("half-way")
+        self.right = state["right"]
+
+
+def _trained() -> Training:
+    """A training that has been through two epochs and holds gradients."""
+    training = Training.start(Setup(track_loader=True, accumulate=3))
+    training.manager.track(counter=Counter(1))
+    for epoch in training.manager.epochs(2):
+        for step, (inputs, targets) in training.manager.steps(training.loader):
+            training.body(epoch * 4 + step, inputs, targets)
+        training.manager.on_before_eval()
+        training.manager.on_after_eval({"bias": training.bias()})
+    assert training.manager.model.fc.weight.grad is not None
+    return training
+
+
+@pytest.fixture(scope="module")
+def good_state() -> Any:
+    training = Training.start(Setup(track_loader=True, accumulate=3), seed=5)
+    training.manager.track(counter=Counter(2))
+    for epoch in training.manager.epochs(1):
+        for step, (inputs, targets) in training.manager.steps(training.loader):
+            training.body(epoch + step, inputs, targets)
+    return copy.deepcopy(training.manager.state_dict())
+
+
+def _without(*path: str) -> Callable[[Any], None]:
+    def change(state: Any) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        del state[path[-1]]
+
+    return change
+
+
+def _with(value: Any, *path: str) -> Callable[[Any], None]:
+    def change(state: Any) -> None:
+        for key in path[:-1]:
+            state = state[key]
+        state[path[-1]] = value
+
+    return change
+
+
+UNFIT: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
+    "no mapping": (lambda s: None, CheckpointError, "expected a mapping, got list"),
+    "no model": (_without("model"), CheckpointError, "it lacks model"),
+    "other version": (_with(99, "version"), CheckpointError, "version 99; this release reads"),
+    "step no number": (_with("3", "step"), CheckpointError, "its 'step' is not what"),
+    "loader of another kind": (_with({}, "loader"), CheckpointError, "its 'loader' is not what"),
+    "tensor missing": (
+        _without("model", "fc.bias"), CheckpointMismatchError, "no 'fc.bias', which the model has"),
+    "tensor too many": (
+        _with(torch.ones(1), "model", "fc.bais"), CheckpointMismatchError,
+        "'fc.bais', which the model lacks; did you mean 'fc.bias'"),
+    "other shape": (
+        _with(torch.ones(5), "model", "fc.bias"), CheckpointMismatchError,
+        "'fc.bias' is float32 of shape (5,) in the checkpoint and float32 of shape (4,)"),
+    "other dtype": (
+        _with(torch.ones(4).double(), "model", "fc.bias"), CheckpointMismatchError,
+        "'fc.bias' is float64 of shape (4,) in the checkpoint"),
+    "gradient too many": (
+        _with(torch.ones(1), "gradients", "fc.weigth"), CheckpointMismatchError,
+        "gradient of 'fc.weigth', which is no parameter of the model; did you mean 'fc.weight'"),
+    "gradient of another shape": (
+        _with(torch.ones(1), "gradients", "fc.weight"), CheckpointMismatchError, "the gradients"),
+    "plugin too many": (
+        _with({"x": 1}, "plugins", "ema"), CheckpointMismatchError,
+        "state of plugin 'ema', which is not in the present composition"),
+    "plugin missing": (
+        _without("plugins", "qat"), CheckpointMismatchError, "plugin 'qat' keeps state, but"),
+    "plugin's state unreadable": (
+        _with({"x": 1}, "plugins", "qat"), CheckpointMismatchError, "plugin 'qat'"),
+    "tracked missing": (
+        _without("tracked", "scheduler"), CheckpointMismatchError, "'scheduler' is tracked, but"),
+    "tracked too many": (
+        _with({}, "tracked", "scaler"), CheckpointMismatchError,
+        "register it with manager.track(scaler=...)"),
+    "other optimizer": (
+        _with({"param_groups": [], "state": {}}, "tracked", "optimizer"), CheckpointMismatchError,
+        "the checkpoint does not fit 'optimizer': ValueError"),
+    "tracked raises half-way": (
+        _with({"left": torch.tensor(7), "right": torch.tensor(-1)}, "tracked", "counter"),
+        CheckpointMismatchError, "does not fit 'counter': RuntimeError: half-way"),
+    "random state unreadable": (
+        _with(torch.zeros(3, dtype=torch.uint8), "random", "torch"), CheckpointMismatchError,
+        "random state does not fit"),
+    "mid-epoch without steps": (
+        lambda s: (s.update(step=2), s["loader"].update(epoch_start=None)),
+        CheckpointMismatchError, "saved in mid-epoch by a loop that does not go through"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_state_changes_nothing(name: str, good_state: Any) -> None:
+    change, error, text = UNFIT[name]
+    state = copy.deepcopy(good_state)
+    change(state)
+    manager = _trained().manager
+    before = _everything(manager)
+    gradients = [parameter.grad for parameter in manager.model.parameters()]
+    with pytest.raises(error) as raised:
+        manager.load_state_dict([] if name == "no mapping" else state)  # type: ignore[arg-type]
+    assert type(raised.value) is error
+    assert text in str(raised.value)
+    assert differences(_everything(manager), before) == []
+    now = [parameter.grad for parameter in manager.model.parameters()]
+    assert all(a is b for a, b in zip(gradients, now, strict=True))
+    manager.load_state_dict(good_state)
+    assert int(manager._context.tracked["counter"].left) == 2
+    assert manager.position.epoch == 1
+
+
+def test_interrupt_while_loading_changes_nothing(good_state: Any) -> None:
+    class Interrupted(Counter):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            super().load_state_dict(state)
+            if int(state["left"]) == 2:
+                raise KeyboardInterrupt
+
+    manager = _trained().manager
+    manager.track(counter=Interrupted(1))
+    before = _everything(manager)
+    with pytest.raises(KeyboardInterrupt):
+        manager.load_state_dict(good_state)
+    assert differences(_everything(manager), before) == []
+
+
+def test_object_that_cannot_go_back_is_named_and_the_rest_goes_back(good_state: Any) -> None:
+    class Broken(Counter):
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            raise RuntimeError("never")
+
+    manager = _trained().manager
+    manager.track(counter=Broken(1))
+    before = _everything(manager)
+    with pytest.raises(CheckpointMismatchError, match="does not fit 'counter'") as error:
+        manager.load_state_dict(good_state)
+    assert "'counter' could not be put back" in error.value.__notes__[0]
+    assert differences(_everything(manager), before) == []
+
+
+def test_plugins_without_state_may_be_added_and_left_out() -> None:
+    state = prepare_compression(toys.mlp(), [probe("a"), probe("b")]).state_dict()
+    prepare_compression(toys.mlp(), [probe("a"), probe("c")]).load_state_dict(state)
+
+
+def test_plugin_that_refuses_its_state_is_quoted() -> None:
+    def load_state_dict(self: Any, state: Any) -> None:
+        raise PluginError("my own words", plugin=self.name)
+
+    plugin = probe("a", state_dict=lambda self: {"x": 1}, load_state_dict=load_state_dict)
+    manager = prepare_compression(toys.mlp(), [plugin])
+    with pytest.raises(PluginError, match="my own words"):
+        manager.load_state_dict(manager.state_dict())
+
+
+def test_model_with_extra_state() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"note": 1}
+
+        def set_extra_state(self, state: Any) -> None:
+            self.note = state
+
+    manager = prepare_compression(Extra(1, 1), [probe()])
+    other = prepare_compression(Extra(1, 1), [probe()])
+    other.load_state_dict(manager.state_dict())
+    assert other.model.note == {"note": 1}
