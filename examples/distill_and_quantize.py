@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -30,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import demo_summary
 import fashion_mnist
-from compression_manager import deploy, prepare_compression
+import models
+from compression_manager import CompressionManager, deploy, prepare_compression
 from fashion_mnist import Split, Splits
 
 
@@ -140,15 +140,18 @@ def train(
         predictions = predict(model, splits.test.images)
         results = {arm.name: measure(model, predictions, splits.test, folder / "model.safetensors")}
         if arm.name == "distilled_qat":
-            results["int8"] = convert(manager, predictions, splits.test, folder)
+            examples = splits.validation.images[:256]
+            results["int8"] = convert(manager, examples, predictions, splits.test, folder)
     return results
 
 
-def convert(manager: Any, predictions: Tensor, test: Split, folder: Path) -> dict[str, Any]:
+def convert(
+    manager: CompressionManager, examples: Tensor, predictions: Tensor, test: Split, folder: Path
+) -> dict[str, Any]:
     """Convert to int8, check parity, save, and load again as a server would."""
-    int8 = manager.convert()
+    int8 = manager.convert(examples)
     directory = manager.save_converted(folder / "int8")
-    print(manager.report(), flush=True)
+    print(manager.report(examples), flush=True)
     served = deploy.load(directory, models.student())
     served_predictions = predict(served, test.images)
     if not torch.equal(served_predictions, predict(int8, test.images)):

@@ -87,7 +87,7 @@ class LossTerms:
 
 def _weighted(term: LossTerm) -> Tensor:
     value = term.value.reshape(())
-    return term.weight * value
+    return value if term.weight == 1.0 else term.weight * value
 
 
 def check_scalar(name: str, value: object) -> None:

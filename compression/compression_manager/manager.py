@@ -203,9 +203,13 @@ class CompressionManager(TrainingLoops):
         Args:
             example_inputs: a batch to measure noise on; default as in `convert`.
         """
-        inputs = self._inputs_or_remembered(example_inputs)
+        self._lifecycle.check_open("report")
         return build_report(
-            self.model, self._context.skipped_layers, self._context.folded_layers, inputs
+            self.model,
+            self._context.skipped_layers,
+            self._context.folded_layers,
+            self._inputs_or_remembered(example_inputs),
+            None if self._conversion is None else self._conversion.parity,
         )
 
     # Internals -------------------------------------------------------------------------------

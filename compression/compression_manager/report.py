@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compression_manager.deploy.layers import CONVERTED_CLASSES, LayerSpec
+from compression_manager.deploy.parity import Parity
 from compression_manager.model_call import call_with_examples, quiet_evaluation
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.layers import QuantizedLayer
@@ -46,9 +47,15 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers that hold parameters; `print(report)` shows a table."""
+    """All layers that hold parameters; `print(report)` shows a table.
+
+    Attributes:
+        layers: in the model's order.
+        parity: how close the last `convert` came to the trained model; None before it.
+    """
 
     layers: tuple[LayerReport, ...]
+    parity: Parity | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -68,6 +75,7 @@ class Report:
             ],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "parity": None if self.parity is None else asdict(self.parity),
         }
 
     def __str__(self) -> str:
@@ -87,7 +95,7 @@ class Report:
         rows.append(("total", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "", ""))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         numeric = {2, 3, 4}
-        return "\n".join(
+        lines = [
             "  ".join(
                 [
                     cell.rjust(width) if column in numeric else cell.ljust(width)
@@ -96,7 +104,10 @@ class Report:
                 + [row[5]]
             ).rstrip()
             for row in rows
-        )
+        ]
+        if self.parity is not None:
+            lines.append(str(self.parity))
+        return "\n".join(lines)
 
 
 def build_report(
@@ -104,6 +115,7 @@ def build_report(
     skipped: Mapping[str, str],
     folded: Mapping[str, str],
     example_inputs: Any = None,
+    parity: Parity | None = None,
 ) -> Report:
     """Describe `model`.
 
@@ -112,6 +124,7 @@ def build_report(
         skipped: layer name -> why it is not quantized.
         folded: layer name -> layer that does its work after conversion.
         example_inputs: what to call the model with to measure noise; None leaves it out.
+        parity: of the last conversion, if there was one.
     """
     noise = {} if example_inputs is None else _measure_noise(model, example_inputs)
     inside_quantizers = {
@@ -134,7 +147,7 @@ def build_report(
             after = 0 if name in folded else size
             kind = type(module).__name__
             layers.append(LayerReport(name, kind, False, reason, size, after, None))
-    return Report(tuple(layers))
+    return Report(tuple(layers), parity)
 
 
 class _Sizes:

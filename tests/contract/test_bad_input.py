@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-import toys
 from torch import nn
 
+import toys
 from compression_manager import (
     CheckpointError,
     CompressionError,

@@ -232,6 +232,7 @@ def test_the_report_is_valid_json(value, plain):
         ],
         "bytes_before": 40,
         "bytes_after": 10,
+        "parity": None,
     }  # fmt: skip
 
 
@@ -259,3 +260,20 @@ def test_printing_shows_an_aligned_table():
         "fc           Linear      4      1      inf  weight int8",
         "total                1,544    193",
     ]
+
+
+def test_report_tells_the_parity_of_the_last_conversion() -> None:
+    model = toys.ConvNet()
+    manager = prepare_compression(model, [QATConfig()])
+    toys.train(
+        manager, toys.loader(toys.images()), torch.optim.SGD(model.parameters(), lr=0.1), epochs=1
+    )
+    assert manager.report().parity is None
+    assert "parity" not in str(manager.report())
+    manager.convert()
+    report = manager.report()
+    assert report.parity is not None
+    assert set(report.parity.layer_errors) == {"conv1", "conv2", "fc"}
+    assert str(report).splitlines()[-1].startswith("parity of the converted model")
+    assert report.to_dict()["parity"]["output_error"] == report.parity.output_error
+    manager.close()

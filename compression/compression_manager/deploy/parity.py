@@ -52,6 +52,15 @@ class Parity:
         """Name of the layer with the largest error."""
         return max(self.layer_errors, key=self.layer_errors.__getitem__, default=None)
 
+    def __str__(self) -> str:
+        worst = self.worst_layer
+        layers = "no layer was reached" if worst is None else f"{self.layer_errors[worst]:.1e}"
+        where = "" if worst is None else f" ('{worst}')"
+        return (
+            f"parity of the converted model: relative error of the output {self.output_error:.1e}, "
+            f"largest of a layer on equal input {layers}{where}"
+        )
+
 
 @torch.no_grad()
 def check_parity(
