@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo test check reference
+.PHONY: help venv demo test check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -35,3 +35,6 @@ check: $(STAMP)  ## lint, types, direction of imports, code blocks of the docume
 
 reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
+
+readme: $(STAMP)  ## put the table and chart of the last demo into README.md
+	$(BIN)/python docs/update_demo.py

@@ -28,15 +28,16 @@ NOTE = (
 Entry = dict[str, Any]
 
 
-def check_same_settings(output: Path, recipe: Path, data: Path | None) -> None:
-    """Raise SystemExit if `output` holds results of another recipe, script or data set."""
-    sources = [recipe, Path(__file__).with_name("distill_and_quantize.py"), Path(models.__file__)]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
-    digest.update(str(data.resolve() if data else "embedded").encode())
+def check_same_settings(output: Path, recipe: Path, data: Path | None, trainings: object) -> None:
+    """Raise SystemExit if `output` holds results of another recipe, network or data set."""
+    digest = hashlib.sha256()
+    for source in (recipe, Path(models.__file__)):
+        digest.update(source.read_bytes())
+    digest.update(f"{trainings}{data.resolve() if data else 'embedded'}".encode())
     marker = output / "settings.sha256"
     if marker.exists() and marker.read_text() != digest.hexdigest():
         raise SystemExit(
-            f"{output} holds results of other settings (recipe, script or data); "
+            f"{output} holds results of other settings (recipe, training, networks or data); "
             "run with --fresh, delete it, or choose another --output."
         )
     output.mkdir(parents=True, exist_ok=True)

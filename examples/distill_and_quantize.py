@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -194,7 +195,9 @@ def _accuracy(predictions: Tensor, split: Split) -> float:
     return (predictions == split.labels).float().mean().item()
 
 
-def run_seed(splits: Splits, recipe: Path, folder: Path, seed: int) -> dict[str, Any]:
+def run_seed(
+    splits: Splits, recipe: Path, folder: Path, seed: int, student_training: Training
+) -> dict[str, Any]:
     """Train whatever is not finished for one seed; return the entries of the summary."""
     results: dict[str, Any] = {}
     torch.manual_seed(seed)
@@ -212,7 +215,7 @@ def run_seed(splits: Splits, recipe: Path, folder: Path, seed: int) -> dict[str,
             result = train(
                 teacher if is_teacher else copy.deepcopy(start),
                 arm,
-                TEACHER_TRAINING if is_teacher else STUDENT_TRAINING,
+                TEACHER_TRAINING if is_teacher else student_training,
                 splits,
                 recipe,
                 own,
@@ -234,15 +237,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder with the four idx files")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds to run")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument(
+        "--student-shift",
+        type=int,
+        default=STUDENT_TRAINING.shift,
+        help="move the students' images by up to so many pixels at random, as the teacher's",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete earlier results first")
     options = parser.parse_args(arguments)
 
     if options.fresh:
         shutil.rmtree(options.output, ignore_errors=True)
     splits = fashion_mnist.load(options.data)
-    demo_summary.check_same_settings(options.output, options.recipe, options.data)
+    student_training = dataclasses.replace(STUDENT_TRAINING, shift=options.student_shift)
+    demo_summary.check_same_settings(
+        options.output, options.recipe, options.data, (TEACHER_TRAINING, student_training)
+    )
     runs = [
-        run_seed(splits, options.recipe, options.output / f"seed-{seed}", seed)
+        run_seed(splits, options.recipe, options.output / f"seed-{seed}", seed, student_training)
         for seed in range(options.seeds)
     ]
     demo_summary.write(runs, options.output)

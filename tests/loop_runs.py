@@ -26,6 +26,11 @@ def _generator(loop: Any) -> Iterator[Any]:
         yield item
 
 
+def _owning(loops: list[Any]) -> Iterator[Any]:
+    for item in loops.pop():  # noqa: UP028 (no variable holds the loop)
+        yield item
+
+
 def _delegating(loop: Any) -> Iterator[Any]:
     yield from loop
 
@@ -46,6 +51,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
     "zip": lambda loop: (item for item, _ in zip(loop, itertools.count(), strict=False)),
     "map": lambda loop: map(_same, loop),
     "generator": _generator,
+    "owning generator": lambda loop: _owning([loop]),
     "yield from": _delegating,
     "both": lambda loop: tqdm(_generator(loop), disable=True),
 }

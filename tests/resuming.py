@@ -28,6 +28,7 @@ class Setup:
     after: bool = True
     set_to_none: bool = True
     track_loader: bool = False
+    draw_between_epochs: bool = True
 
 
 @dataclass
@@ -56,6 +57,13 @@ class Training:
         manager.track(optimizer=optimizer, scheduler=scheduler, **tracked)
         return cls(setup, manager, optimizer, scheduler, loader)
 
+    def begin_epoch(self) -> None:
+        """Draw from all generators between two epochs."""
+        self.manager.model.train()
+        if self.setup.draw_between_epochs:
+            torch.rand(3, generator=self.loader.generator)
+            torch.rand(3)
+
     def body(self, count: int, inputs: Any, targets: Any) -> None:
         """The work of one step; `count` is its number over all epochs."""
         manager = self.manager
@@ -77,7 +85,7 @@ class Training:
     def run(self, save: Callable[[CompressionManager, int], None] | None = None) -> None:
         """Train to the end with `epochs` and `steps`; `save` is called at the end of each body."""
         for epoch in self.manager.epochs(EPOCHS):
-            self.manager.model.train()
+            self.begin_epoch()
             for step, (inputs, targets) in self.manager.steps(self.loader):
                 self.body(epoch * STEPS + step, inputs, targets)
                 if save is not None:
@@ -95,7 +103,7 @@ class Training:
         manager.on_train_begin()
         for epoch in range(manager.position.epoch, EPOCHS):
             manager.on_epoch_begin(epoch)
-            manager.model.train()
+            self.begin_epoch()
             for step, (inputs, targets) in enumerate(self.loader):
                 manager.on_step_begin(step)
                 self.body(epoch * STEPS + step, inputs, targets)

@@ -51,7 +51,7 @@ class TrainingEvents:
             self._hooks.on_train_begin(context=self._context, dataloader=tracked.get("dataloader"))
         except BaseException:
             # A plugin may refuse to start and ask for `resume`, which comes before training.
-            self._lifecycle.abandon()
+            self._lifecycle.cancel_training()
             raise
         if self._random_state is not None:
             # Whatever drew random numbers since `resume` must not shift the continued run.

@@ -174,6 +174,10 @@ class Lifecycle:
             self._check_evaluated("in every epoch", "on_epoch_end")
         self.in_epoch = False
 
+    def cancel_training(self) -> None:
+        """Forget a training that a plugin refused to begin."""
+        self.training = False
+
     def cancel_epoch(self) -> None:
         """Forget an epoch that was left before its first step."""
         self.in_epoch = False

@@ -104,6 +104,8 @@ class LoaderPosition:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random state of the epoch's start and the present one."""
+        if self._saved is not None and (self.must_start or not self._generators_are_restored):
+            return self._saved
         return {"epoch_start": self._epoch_start, **self._capture()}
 
     @staticmethod

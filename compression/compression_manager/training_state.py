@@ -104,7 +104,7 @@ class TrainingState:
                 attempted += 1
                 with _fitting(part):
                     put()
-            pass
+            restore_random_state(state["random"])
         except BaseException as error:
             self._roll_back(before, attempted, error)
             raise

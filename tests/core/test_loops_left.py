@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -193,10 +194,11 @@ def test_limited_from_outside(limit: int) -> None:
     assert run.events == f"T+ E+{' S+ S-' * limit} E- T-"
 
 
-def test_a_bar_that_outlives_its_loop() -> None:
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_bar_that_outlives_its_loop(disable: bool) -> None:
     run = Run()
     for _ in run.manager.epochs(2):
-        bar = tqdm(run.manager.steps(BATCHES), disable=True)
+        bar = tqdm(run.manager.steps(BATCHES), disable=disable, file=io.StringIO())
         for step, _ in bar:
             if step == 1:
                 break
@@ -205,13 +207,14 @@ def test_a_bar_that_outlives_its_loop() -> None:
     assert run.events.endswith("E- T-")
 
 
-def test_a_bar_that_outlives_a_return() -> None:
+@pytest.mark.parametrize("disable", [False, True])
+def test_a_bar_that_outlives_a_return(disable: bool) -> None:
     run = Run()
 
     def train() -> None:
-        epochs = tqdm(run.manager.epochs(2), disable=True)
+        epochs = tqdm(run.manager.epochs(2), disable=disable, file=io.StringIO())
         for _ in epochs:
-            steps = tqdm(run.manager.steps(BATCHES), disable=True)
+            steps = tqdm(run.manager.steps(BATCHES), disable=disable, file=io.StringIO())
             for _ in steps:
                 return
 

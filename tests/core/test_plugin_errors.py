@@ -10,6 +10,7 @@ import toys
 from compression_manager import CompressionManager, ConfigError, PluginError, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
 from probes import HOOKS, begin_step, call_loss, finish, probe
+from resuming import differences
 
 SITE = QuantizationSite("0", "weight")
 ANNOUNCED = {"on_exception"}
@@ -123,7 +124,10 @@ def test_methods_besides_hooks_are_named_as_well(method: str) -> None:
 
 
 def test_failing_start_can_be_repeated_after_resume() -> None:
-    state = prepare_compression(toys.mlp(), [probe()]).state_dict()
+    source = begin_step(prepare_compression(toys.mlp(), [probe()]))
+    call_loss(source).backward()
+    finish(source)
+    state = source.state_dict()
     started: list[int] = []
 
     def on_train_begin(self: Any, context: Any) -> None:
@@ -135,6 +139,11 @@ def test_failing_start_can_be_repeated_after_resume() -> None:
     with pytest.raises(ConfigError):
         manager.on_train_begin()
     manager.load_state_dict(state)
+    del started[:]
+    with pytest.raises(ConfigError):
+        manager.on_train_begin()
+    # The gradients that wait for an update are still known to wait.
+    assert differences(manager.state_dict(), state) == []
     begin_step(manager)
     call_loss(manager)
     finish(manager)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ def test_from_every_step(setup: Setup) -> None:
     for count, state in states.items():
         resumed = Training.start(setup, seed=100 + count)
         resumed.manager.load_state_dict(state)
+        assert differences(resumed.manager.state_dict(), state) == []
         assert resumed.manager.position == type(resumed.manager.position)(
             count // STEPS, count % STEPS + 1, (count + 1) // setup.accumulate
         )
@@ -64,12 +66,33 @@ def test_saving_in_hooks_is_the_same_as_in_the_body() -> None:
             assert differences(states[count][part], state[part]) == [], part
 
 
+@pytest.mark.parametrize("own_generator", [None, "loader"])
+def test_from_every_end_of_an_epoch(own_generator: str | None) -> None:
+    states: list[Any] = []
+
+    def on_epoch_end(self: Any, context: Any) -> None:
+        states.append(copy.deepcopy(context.collect_state()))
+
+    setup = Setup(own_generator=own_generator, track_loader=True)
+    expected = Training.start(setup, plugins=[probe(on_epoch_end=on_epoch_end)])
+    expected.run()
+    for epoch, state in enumerate(states, start=1):
+        resumed = Training.start(setup, seed=20, plugins=[probe()])
+        resumed.manager.load_state_dict(state)
+        assert differences(resumed.manager.state_dict(), state) == []
+        next(iter(resumed.loader))  # draws from the loader's generator
+        resumed.run()
+        assert resumed.losses == expected.losses[epoch * STEPS :]
+        assert differences(resumed.final(), expected.final()) == []
+
+
 def test_after_a_break_in_mid_epoch() -> None:
     expected, _ = _uninterrupted(Setup())
     stopped = Training.start(Setup())
 
     def train() -> None:
         for epoch in stopped.manager.epochs(EPOCHS):
+            stopped.begin_epoch()
             for step, (inputs, targets) in stopped.manager.steps(stopped.loader):
                 stopped.body(epoch * STEPS + step, inputs, targets)
                 if (epoch, step) == (1, 1):
@@ -163,17 +186,17 @@ def test_loader_given_to_on_train_begin_is_known_in_time() -> None:
 
 
 def test_unknown_loader_with_a_generator_is_refused_before_the_first_step() -> None:
-    setup = Setup(own_generator="loader", track_loader=True)
+    setup = Setup(own_generator="loader", track_loader=True, draw_between_epochs=False)
     states: list[Any] = []
     training = Training.start(setup)
     training.run_plain(lambda epoch: states.append(copy.deepcopy(training.manager.state_dict())))
-    resumed = Training.start(Setup(own_generator="loader"))
+    untracked = dataclasses.replace(setup, track_loader=False)
+    resumed = Training.start(untracked)
     resumed.manager.load_state_dict(states[0])
-    with pytest.raises(
-        LifecycleError, match=r"register it with manager.track\(dataloader=loader\)"
-    ):
+    text = r"register it with manager.track\(dataloader=loader\)"
+    with pytest.raises(LifecycleError, match=text):
         resumed.run_plain()
-    by_steps = Training.start(Setup(own_generator="loader"))
+    by_steps = Training.start(untracked)
     by_steps.manager.load_state_dict(states[0])
     by_steps.run()
     assert by_steps.losses == training.losses[STEPS:]

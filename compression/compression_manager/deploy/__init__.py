@@ -1,6 +1,6 @@
 """Converted models: layers with integer weights, parity, and loading without training plugins."""
 
-from compression_manager.deploy.conversion import Conversion, Replacement
+from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.layers import (
     ConvertedConv,
     ConvertedEmbedding,
@@ -9,6 +9,7 @@ from compression_manager.deploy.layers import (
     LayerSpec,
 )
 from compression_manager.deploy.parity import Parity, check_parity
+from compression_manager.deploy.replacement import Replacement
 from compression_manager.deploy.storage import load
 
 __all__ = [

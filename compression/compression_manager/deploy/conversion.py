@@ -11,28 +11,9 @@ from torch import Tensor, nn
 from compression_manager.deploy.copying import copy_model
 from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.deploy.parity import Parity, check_parity
+from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ConfigError
 from compression_manager.quantization.fused_paths import disable_fused_paths
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """One layer that was replaced.
-
-    Attributes:
-        name: qualified name of the layer.
-        layer: what stands there now.
-        absorbed: names of the modules that the layer also computes; they became Identity.
-    """
-
-    name: str
-    layer: ConvertedLayer
-    absorbed: tuple[str, ...] = ()
-
-    @property
-    def output_of(self) -> str:
-        """Name of the module whose output in training the layer computes."""
-        return self.absorbed[-1] if self.absorbed else self.name
 
 
 @dataclass

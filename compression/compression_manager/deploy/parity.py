@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ParityError
 from compression_manager.model_call import (
     call_model,
@@ -17,9 +18,6 @@ from compression_manager.model_call import (
     quiet_evaluation,
     tensors_in,
 )
-
-if TYPE_CHECKING:
-    from compression_manager.deploy.conversion import Replacement
 
 # A layer and its conversion get the same input and multiply the same numbers, so that only the
 # order of float32 sums (and folding BatchNorm into the scale) may differ.
