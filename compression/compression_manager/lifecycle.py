@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from compression_manager.errors import LifecycleError
@@ -41,6 +42,8 @@ class Lifecycle:
         # on_after_optimizer_step or, where the loop leaves that out, the next event.
         self._update_is_announced = False
         self._update_is_open = False
+        self._losses_without_update = 0
+        self._has_updated = False
 
     @property
     def step_is_done(self) -> bool:
@@ -99,6 +102,7 @@ class Lifecycle:
         """A loss was computed inside a step."""
         self.accumulating = True
         self._step_has_loss = True
+        self._losses_without_update += 1
 
     def before_optimizer_step(self) -> None:
         """The optimizer is about to step; `update_announced` follows."""
@@ -111,6 +115,7 @@ class Lifecycle:
             )
         self._check_update_was_closed()
         self._update_is_announced = True
+        self._has_updated = True
         self.accumulating = False
 
     def update_announced(self) -> None:
@@ -172,6 +177,7 @@ class Lifecycle:
             )
         if not left_early:
             self._check_evaluated("in every epoch", "on_epoch_end")
+            self._warn_if_never_updated()
         self.in_epoch = False
 
     def cancel_training(self) -> None:
@@ -194,6 +200,7 @@ class Lifecycle:
                 raise LifecycleError(f"on_train_end came before the {end} that {begin} needs.")
         if self._steps_outside_epochs:
             self._check_evaluated("at least once", "on_train_end")
+            self._warn_if_never_updated()
         self.training = False
 
     def abandon_step(self) -> None:
@@ -257,6 +264,18 @@ class Lifecycle:
                     "manager.on_before_eval() and manager.on_after_eval({'accuracy': ...}) "
                     f"before manager.{end}()."
                 )
+
+    def _warn_if_never_updated(self) -> None:
+        """Tell once that a hook is probably missing; accumulating for so long is possible."""
+        if self._has_updated or self._losses_without_update < 2:
+            return
+        self._has_updated = True
+        warnings.warn(
+            f"{self._losses_without_update} losses were computed, but on_before_optimizer_step was "
+            "never called, so that no plugin counts a step and quantization-aware training does "
+            "not start; call manager.on_before_optimizer_step() right before optimizer.step().",
+            stacklevel=4,
+        )
 
     def _check_update_was_closed(self) -> None:
         hook = "on_after_optimizer_step"

@@ -10,6 +10,7 @@ import torch
 
 import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from compression_plugins import QATConfig
 from probes import call_loss, recorder
 
 CALLS = {
@@ -175,3 +176,33 @@ def test_unfit_dataloader_does_not_begin_training() -> None:
     with pytest.raises(Exception, match="iterable of batches"):
         manager.on_train_begin(3)
     assert _observable(manager, log) == expected
+
+
+def test_a_loop_that_never_announces_an_update_is_told_once() -> None:
+    manager = prepare_compression(toys.mlp(), [QATConfig()])
+    manager.on_train_begin()
+    with pytest.warns(UserWarning, match="4 losses.*on_before_optimizer_step"):
+        _epoch_without_updates(manager, 0)
+    _epoch_without_updates(manager, 1)  # warnings are errors in tests
+    manager.on_train_end()
+    manager.close()
+
+
+def test_a_loop_that_announces_updates_is_told_nothing() -> None:
+    manager = prepare_compression(toys.mlp(), [QATConfig()])
+    manager.on_train_begin()
+    _epoch_without_updates(manager, 0, announced=True)
+    manager.on_train_end()
+    manager.close()
+
+
+def _epoch_without_updates(manager, epoch: int, *, announced: bool = False) -> None:
+    manager.on_epoch_begin(epoch)
+    for step in range(4):
+        manager.on_step_begin(step)
+        output = manager.model(torch.randn(2, 6))
+        manager.on_after_compute_loss(None, output, output.mean())
+        if announced and step == 3:
+            manager.on_before_optimizer_step()
+        manager.on_step_end()
+    manager.on_epoch_end()
