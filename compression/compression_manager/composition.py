@@ -110,13 +110,16 @@ def complete(plugins: list[Plugin[Any]]) -> list[Plugin[Any]]:
 
 def describe(plugins: Sequence[Plugin[Any]], seed: int | None) -> dict[str, Any]:
     """Return the whole configuration as plain values, in the shape of a recipe."""
-    return {
-        "seed": seed,
-        "plugins": {
-            plugin.name: {"plugin": plugin.config.plugin, **describe_config(plugin.config)}
-            for plugin in plugins
-        },
-    }
+    return {"seed": seed, "plugins": {plugin.name: _describe(plugin) for plugin in plugins}}
+
+
+def _describe(plugin: Plugin[Any]) -> dict[str, Any]:
+    """Return the options; what the place in the recipe says already is left out."""
+    options = describe_config(plugin.config)
+    del options["name"], options["enabled"]
+    if plugin.name == plugin.config.plugin:
+        return options
+    return {"plugin": plugin.config.plugin, **options}
 
 
 def _plugin_from_item(item: object) -> Plugin[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -140,3 +142,24 @@ def test_recipe_describes_every_plugin() -> None:
     assert list(recipe["plugins"]) == ["qat", "soft", "calibration"]
     assert recipe["plugins"]["soft"]["plugin"] == "distillation"
     assert recipe["plugins"]["soft"]["teacher_model"] == "Sequential"
+
+
+def test_the_recipe_of_a_manager_says_nothing_twice(tmp_path: Path) -> None:
+    first = QATConfig()
+    manager = prepare_compression(toys.mlp(), [first, ProgressConfig(name="bar")], seed=3)
+    recipe = manager.state_dict()["recipe"]
+    manager.close()
+    assert recipe["seed"] == 3
+    assert list(recipe["plugins"]) == ["qat", "bar", "calibration"]
+    assert recipe["plugins"]["bar"] == {
+        "plugin": "progress",
+        "refresh_seconds": 0.2,
+        "description": None,
+    }
+    assert not {"plugin", "name", "enabled"} & set(recipe["plugins"]["qat"])
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    again = prepare_compression(toys.mlp(), path)
+    assert again.state_dict()["recipe"] == recipe
+    again.close()
