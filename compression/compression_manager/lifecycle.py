@@ -9,6 +9,9 @@ from compression_manager.errors import LifecycleError
 
 OPTIONAL_HOOKS = frozenset({"on_after_optimizer_step", "on_before_eval", "on_after_eval"})
 
+# So many losses without one optimizer step are hardly an accumulation; the hook is missing.
+_MANY_LOSSES = 10
+
 
 class Lifecycle:
     """Refuses hooks that come in a wrong order, and says which call is missing.
@@ -267,7 +270,7 @@ class Lifecycle:
 
     def _warn_if_never_updated(self) -> None:
         """Tell once that a hook is probably missing; accumulating for so long is possible."""
-        if self._has_updated or self._losses_without_update < 2:
+        if self._has_updated or self._losses_without_update < _MANY_LOSSES:
             return
         self._has_updated = True
         warnings.warn(

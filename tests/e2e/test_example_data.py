@@ -220,23 +220,41 @@ def test_a_damaged_subset_is_refused(fashion_mnist: ModuleType, tmp_path: Path, 
         fashion_mnist.decode(damaged)
 
 
-def test_augment_moves_every_image_by_its_own_offset(fashion_mnist: ModuleType) -> None:
-    images = fashion_mnist.load().test.images[:200]
+def test_augment_mirrors_and_moves_every_image_by_its_own_offset(
+    fashion_mnist: ModuleType,
+) -> None:
+    images = fashion_mnist.load().test.images[:400]
     torch.manual_seed(0)
-    moved = fashion_mnist.augment(images)
+    moved = fashion_mnist.augment(images, 1)
     black = -0.2860 / 0.3530
-    offsets = set()
+    found = set()
     for image, result in zip(images[:, 0].numpy(), moved[:, 0].numpy(), strict=True):
         padded = np.pad(image, 1, constant_values=black)
         fits = [
-            (top, left)
+            (top, left, mirrored)
             for top in range(3)
             for left in range(3)
-            if np.allclose(padded[top : top + 28, left : left + 28], result)
+            for mirrored in (False, True)
+            if np.allclose(_cut(padded, top, left, mirrored), result)
         ]
         assert fits
-        offsets.add(fits[0])
+        found.add(fits[0])
     assert moved.shape == images.shape
-    assert len(offsets) == 9
+    assert len(found) == 18
     torch.manual_seed(0)
-    assert torch.equal(moved, fashion_mnist.augment(images))
+    assert torch.equal(moved, fashion_mnist.augment(images, 1))
+
+
+def test_augment_without_shift_only_mirrors(fashion_mnist: ModuleType) -> None:
+    images = fashion_mnist.load().test.images[:50]
+    torch.manual_seed(0)
+    changed = fashion_mnist.augment(images, 0)
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(changed, images, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(changed, images, strict=True)]
+    assert all(a or b for a, b in zip(mirrored, same, strict=True))
+    assert 10 < sum(same) < 40
+
+
+def _cut(padded: np.ndarray, top: int, left: int, mirrored: bool) -> np.ndarray:
+    part = padded[top : top + 28, left : left + 28]
+    return part[:, ::-1] if mirrored else part
