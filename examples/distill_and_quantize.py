@@ -31,7 +31,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import demo_summary
 import fashion_mnist
 import models
-from compression_manager import CompressionManager, deploy, prepare_compression
+from compression_manager import (
+    CompressionError,
+    CompressionManager,
+    deploy,
+    prepare_compression,
+)
 from fashion_mnist import Split, Splits
 
 
@@ -261,4 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except CompressionError as error:
+        raise SystemExit(f"error: {error}") from error
