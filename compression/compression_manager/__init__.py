@@ -22,12 +22,14 @@ from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
 from compression_manager.position import Position
 from compression_manager.prepare import prepare_compression
 from compression_manager.report import Report
+from compression_manager.schedule import StartAt
 
 __all__ = [
     "prepare_compression",
     "CompressionManager",
     "Position",
     "Report",
+    "StartAt",
     "Plugin",
     "PluginConfig",
     "hookimpl",

@@ -54,7 +54,7 @@ def plugins_from_recipe(
     options: set[str] = set()
     for instance, node in recipe.plugins.items():
         fields = dict(node)
-        plugin_class = load_plugin_class(fields.pop("plugin", instance))
+        plugin_class = _load_listed(instance, fields.pop("plugin", instance), recipe.source)
         known = _runtime_options(plugin_class.config_class)
         options |= known | {f"{instance}.{option}" for option in known}
         given = {
@@ -76,6 +76,13 @@ def plugins_from_recipe(
         plugins.append(create_plugin(plugin_class, config))
     refuse_unused(unused, options)
     return plugins, recipe.seed
+
+
+def _load_listed(instance: str, name: str, source: str) -> type[Plugin[Any]]:
+    try:
+        return load_plugin_class(name)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: plugins.{instance}: {error}") from error
 
 
 def refuse_unused(names: set[str], valid: set[str]) -> None:

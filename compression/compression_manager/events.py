@@ -64,12 +64,14 @@ class TrainingEvents:
         self._begin_call()
         epoch = _count("on_epoch_begin", "epoch", epoch)
         loader, position = self._state.loader, self._state.position
-        if loader.must_start and epoch != position.epoch:
+        if self._state.is_resumed and epoch != position.epoch:
             raise LifecycleError(
-                f"on_epoch_begin({epoch}) came, but training was resumed in the middle of epoch "
-                f"{position.epoch}; start the loop there, for example with manager.epochs(n)."
+                f"on_epoch_begin({epoch}) came, but training was resumed at epoch "
+                f"{position.epoch}; start the loop there: with manager.epochs(n), or "
+                f"range(manager.resume(...).epoch, n)."
             )
         self._lifecycle.epoch_begin()
+        self._state.is_resumed = False
         self._context.epoch = epoch
         loader.begin_epoch()
         if not loader.must_start:

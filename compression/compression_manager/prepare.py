@@ -20,7 +20,7 @@ from compression_manager.composition import (
     refuse_unused,
 )
 from compression_manager.context import Context
-from compression_manager.errors import ConfigError
+from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.manager import CompressionManager
 
 MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
@@ -75,6 +75,8 @@ def prepare_compression(
     try:
         manager.shape_model()
     except BaseException as error:
+        if isinstance(error, CompressionError) and isinstance(configs, (str, Path)):
+            error.args = (f"{configs}: {error}", *error.args[1:])
         try:
             manager.close()
         except Exception as failure:

@@ -28,6 +28,7 @@ class TrainingState:
 
     Attributes:
         loader: where the data loader of the present epoch stands.
+        is_resumed: a state was put back and no epoch has begun since.
         evaluations: one entry per evaluation: epoch, global_step and metrics.
     """
 
@@ -35,6 +36,7 @@ class TrainingState:
         self, context: Context, plugins: Sequence[Plugin[Any]], lifecycle: Lifecycle
     ) -> None:
         self.loader = LoaderPosition(context.tracked)
+        self.is_resumed = False
         self.evaluations: list[dict[str, Any]] = []
         self._epoch = 0
         self._step = 0
@@ -111,6 +113,7 @@ class TrainingState:
         self.loader.load_state_dict(state["loader"], consumed=state["step"])
         self.evaluations = list(state["evaluations"])
         self.move_to(state["epoch"], state["step"])
+        self.is_resumed = True
         self._lifecycle.accumulating = state["accumulating"]
         self._context.epoch = state["epoch"]
         self._context.global_step = state["global_step"]

@@ -18,11 +18,13 @@ import toys
 from compression_manager import (
     CheckpointError,
     CompressionError,
+    CompressionManager,
     ConfigError,
     LifecycleError,
     LossError,
     prepare_compression,
 )
+from compression_manager.quantization import QuantizationScheme
 from compression_plugins import (
     CheckpointConfig,
     DistillationConfig,
@@ -212,3 +214,57 @@ def test_checkpoint_directory_that_is_a_file(model: nn.Module, tmp_path: Path) -
     with pytest.raises(ConfigError, match="taken"):
         prepare_compression(model, [QATConfig(), CheckpointConfig(tmp_path / "taken")])
     assert (tmp_path / "taken").read_text() == "mine"
+
+
+def _trained(directory: Path, *, epochs: int = 2, **options: Any) -> None:
+    model = toys.ConvNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    configs = [QATConfig(**options), CheckpointConfig(directory, keep_last=3)]
+    with prepare_compression(model, configs) as manager:
+        manager.track(optimizer=optimizer)
+        toys.train(manager, toys.loader(toys.images()), optimizer, epochs=epochs)
+
+
+def _prepared(directory: Path, **options: Any) -> CompressionManager:
+    model = toys.ConvNet()
+    manager = prepare_compression(model, [QATConfig(**options), CheckpointConfig(directory)])
+    manager.track(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    return manager
+
+
+def test_newest_checkpoint_that_lost_its_manifest_is_not_skipped(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    (tmp_path / "step-00000008" / "manifest.json").unlink()
+    manager = _prepared(tmp_path)
+    with pytest.raises(CheckpointError, match=r"step-00000008.*step-00000004"):
+        manager.resume(tmp_path)
+    assert manager.resume(tmp_path / "step-00000004").global_step == 4
+    manager.close()
+
+
+def test_other_scheme_than_the_checkpoint_names_the_layer(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    four_bits = QuantizationScheme(bits=4, granularity="channel")
+    manager = _prepared(tmp_path, weight=four_bits)
+    before = copy.deepcopy(manager.model.state_dict())
+    with pytest.raises(CheckpointError, match=r"'conv1'.*int8.*here.*int4"):
+        manager.resume(tmp_path)
+    toys.assert_identical(dict(manager.model.state_dict()), dict(before))
+    manager.close()
+
+
+def test_plain_loop_that_starts_over_after_resuming(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    manager = _prepared(tmp_path)
+    manager.resume(tmp_path)
+    manager.on_train_begin()
+    with pytest.raises(LifecycleError, match="resumed at epoch 2"):
+        manager.on_epoch_begin(0)
+    manager.on_epoch_begin(2)
+    manager.close()
+
+
+def test_errors_after_parsing_name_the_recipe(model: nn.Module, tmp_path: Path) -> None:
+    for text in ("plugins: {qatt: {}}", "plugins: {qat: {overrides: [{layer: x, skip: true}]}}"):
+        with pytest.raises(ConfigError, match=r"recipe\.yaml"):
+            prepare_compression(model, _recipe(tmp_path, text))

@@ -144,6 +144,8 @@ def test_failing_start_can_be_repeated_after_resume() -> None:
         manager.on_train_begin()
     # The gradients that wait for an update are still known to wait.
     assert differences(manager.state_dict(), state) == []
-    begin_step(manager)
+    manager.on_train_begin()
+    manager.on_epoch_begin(manager.position.epoch)
+    manager.on_step_begin(0)
     call_loss(manager)
     finish(manager)

@@ -67,7 +67,7 @@ def test_plain_loop_after_resuming_in_mid_epoch_says_how_to_write_it() -> None:
     manager = Training.start(Setup()).manager
     manager.load_state_dict(_mid_epoch_state())
     manager.on_train_begin()
-    with pytest.raises(LifecycleError, match="resumed in the middle of epoch 0; start the loop"):
+    with pytest.raises(LifecycleError, match="resumed at epoch 0; start the loop there"):
         manager.on_epoch_begin(1)
     manager.on_epoch_begin(0)
     with pytest.raises(LifecycleError, match=r"manager\.steps\(loader\).*the 2 batches"):

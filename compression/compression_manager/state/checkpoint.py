@@ -121,8 +121,25 @@ def list_checkpoints(root: Path) -> list[Manifest]:
     return sorted(_manifests(root), key=_global_step)
 
 
+def _check_newest_is_there(root: Path, found: list[Manifest]) -> None:
+    """Raise if the index lists a newer checkpoint than those found: it was damaged or deleted."""
+    if not os.path.lexists(root / INDEX_NAME):
+        return
+    newest = max(read_index(root), key=lambda entry: entry.global_step, default=None)
+    steps = [_global_step(manifest) for manifest in found]
+    if newest is not None and newest.global_step > max(steps, default=-1):
+        older = (
+            f" To continue from an older one, resume from {found[-1].directory}." if found else ""
+        )
+        raise CheckpointCorruptError(
+            f"{root / newest.name} is the newest checkpoint that {INDEX_NAME} lists, but it is "
+            f"missing or has no {MANIFEST_NAME}.{older}"
+        )
+
+
 def _latest(root: Path) -> Path:
     found = list_checkpoints(root)
+    _check_newest_is_there(root, found)
     if not found:
         names = sorted(os.listdir(root))[:8]
         raise CheckpointError(

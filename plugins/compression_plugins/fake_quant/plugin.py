@@ -137,25 +137,32 @@ class QATPlugin(Plugin[QATConfig]):
     # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the layers and the conv-BatchNorm pairs; everything else is in the model."""
-        return {"layers": [layer.name for layer in self._plan.layers], "pairs": self._pairs}
+        """Return the layers' schemes and the conv-BatchNorm pairs; all else is in the model."""
+        return {"layers": self._schemes(), "pairs": self._pairs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the pairs that were found.
 
         Raises:
-            CheckpointMismatchError: other layers are quantized.
+            CheckpointMismatchError: other layers are quantized, or with other schemes.
         """
-        own = [layer.name for layer in self._plan.layers]
-        if state["layers"] != own:
-            different = sorted(set(state["layers"]) ^ set(own))
-            raise CheckpointMismatchError(
-                f"plugin '{self.name}': the checkpoint quantizes other layers; different: "
-                f"{', '.join(different) or 'their order'}."
-            )
+        saved, own = state["layers"], self._schemes()
+        for name in sorted(saved.keys() | own.keys()):
+            if saved.get(name) != own.get(name):
+                raise CheckpointMismatchError(
+                    f"plugin '{self.name}': layer '{name}' is quantized otherwise in the "
+                    f"checkpoint: {saved.get(name, 'not at all')}; here: "
+                    f"{own.get(name, 'not at all')}."
+                )
         self._take_pairs(state["pairs"])
 
     # Internals -------------------------------------------------------------------------------
+
+    def _schemes(self) -> dict[str, str]:
+        return {
+            layer.name: f"weight {layer.weight}, input {layer.activation or 'float'}"
+            for layer in self._plan.layers
+        }
 
     def _make_quantizers(
         self, context: Context, planned: LayerPlan

@@ -45,6 +45,9 @@ class TensorBoardConfig(PluginConfig):
             require_integer(self, "detail_every_steps", self.detail_every_steps, minimum=1)
 
 
+_FIRST_DETAILS = 2
+
+
 class TensorBoardPlugin(Plugin[TensorBoardConfig]):
     """Writes metrics to event files, at the number of optimizer steps completed.
 
@@ -106,9 +109,13 @@ class TensorBoardPlugin(Plugin[TensorBoardConfig]):
 
     @hookimpl
     def on_before_optimizer_step(self, context: Context) -> None:
-        """Ask for histograms and ranges of the update that is about to happen."""
-        interval = self.config.detail_every_steps
-        if interval is not None and (context.global_step + 1) % interval == 0:
+        """Ask for histograms and ranges of the update that is about to happen.
+
+        The second update is always among them: ranges have been observed by then, and short
+        runs show them too.
+        """
+        interval, step = self.config.detail_every_steps, context.global_step + 1
+        if interval is not None and (step % interval == 0 or step == _FIRST_DETAILS):
             context.request_details()
 
     @hookimpl
