@@ -26,12 +26,13 @@ demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the fu
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
+# The blocks of a page build on one another, so that they run in one process.
 check: $(STAMP)  ## lint, types, direction of imports, code blocks of the documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 docs README.md
+	$(BIN)/python -m pytest docs README.md
 
 reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
