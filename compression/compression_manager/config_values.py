@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import make_dataclass
 from enum import Enum
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
@@ -38,7 +39,9 @@ def convert_scalar(types: Sequence[Any], value: Any, place: str, expected: str) 
         return value
     # OmegaConf would read any number as a bool.
     number_for_bool = others == [bool] and not isinstance(value, str)
-    if not others or value is None or number_for_bool:
+    # It would also turn `metric: true` into the text 'True'.
+    value_for_text = {str} <= set(others) <= {str, Path} and not isinstance(value, str)
+    if not others or value is None or number_for_bool or value_for_text:
         raise _mismatch(types, value, place, expected)
     schema = _schema(others, place)
     try:

@@ -268,3 +268,12 @@ def test_errors_after_parsing_name_the_recipe(model: nn.Module, tmp_path: Path) 
     for text in ("plugins: {qatt: {}}", "plugins: {qat: {overrides: [{layer: x, skip: true}]}}"):
         with pytest.raises(ConfigError, match=r"recipe\.yaml"):
             prepare_compression(model, _recipe(tmp_path, text))
+
+
+@pytest.mark.parametrize("value", ["true", "3", "2.5"])
+def test_recipe_takes_only_text_where_text_is_meant(
+    model: nn.Module, tmp_path: Path, value: str
+) -> None:
+    text = f"plugins: {{qat: {{}}, checkpoint: {{directory: d, metric: {value}}}}}"
+    with pytest.raises(ConfigError, match=r"recipe\.yaml.*plugins\.checkpoint\.metric"):
+        prepare_compression(model, _recipe(tmp_path, text))

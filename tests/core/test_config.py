@@ -115,7 +115,6 @@ def test_an_empty_node_gives_the_defaults() -> None:
         ("limit", None, None),
         ("flag", "yes", True),
         ("flag", False, False),
-        ("text", 5, "5"),
         ("text", "${not.resolved}", "${not.resolved}"),
         ("text", "???", "???"),
         ("place", "a/b", "a/b"),
