@@ -10,7 +10,7 @@ from compression_manager.errors import CompressionError, PluginError
 class ClosingErrors(ExceptionGroup[Exception], CompressionError):
     """Several plugins failed while closing; every one of them was closed."""
 
-    def derive(self, excs: Sequence[Exception]) -> ClosingErrors:  # type: ignore[override]
+    def derive(self, excs: Sequence[Exception]) -> ClosingErrors:  # type: ignore[override]  # narrower, as the docs of ExceptionGroup advise
         """Return a group of the same kind, for `except*` and `split`."""
         return ClosingErrors(self.message, excs)
 

@@ -46,6 +46,7 @@ def convert_scalar(types: Sequence[Any], value: Any, place: str, expected: str) 
     schema = _schema(others, place)
     try:
         merged = OmegaConf.merge(schema, {"value": value})
+        # The schema makes it a mapping, which the declared return type does not say.
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)["value"]  # type: ignore[index, call-overload]
     except OmegaConfBaseException as error:
         raise _mismatch(types, value, place, expected) from error

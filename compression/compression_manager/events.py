@@ -244,7 +244,7 @@ class TrainingEvents:
 
 def _count(hook: str, name: str, value: object) -> int:
     try:
-        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # raises, caught
     except TypeError:
         count = -1
     if count < 0:

@@ -115,6 +115,7 @@ def fake_quantize(
     """
     grid = _make_grid(input, scale, zero_point, axis, _compute_dtype(input, quant_min, quant_max))
     if torch.is_grad_enabled() and input.requires_grad:
+        # Function.apply is untyped in torch.
         output: Tensor = _StraightThrough.apply(input, *grid, quant_min, quant_max)  # type: ignore[no-untyped-call]
         return output
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)

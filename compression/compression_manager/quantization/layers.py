@@ -122,4 +122,4 @@ def restore_layer(layer: QuantizedLayer) -> None:
     """Turn the layer back into the float layer that it was."""
     del layer.weight_quantizer
     del layer.input_quantizer
-    layer.__class__ = layer.float_class  # type: ignore[assignment]
+    layer.__class__ = layer.float_class  # type: ignore[assignment]  # mypy allows no class change

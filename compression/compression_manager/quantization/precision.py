@@ -22,7 +22,7 @@ class Float32Buffers(nn.Module):
             for name, buffer in self._buffers.items()
             if buffer is not None and buffer.dtype == torch.float32
         }
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for name, buffer in before.items():
             after = self._buffers[name]
             if after is not None and after.dtype != torch.float32:

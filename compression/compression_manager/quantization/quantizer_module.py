@@ -123,7 +123,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
             self.register_buffer(
                 "zero_point", torch.zeros(shape, dtype=index_dtype, device=site.device)
             )
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @property
     def phase(self) -> Phase:

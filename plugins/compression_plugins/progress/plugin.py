@@ -150,6 +150,6 @@ class _Bar(_BarBase):
 
 def _length(loader: object) -> int | None:
     try:
-        return len(loader)  # type: ignore[arg-type]
+        return len(loader)  # type: ignore[arg-type]  # raises, caught
     except (TypeError, NotImplementedError):
         return None
