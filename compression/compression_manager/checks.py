@@ -9,7 +9,10 @@ name of the option.
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 
 from compression_manager.errors import ConfigError, suggest
 
@@ -66,6 +69,23 @@ def require_type(
         types = expected if isinstance(expected, tuple) else (expected,)
         names = " or ".join("None" if item is type(None) else item.__name__ for item in types)
         raise _error(owner, field, f"of type {names}", value)
+
+
+def require_writable_folder(directory: str | Path) -> None:
+    """Raise ConfigError unless `directory` is a folder, or can become one, and files fit into it.
+
+    Tried by creating and removing an empty folder in the nearest one that exists: permissions
+    alone do not tell (the superuser passes them, read-only and virtual file systems refuse).
+    """
+    path = Path(os.path.realpath(directory))
+    existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not existing.is_dir():
+        raise ConfigError(f"{directory} cannot be a folder, because {existing} is a file.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=existing))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{directory} cannot be written: {existing}: {reason}.") from error
 
 
 def _is_number(value: object) -> bool:

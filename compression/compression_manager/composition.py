@@ -49,33 +49,53 @@ def plugins_from_recipe(
         ConfigError: names file and key path.
     """
     recipe = load_recipe(path, overrides)
-    unused = set(runtime_objects)
+    classes = {
+        instance: _load_listed(instance, node.get("plugin", instance), recipe.source)
+        for instance, node in recipe.plugins.items()
+    }
+    # Before the configs: a mistyped argument often is what a config then lacks.
+    _refuse_unknown_arguments(set(runtime_objects), classes, recipe.source)
     plugins: list[Plugin[Any]] = []
-    options: set[str] = set()
     for instance, node in recipe.plugins.items():
-        fields = dict(node)
-        plugin_class = _load_listed(instance, fields.pop("plugin", instance), recipe.source)
-        known = _runtime_options(plugin_class.config_class)
-        options |= known | {f"{instance}.{option}" for option in known}
-        given = {
-            option: runtime_objects[key]
-            for option in known
-            for key in (option, f"{instance}.{option}")
-            if key in runtime_objects
-        }
-        unused -= known | {f"{instance}.{option}" for option in known}
-        if fields.get("enabled") is False:
+        if node.get("enabled") is False:
             continue
+        config_class = classes[instance].config_class
         config = build_config(
-            plugin_class.config_class,
-            {"name": instance, **fields},
+            config_class,
+            {"name": instance, **{key: value for key, value in node.items() if key != "plugin"}},
             path=f"plugins.{instance}",
             source=recipe.source,
-            runtime=given,
+            runtime={
+                option: runtime_objects[key]
+                for option in _runtime_options(config_class)
+                for key in (option, f"{instance}.{option}")
+                if key in runtime_objects
+            },
         )
-        plugins.append(create_plugin(plugin_class, config))
-    refuse_unused(unused, options)
+        plugins.append(create_plugin(classes[instance], config))
     return plugins, recipe.seed
+
+
+def refuse_runtime_objects(names: set[str], items: object) -> None:
+    """Raise ConfigError for keyword arguments beside a list of configs, which holds the objects."""
+    if not names:
+        return
+    name = sorted(names)[0]
+    option = name.rpartition(".")[2]
+    owners = [
+        type(item).__name__
+        for item in (items if isinstance(items, Sequence) else ())
+        if isinstance(item, PluginConfig) and option in _runtime_options(type(item))
+    ]
+    if owners:
+        raise ConfigError(
+            f"'{name}' is passed to prepare_compression only together with a recipe; here it "
+            f"belongs into the config: {owners[0]}({option}=...)."
+        )
+    raise ConfigError(
+        f"prepare_compression has no argument '{name}'; "
+        f"{suggest(name, ('overrides', 'example_inputs', 'seed'))}"
+    )
 
 
 def _load_listed(instance: str, name: str, source: str) -> type[Plugin[Any]]:
@@ -85,12 +105,22 @@ def _load_listed(instance: str, name: str, source: str) -> type[Plugin[Any]]:
         raise ConfigError(f"{source}: plugins.{instance}: {error}") from error
 
 
-def refuse_unused(names: set[str], valid: set[str]) -> None:
-    """Raise ConfigError if a keyword argument belongs to no plugin."""
-    if names:
-        name = sorted(names)[0]
+def _refuse_unknown_arguments(
+    names: set[str], classes: Mapping[str, type[Plugin[Any]]], source: str
+) -> None:
+    """Raise ConfigError if a keyword argument belongs to no plugin of the recipe."""
+    options = {
+        instance: _runtime_options(plugin_class.config_class)
+        for instance, plugin_class in classes.items()
+    }
+    valid = {option for known in options.values() for option in known}
+    valid |= {f"{instance}.{option}" for instance, known in options.items() for option in known}
+    for name in sorted(names - valid):
+        problem = f"{source}: no plugin takes the argument '{name}' of prepare_compression"
+        if valid:
+            raise ConfigError(f"{problem}; {suggest(name, valid)}")
         raise ConfigError(
-            f"no plugin takes the argument '{name}' of prepare_compression; {suggest(name, valid)}"
+            f"{problem}; of the plugins listed ({', '.join(classes)}) none takes a live object."
         )
 
 

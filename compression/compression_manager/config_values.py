@@ -18,7 +18,9 @@ _UNCHANGED = (bool, int, float, str)
 
 
 def convert_scalar(types: Sequence[Any], value: Any, place: str, expected: str) -> Any:
-    """Return `value` as one of `types`, converted as OmegaConf does (`"1e-3"` to 0.001).
+    """Return `value` as one of `types`: an int as a float, a text as a Path or an Enum.
+
+    What Python would refuse is refused here: no text is a number, no number a text or a bool.
 
     Args:
         types: members of the declared union: int, float, bool, str, Path, an Enum, a Literal
@@ -37,11 +39,12 @@ def convert_scalar(types: Sequence[Any], value: Any, place: str, expected: str) 
     others = [item for item in types if get_origin(item) is not Literal and item is not NoneType]
     if type(value) in others and type(value) in _UNCHANGED:
         return value
-    # OmegaConf would read any number as a bool.
-    number_for_bool = others == [bool] and not isinstance(value, str)
-    # It would also turn `metric: true` into the text 'True'.
-    value_for_text = {str} <= set(others) <= {str, Path} and not isinstance(value, str)
-    if not others or value is None or number_for_bool or value_for_text:
+    # OmegaConf would read '8' as a number, 'yes' or 1 as a bool, and `metric: true` as 'True'.
+    kinds = set(others)
+    text_for_number = kinds <= {bool, int, float} and isinstance(value, str)
+    number_for_bool = kinds == {bool} and not isinstance(value, bool)
+    value_for_text = {str} <= kinds <= {str, Path} and not isinstance(value, str)
+    if not others or value is None or text_for_number or number_for_bool or value_for_text:
         raise _mismatch(types, value, place, expected)
     schema = _schema(others, place)
     try:
@@ -83,8 +86,21 @@ def _schema(types: Sequence[Any], place: str) -> Any:
 
 def _mismatch(types: Sequence[Any], value: Any, place: str, expected: str) -> ConfigError:
     choices = [str(choice) for item in types for choice in (*_literals(item), *_members(item))]
+    if isinstance(value, str) and not choices and _reads_as_number(value):
+        return ConfigError(
+            f"{place}: expected {expected}, got the text {show_value(value)}; write it without "
+            "quotes (a number from the environment: ${oc.decode:${oc.env:NAME}})."
+        )
     hint = f"; {suggest(value, choices)}" if choices and isinstance(value, str) else "."
     return ConfigError(f"{place}: expected {expected}, got {show_value(value)}{hint}")
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _literals(declared: Any) -> tuple[Any, ...]:

@@ -7,11 +7,21 @@ Catch `CompressionError` to catch them all. Each message says what is wrong, whe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class CompressionError(Exception):
-    """Base class of all errors raised by the framework and its plugins."""
+    """Base class of all errors raised by the framework and its plugins.
+
+    Attributes:
+        option: the option at fault in its plugin's config, for example `overrides[0].layer`,
+            or None.
+        key_path: where a recipe has it, for example `plugins.qat.overrides[0].layer`, or None.
+    """
+
+    option: str | None = None
+    key_path: str | None = None
 
 
 class ConfigError(CompressionError):
@@ -64,15 +74,30 @@ class PluginError(CompressionError):
         self.hook = hook
 
 
+@contextmanager
+def blame_option(option: str) -> Iterator[None]:
+    """Name the option of the plugin's own config that an error of the block is about.
+
+    Inside a hook: `with blame_option("overrides[0].layer"): ...`. The plugin's name is put in
+    front where the error leaves the hook. Errors that name an option already stay as they are.
+    """
+    try:
+        yield
+    except CompressionError as error:
+        if error.option is None:
+            error.option = option
+        raise
+
+
 def suggest(name: str, valid: Iterable[str], *, limit: int = 12) -> str:
     """Return the tail of an error message: the nearest valid names, then the valid ones.
 
     `suggest("temprature", ["temperature", "name"])` gives
     `"did you mean 'temperature'? Valid: name, temperature."`.
     """
-    names = sorted(set(valid))
+    names = sorted(set(valid) - {""})
     if not names:
-        return "There is no valid name here."
+        return "there is none to choose from."
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(item) for item in near)}? " if near else ""
     shown = ", ".join(names[:limit])

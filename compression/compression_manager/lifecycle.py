@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 from compression_manager.errors import LifecycleError
 
-OPTIONAL_HOOKS = frozenset({"on_after_optimizer_step", "on_before_eval", "on_after_eval"})
+OPTIONAL_HOOKS = frozenset(
+    {"on_epoch_begin", "on_after_optimizer_step", "on_before_eval", "on_after_eval"}
+)
 
 # So many losses without one optimizer step are hardly an accumulation; the hook is missing.
 _MANY_LOSSES = 10
@@ -91,6 +93,12 @@ class Lifecycle:
         if self.in_step:
             raise LifecycleError("on_step_begin was called twice; call on_step_end in between.")
         self._check_not_evaluating("on_step_begin")
+        if not self.in_epoch and "on_epoch_begin" in self._required:
+            raise LifecycleError(
+                f"{_names(self._required['on_epoch_begin'])} counts epochs, but a step began "
+                "outside of an epoch; call manager.on_epoch_begin(epoch) first (or loop with "
+                "manager.epochs(n)), or give its options in optimizer steps."
+            )
         self.in_step = True
         self.steps_begun += 1
         self._steps_in_epoch += 1

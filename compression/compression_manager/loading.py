@@ -276,6 +276,7 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
 
 def _raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
     if isinstance(error, CompressionError):
+        _place_option(error, plugin)
         if not isinstance(error, PluginError) and not getattr(error, "__notes__", None):
             error.add_note(f"raised by plugin '{plugin.name}' in hook '{hook}'")
         raise error
@@ -284,6 +285,13 @@ def _raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
         plugin=plugin.name,
         hook=hook,
     ) from error
+
+
+def _place_option(error: CompressionError, plugin: Plugin[Any]) -> None:
+    """Put plugin and option at fault before the message, unless that is done."""
+    if error.option is not None and error.key_path is None:
+        error.key_path = f"plugins.{plugin.name}.{error.option}"
+        error.args = (f"{plugin.name}.{error.option}: {error}", *error.args[1:])
 
 
 def _describe(plugin: Plugin[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from compression_manager.position import Position
 from compression_manager.report import Report, build_report
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
-from compression_manager.state_checks import check_kinds, check_model
+from compression_manager.state_checks import changed_options, check_kinds, check_model
 from compression_manager.training_state import TrainingState
 
 
@@ -114,6 +115,8 @@ class CompressionManager(TrainingLoops):
         Returns:
             Where to continue; `epochs(n)` does so by itself.
 
+        Warns if options of the plugins differ from those of the checkpoint.
+
         Raises:
             CheckpointError: there is none, it is corrupt, or it belongs to something else.
             LifecycleError: training has begun.
@@ -125,7 +128,19 @@ class CompressionManager(TrainingLoops):
             if missing_ok and not _has_content(Path(directory)):
                 return self.position
             raise
-        self._restore(read_checkpoint(path))
+        state = read_checkpoint(path)
+        try:
+            self._restore(state)
+        except CheckpointError as error:
+            error.args = (f"{path}: {error}", *error.args[1:])
+            raise
+        changes = changed_options(state["recipe"], self._context.recipe)
+        if changes:
+            warnings.warn(
+                f"{path} was written with other options, so that training goes on otherwise than "
+                f"without the interruption: {'; '.join(sorted(changes))}.",
+                stacklevel=2,
+            )
         return self.position
 
     def load_weights(

@@ -83,8 +83,8 @@ class Plugin(Generic[ConfigType]):
         self.name: str = config.name or config.plugin
 
     def required_hooks(self) -> frozenset[str]:
-        """Return the optional hooks (`on_after_optimizer_step`, `on_before_eval`,
-        `on_after_eval`) that this instance cannot do without.
+        """Return the optional hooks (`on_epoch_begin`, `on_after_optimizer_step`,
+        `on_before_eval`, `on_after_eval`) that this instance cannot do without.
         """
         return frozenset()
 

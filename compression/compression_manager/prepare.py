@@ -17,7 +17,7 @@ from compression_manager.composition import (
     describe,
     plugins_from_list,
     plugins_from_recipe,
-    refuse_unused,
+    refuse_runtime_objects,
 )
 from compression_manager.context import Context
 from compression_manager.errors import CompressionError, ConfigError
@@ -65,7 +65,7 @@ def prepare_compression(
     else:
         if overrides:
             raise ConfigError("overrides apply to a recipe; here configs is a list.")
-        refuse_unused(set(runtime_objects), {"overrides", "example_inputs", "seed"})
+        refuse_runtime_objects(set(runtime_objects), configs)
         plugins = plugins_from_list(configs)
     plugins = complete(plugins)
     if seed is not None:
@@ -76,7 +76,9 @@ def prepare_compression(
         manager.shape_model()
     except BaseException as error:
         if isinstance(error, CompressionError) and isinstance(configs, (str, Path)):
-            error.args = (f"{configs}: {error}", *error.args[1:])
+            place = configs if error.key_path is None else f"{configs}: plugins"
+            separator = ": " if error.key_path is None else "."
+            error.args = (f"{place}{separator}{error}", *error.args[1:])
         try:
             manager.close()
         except Exception as failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,9 +105,22 @@ def check_names(
     for name in tracked:
         if name not in state["tracked"]:
             raise CheckpointMismatchError(
-                f"'{name}' is tracked, but the checkpoint was written without it; "
-                f"{suggest(name, state['tracked'])}"
+                f"'{name}' is tracked, but the checkpoint was written without it; it holds: "
+                f"{_names(state['tracked'])}."
             )
+
+
+def changed_options(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two recipes (as `manager.state_dict()["recipe"]`), a line each.
+
+    Only plugins that both list are compared.
+    """
+    plugins = saved.get("plugins", {}), own.get("plugins", {})
+    return [
+        change
+        for name in plugins[0].keys() & plugins[1].keys()
+        for change in _differences(f"plugins.{name}", plugins[0][name], plugins[1][name])
+    ]
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
@@ -123,15 +136,35 @@ def _check_plugins(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for name, state in saved.items():
         if state and name not in own:
             raise CheckpointMismatchError(
-                f"the checkpoint holds state of plugin '{name}', which is not in the present "
-                f"composition; {suggest(name, own)}"
+                f"the checkpoint holds state of plugin '{name}', which is not listed now. To "
+                f"continue that training, list it; to start another one from its weights, call "
+                f"manager.load_weights(directory). Listed now: {_names(own)}."
             )
     for name, state in own.items():
         if state and not saved.get(name):
             raise CheckpointMismatchError(
-                f"plugin '{name}' keeps state, but the checkpoint was written without it; "
-                f"{suggest(name, saved)}"
+                f"plugin '{name}' keeps state, but the checkpoint was written without it. To "
+                f"continue that training, leave it out; to start another one from its weights, "
+                f"call manager.load_weights(directory). The checkpoint has: {_names(saved)}."
             )
+
+
+def _differences(path: str, saved: Any, own: Any) -> list[str]:
+    if isinstance(saved, Mapping) and isinstance(own, Mapping) and saved.keys() == own.keys():
+        return [
+            change for key in own for change in _differences(f"{path}.{key}", saved[key], own[key])
+        ]
+    if isinstance(saved, list) and isinstance(own, list) and len(saved) == len(own):
+        return [
+            change
+            for index, (there, here) in enumerate(zip(saved, own, strict=True))
+            for change in _differences(f"{path}[{index}]", there, here)
+        ]
+    return [] if saved == own else [f"{path}: {saved!r} in the checkpoint, {own!r} now"]
+
+
+def _names(plugins: Iterable[str]) -> str:
+    return ", ".join(sorted(plugins)) or "none"
 
 
 def _describe(value: object) -> str:

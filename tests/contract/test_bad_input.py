@@ -225,9 +225,10 @@ def _trained(directory: Path, *, epochs: int = 2, **options: Any) -> None:
         toys.train(manager, toys.loader(toys.images()), optimizer, epochs=epochs)
 
 
-def _prepared(directory: Path, **options: Any) -> CompressionManager:
+def _prepared(directory: Path, *, keep_last: int = 3, **options: Any) -> CompressionManager:
     model = toys.ConvNet()
-    manager = prepare_compression(model, [QATConfig(**options), CheckpointConfig(directory)])
+    configs = [QATConfig(**options), CheckpointConfig(directory, keep_last=keep_last)]
+    manager = prepare_compression(model, configs)
     manager.track(optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
     return manager
 
@@ -264,10 +265,69 @@ def test_plain_loop_that_starts_over_after_resuming(tmp_path: Path) -> None:
     manager.close()
 
 
-def test_errors_after_parsing_name_the_recipe(model: nn.Module, tmp_path: Path) -> None:
-    for text in ("plugins: {qatt: {}}", "plugins: {qat: {overrides: [{layer: x, skip: true}]}}"):
-        with pytest.raises(ConfigError, match=r"recipe\.yaml"):
-            prepare_compression(model, _recipe(tmp_path, text))
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            "qat: {overrides: [{layer: '0', skip: true}, {layer: '3', skip: true}]}",
+            "plugins.qat.overrides[1].layer: LayerRule(layer='3') matches no layer",
+        ),
+        ("qat: {overrides: [{module_class: Conv}]}", "plugins.qat.overrides[0].module_class: "),
+        ("qat: {weight: {axis: 4}}", "plugins.qat.weight.axis: layer '0': axis 4"),
+        (
+            "qat: {overrides: [{layer: '2', weight: {granularity: channel, axis: 2}}]}",
+            "plugins.qat.overrides[0].weight.axis: layer '2': axis 2",
+        ),
+        (
+            "kd: {plugin: distillation, criterion: {loss_types: [CE, KLD]}}",
+            "plugins.kd.criterion.loss_types[1]: no plugin offers the distillation loss 'KLD'; "
+            "did you mean 'KL'?",
+        ),
+        (
+            "distillation: {criterion: {loss_options: {a: 1}}}",
+            "plugins.distillation.criterion: the distillation loss 'CE' has no option 'a'",
+        ),
+        (
+            "a: {plugin: distillation}, b: {plugin: distillation, "
+            "criterion: {loss_weights: [1, 1]}}",
+            "plugins.b.criterion.loss_weights[0]: plugins disagree",
+        ),
+        ("distillation: {teacher_output: 3}", "plugins.distillation.teacher_output: the teacher "),
+        (
+            "qat: {}, checkpoint: {directory: /dev/null/x}",
+            "plugins.checkpoint.directory: /dev/null/x cannot be a folder",
+        ),
+        ("qat: {}, checkpoint: {directory: /proc/x}", "plugins.checkpoint.directory: /proc/x cann"),
+        ("qat: {}, tensorboard: {directory: /proc/x}", "plugins.tensorboard.directory: /proc/x "),
+    ],
+)
+def test_errors_after_parsing_name_file_and_key_path(
+    model: nn.Module, tmp_path: Path, options: str, expected: str
+) -> None:
+    path = _recipe(tmp_path, f"plugins: {{{options}}}")
+    teacher = {"teacher_model": toys.mlp()} if "distillation" in options else {}
+    with pytest.raises(ConfigError) as error:
+        prepare_compression(model, path, example_inputs=torch.randn(2, 6), **teacher)
+    assert str(error.value).startswith(f"{path}: {expected}")
+
+
+def test_key_path_of_a_list_of_configs(model: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=r"^qat\.overrides\[0\]\.layer: Layer") as error:
+        prepare_compression(model, [QATConfig(overrides=(LayerRule(layer="x", skip=True),))])
+    assert error.value.key_path == "plugins.qat.overrides[0].layer"
+
+
+def test_unknown_plugin_names_the_recipe(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: plugins\.qatt: .*did you mean 'qat'"):
+        prepare_compression(model, _recipe(tmp_path, "plugins: {qatt: {}}"))
+
+
+def test_other_options_than_the_checkpoint_are_told(tmp_path: Path) -> None:
+    _trained(tmp_path)
+    manager = _prepared(tmp_path, keep_last=2)
+    with pytest.warns(UserWarning, match=r"plugins\.checkpoint\.keep_last: 3 in the .*, 2 now"):
+        manager.resume(tmp_path)
+    manager.close()
 
 
 @pytest.mark.parametrize("value", ["true", "3", "2.5"])

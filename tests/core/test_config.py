@@ -108,12 +108,11 @@ def test_an_empty_node_gives_the_defaults() -> None:
     ("key", "node", "value"),
     [
         ("name", "second", "second"),
-        ("count", "5", 5),
+        ("count", 5, 5),
         ("rate", 3, 3.0),
-        ("rate", "1e-3", 0.001),
         ("limit", 2, 2.0),
         ("limit", None, None),
-        ("flag", "yes", True),
+        ("flag", True, True),
         ("flag", False, False),
         ("text", "${not.resolved}", "${not.resolved}"),
         ("text", "???", "???"),
@@ -124,7 +123,7 @@ def test_an_empty_node_gives_the_defaults() -> None:
         ("when", 3, 3),
         ("mode", "EXACT", Mode.EXACT),
         ("names", ["a", "b"], ["a", "b"]),
-        ("betas", [1, "2"], (1.0, 2.0)),
+        ("betas", [1, 2], (1.0, 2.0)),
         ("skip", ["a"], ("a",)),
         ("extra", {"a": [1, {"b": None}]}, {"a": [1, {"b": None}]}),
         ("weight", {"bits": 4}, Scheme(bits=4, granularity="channel")),
@@ -148,7 +147,7 @@ def test_every_kind_of_field(key, node, value) -> None:
 
 
 def test_items_have_their_declared_type() -> None:
-    assert [type(item) for item in build({"betas": [1, "2"]}).betas] == [float, float]
+    assert [type(item) for item in build({"betas": [1, 2]}).betas] == [float, float]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +162,19 @@ def test_items_have_their_declared_type() -> None:
         ({"count": 1.5}, "plugins.example.count: expected int, got 1.5."),
         ({"count": True}, "plugins.example.count: expected int, got True."),
         ({"count": [1]}, "plugins.example.count: expected int, got [1]."),
+        ({"flag": "yes"}, "plugins.example.flag: expected bool, got 'yes'."),
+        (
+            {"count": "5"},
+            "plugins.example.count: expected int, got the text '5'; write it without quotes",
+        ),
+        (
+            {"betas": [1, "2"]},
+            "plugins.example.betas[1]: expected float, got the text '2'; write it without quotes",
+        ),
+        (
+            {"limit": "1e-3"},
+            "plugins.example.limit: expected float or null, got the text '1e-3'; write it without",
+        ),
         ({"flag": 2}, "plugins.example.flag: expected bool, got 2."),
         ({"flag": "maybe"}, "plugins.example.flag: expected bool, got 'maybe'."),
         ({"limit": "abc"}, "plugins.example.limit: expected float or null, got 'abc'."),

@@ -6,6 +6,9 @@ import pytest
 
 import toys
 from compression_manager import CompressionManager, LifecycleError, PluginError, prepare_compression
+from compression_manager.plugin import PluginConfig
+from compression_manager.schedule import StartAt
+from compression_plugins import CheckpointConfig, QATConfig
 from probes import call_loss, probe, run_step
 
 
@@ -71,6 +74,36 @@ def test_missing_evaluation_of_a_loop_without_epochs_is_named_at_its_end() -> No
     manager.on_before_eval()
     manager.on_after_eval({})
     manager.on_train_end()
+
+
+def test_missing_epochs_are_named_at_the_first_step() -> None:
+    manager = _requiring("on_epoch_begin")
+    manager.on_train_begin()
+    with pytest.raises(LifecycleError, match=r"'needy' counts epochs.*on_epoch_begin"):
+        manager.on_step_begin(0)
+    manager.on_epoch_begin(0)
+    run_step(manager, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "needs_epochs"),
+    [
+        (QATConfig(), False),
+        (QATConfig(fake_quantize_at=StartAt(epoch=1)), True),
+        (QATConfig(freeze_batch_norm_at=StartAt(epoch=1)), True),
+        (CheckpointConfig("somewhere"), True),
+        (CheckpointConfig("somewhere", save_every_steps=2), False),
+    ],
+)
+def test_options_in_epochs_need_epochs(config: PluginConfig, needs_epochs: bool) -> None:
+    manager = prepare_compression(toys.mlp(), [config])
+    manager.on_train_begin()
+    if needs_epochs:
+        with pytest.raises(LifecycleError, match="counts epochs"):
+            manager.on_step_begin(0)
+    else:
+        manager.on_step_begin(0)
+    manager.close()
 
 
 def test_hook_that_is_not_optional_is_refused_at_prepare() -> None:

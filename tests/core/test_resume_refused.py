@@ -130,7 +130,7 @@ UNFIT: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
         _with(torch.ones(1), "gradients", "fc.weight"), CheckpointMismatchError, "the gradients"),
     "plugin too many": (
         _with({"x": 1}, "plugins", "ema"), CheckpointMismatchError,
-        "state of plugin 'ema', which is not in the present composition"),
+        "state of plugin 'ema', which is not listed now"),
     "plugin missing": (
         _without("plugins", "qat"), CheckpointMismatchError, "plugin 'qat' keeps state, but"),
     "plugin's state unreadable": (

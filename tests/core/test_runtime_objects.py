@@ -9,7 +9,7 @@ import pytest
 
 import toys
 from compression_manager import ConfigError, prepare_compression
-from compression_plugins import QATConfig
+from compression_plugins import DistillationConfig, QATConfig
 
 TWO = """
 plugins:
@@ -64,6 +64,21 @@ def test_object_that_nobody_takes(recipe: Any, name: str) -> None:
     assert "teacher_model" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("teacher", "teacher_model"), ("frst.teacher_model", "first.teacher_model")]
+)
+def test_mistyped_argument_goes_before_what_is_missing_for_it(
+    recipe: Any, name: str, meant: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}'.*did you mean '{meant}'"):
+        prepare_compression(toys.mlp(), recipe(TWO), **{name: toys.mlp()})
+
+
+def test_recipe_whose_plugins_take_no_objects(recipe: Any) -> None:
+    with pytest.raises(ConfigError, match=r"of the plugins listed \(qat\) none takes"):
+        prepare_compression(toys.mlp(), recipe("plugins: {qat: {}}"), teacher_model=toys.mlp())
+
+
 def test_object_of_a_disabled_instance_is_left_over_without_complaint(recipe: Any) -> None:
     text = TWO.replace("second: {", "second: {enabled: false, ") + "  qat: {}\n"
     manager = prepare_compression(toys.mlp(), recipe(text), teacher_model=toys.mlp())
@@ -82,7 +97,10 @@ def test_order_and_names_are_the_recipes(recipe: Any) -> None:
 
 
 def test_list_takes_no_objects_and_no_overrides() -> None:
-    with pytest.raises(ConfigError, match="no plugin takes the argument 'teacher_model'"):
+    with pytest.raises(ConfigError, match="no argument 'teacher_model'; Valid: example_inputs"):
         prepare_compression(toys.mlp(), [QATConfig()], teacher_model=toys.mlp())
+    distillation = DistillationConfig(teacher_outputs="caller")
+    with pytest.raises(ConfigError, match=r"belongs into .* DistillationConfig\(teacher_model="):
+        prepare_compression(toys.mlp(), [QATConfig(), distillation], teacher_model=toys.mlp())
     with pytest.raises(ConfigError, match="overrides apply to a recipe"):
         prepare_compression(toys.mlp(), [QATConfig()], overrides=["seed=1"])

@@ -27,7 +27,7 @@ ORIGINALS = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mn
 CHECKSUMS = {
     "train": "d3fd13f231f4922feba89022566507120268713d24d9a24506cc5385f3695f9c",
     "validation": "743b0369f52dd9bcf5286a0abd31a070cde51c85ad508c9a9eb4b44cfc61de1f",
-    "test": "e81b275553152d5d8efc3c7c64f6cb25217cb691502e072ec165bb30f0fddb6e",
+    "test": "21a4e626d22c8ac46269e2ae73140b62750738320bd977102e41b3d30faba405",
 }
 TRAIN_PER_CLASS, TEST_PER_CLASS = 503, 3
 

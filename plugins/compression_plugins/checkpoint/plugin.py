@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compression_manager.checks import require_writable_folder
 from compression_manager.context import Context
 from compression_manager.errors import (
     CheckpointError,
     CheckpointMismatchError,
     ConfigError,
+    blame_option,
     suggest,
 )
 from compression_manager.plugin import Plugin, hookimpl
@@ -52,8 +54,16 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._metrics_epoch: int | None = None
 
     def required_hooks(self) -> frozenset[str]:
-        """Return the hook that carries the metric, if there is one to watch."""
-        return frozenset() if self.config.metric is None else frozenset({"on_after_eval"})
+        """Return the hook that carries the metric to watch, and the one that counts epochs."""
+        config = self.config
+        return frozenset(
+            hook
+            for hook, is_needed in (
+                ("on_after_eval", config.metric is not None),
+                ("on_epoch_begin", config.save_every_steps is None),
+            )
+            if is_needed
+        )
 
     @hookimpl
     def validate_composition(self, plugins: Sequence[Plugin[Any]]) -> None:
@@ -62,7 +72,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         Raises:
             ConfigError: the folder is a file, lies in one, is not writable or is shared.
         """
-        self._check_writable()
+        with blame_option("directory"):
+            require_writable_folder(self._root)
+            self._check_not_shared(plugins)
+
+    def _check_not_shared(self, plugins: Sequence[Plugin[Any]]) -> None:
         for other in plugins:
             if (
                 isinstance(other, CheckpointPlugin)
@@ -221,20 +235,6 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                         f"plugin '{self.name}' cannot remove the old checkpoint {path}: {error}"
                     ) from error
         self._obsolete = []
-
-    def _check_writable(self) -> None:
-        path = Path(os.path.realpath(self._root))
-        existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-        if not existing.is_dir():
-            raise ConfigError(
-                f"plugin '{self.name}': directory={str(self._root)!r} cannot be a folder, "
-                f"because {existing} is a file."
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"plugin '{self.name}': directory={str(self._root)!r} cannot be written: "
-                f"permission is missing in {existing}."
-            )
 
 
 def _check_name(name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compression_manager.errors import ConfigError, suggest
+from compression_manager.errors import ConfigError, blame_option, suggest
 
 
 def pick_logits(output: Any, key: str | int | None, *, where: str, option: str) -> Tensor:
@@ -25,7 +25,11 @@ def pick_logits(output: Any, key: str | int | None, *, where: str, option: str) 
         ConfigError: nothing fits, or what fits is no floating-point tensor of at least one
             dimension.
     """
-    found = _pick(output, key, where, option)
+    with blame_option(option):
+        return _checked(_pick(output, key, where, option), where, option)
+
+
+def _checked(found: Any, where: str, option: str) -> Tensor:
     if isinstance(found, Tensor) and found.dim() > 0 and found.is_floating_point():
         return found
     what = type(found).__name__

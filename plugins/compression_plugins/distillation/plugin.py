@@ -9,7 +9,12 @@ from torch import Tensor
 
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
-from compression_manager.errors import CheckpointMismatchError, ConfigError, suggest
+from compression_manager.errors import (
+    CheckpointMismatchError,
+    ConfigError,
+    blame_option,
+    suggest,
+)
 from compression_manager.loss import LossTerms
 from compression_manager.model_call import call_model, quiet_evaluation
 from compression_plugins.distillation import losses as loss_functions
@@ -45,17 +50,21 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     def validate_composition(self, context: Context) -> None:
         """Refuse a teacher that is the student, or shares with it what training changes."""
         if self._teacher is not None:
-            check_distinct(self._teacher.model, context.model)
+            with blame_option("teacher_model"):
+                check_distinct(self._teacher.model, context.model)
 
     @hookimpl
     def prepare_model(self, context: Context) -> None:
         """Freeze the teacher; with example inputs, compare the logits' shapes."""
         criterion = self.config.criterion
-        context.set_task_weight(self.name, criterion.loss_weights[0])
-        self._loss = context.services.make_distillation_loss(
-            criterion.loss_types[1],
-            {"temperature": criterion.temperature, **criterion.loss_options},
-        )
+        with blame_option("criterion.loss_weights[0]"):
+            context.set_task_weight(self.name, criterion.loss_weights[0])
+        # Only the plugin that offers the loss knows its options.
+        with blame_option("criterion" if criterion.loss_options else "criterion.loss_types[1]"):
+            self._loss = context.services.make_distillation_loss(
+                criterion.loss_types[1],
+                {"temperature": criterion.temperature, **criterion.loss_options},
+            )
         if self._teacher is None:
             return
         self._teacher.freeze(context, self.name)

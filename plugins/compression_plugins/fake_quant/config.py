@@ -82,7 +82,8 @@ class QATConfig(PluginConfig):
         default=StartAt(step=0), metadata=option("When observers start to follow the ranges.")
     )
     fake_quantize_at: StartAt = field(
-        default=StartAt(step=1), metadata=option("When fake quantization starts.")
+        default=StartAt(step=1),
+        metadata=option("When fake quantization starts; of inputs, once a range was observed."),
     )
     freeze_observers_at: StartAt | None = field(
         default=None, metadata=option("When activation ranges stop changing; null: never.")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from compression_manager.errors import ConfigError, suggest
+from compression_manager.errors import ConfigError, blame_option, suggest
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.layers import QUANTIZED_CLASSES, QuantizedLayer
 from compression_plugins.fake_quant.config import LayerRule, QATConfig
@@ -47,18 +47,20 @@ def plan_model(model: nn.Module, config: QATConfig) -> ModelPlan:
         for name, module in candidates.items()
         if (reason := _reason_against(module)) is not None
     }
-    for rule in config.overrides:
-        _check_rule(rule, model, candidates, unsupported)
+    for index, rule in enumerate(config.overrides):
+        selector = "layer" if rule.layer is not None else "module_class"
+        with blame_option(f"overrides[{index}].{selector}"):
+            _check_rule(rule, model, candidates, unsupported)
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     for name, module in candidates.items():
-        exception = _last_match(config.overrides, name, module)
-        if exception is not None and exception.skip:
-            skipped[name] = f"skipped by {exception}"
+        match = _last_match(config.overrides, name, module)
+        if match is not None and config.overrides[match].skip:
+            skipped[name] = f"skipped by {config.overrides[match]}"
         elif name in unsupported:
             skipped[name] = unsupported[name]
         else:
-            layers.append(_plan_layer(name, module, config, exception))
+            layers.append(_plan_layer(name, module, config, match))
     if not layers:
         raise ConfigError(
             f"QATConfig would quantize nothing: {_listed(skipped) or 'the model has no layers'}. "
@@ -78,21 +80,24 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _plan_layer(
-    name: str, module: nn.Module, config: QATConfig, rule: LayerRule | None
+    name: str, module: nn.Module, config: QATConfig, rule_index: int | None
 ) -> LayerPlan:
-    weight = config.weight
+    weight, weight_option = config.weight, "weight"
     activation = config.activation
-    if rule is not None:
-        weight = rule.weight or weight
+    if rule_index is not None:
+        rule = config.overrides[rule_index]
+        if rule.weight is not None:
+            weight, weight_option = rule.weight, f"overrides[{rule_index}].weight"
         activation = None if rule.weight_only else rule.activation or activation
     if isinstance(module, nn.Embedding):
         activation = None  # its input is indices
     dimensions = module.get_parameter("weight").dim()
     if weight.axis is not None and not -dimensions <= weight.axis < dimensions:
-        raise ConfigError(
-            f"layer '{name}': axis {weight.axis} of the weight's scheme does not exist; the "
-            f"weight of a {type(module).__name__} has the axes 0 to {dimensions - 1}."
-        )
+        with blame_option(f"{weight_option}.axis"):
+            raise ConfigError(
+                f"layer '{name}': axis {weight.axis} of the weight's scheme does not exist; the "
+                f"weight of a {type(module).__name__} has the axes 0 to {dimensions - 1}."
+            )
     return LayerPlan(name, weight, activation)
 
 
@@ -169,8 +174,9 @@ def _listed(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{name or 'the model'}: {why}" for name, why in reasons.items())
 
 
-def _last_match(rules: Sequence[LayerRule], name: str, module: nn.Module) -> LayerRule | None:
-    matching = [rule for rule in rules if _matches(rule, name, module)]
+def _last_match(rules: Sequence[LayerRule], name: str, module: nn.Module) -> int | None:
+    """Return the index of the rule that applies."""
+    matching = [index for index, rule in enumerate(rules) if _matches(rule, name, module)]
     return matching[-1] if matching else None
 
 

@@ -47,6 +47,18 @@ class QATPlugin(Plugin[QATConfig]):
         self._context: Context | None = None
         self._batch_norm_is_frozen = False
 
+    def required_hooks(self) -> frozenset[str]:
+        """Return the hook that counts epochs, if a phase begins at one."""
+        config = self.config
+        phases = (
+            config.observe_at,
+            config.fake_quantize_at,
+            config.freeze_observers_at,
+            config.freeze_batch_norm_at,
+        )
+        counts_epochs = any(phase is not None and phase.epoch is not None for phase in phases)
+        return frozenset({"on_epoch_begin"} if counts_epochs else ())
+
     # Shape -----------------------------------------------------------------------------------
 
     @hookimpl

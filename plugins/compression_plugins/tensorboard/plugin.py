@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compression_manager.checks import require_integer, require_type
+from compression_manager.checks import require_integer, require_type, require_writable_folder
 from compression_manager.context import Context
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, blame_option
 from compression_manager.metrics import Metric
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
 from compression_plugins.tensorboard.event_writer import EventWriter
@@ -69,13 +69,11 @@ class TensorBoardPlugin(Plugin[TensorBoardConfig]):
     @hookimpl
     def validate_composition(self, plugins: Sequence[Plugin[Any]]) -> None:
         """Refuse a folder that cannot be one, or that another instance writes to."""
-        directory = Path(self.config.directory)
-        for part in (directory, *directory.parents):
-            if part.exists() and not part.is_dir():
-                raise ConfigError(
-                    f"TensorBoardConfig.directory {directory} cannot be a folder, because {part} "
-                    "is a file."
-                )
+        with blame_option("directory"):
+            require_writable_folder(self.config.directory)
+            self._check_not_shared(Path(self.config.directory), plugins)
+
+    def _check_not_shared(self, directory: Path, plugins: Sequence[Plugin[Any]]) -> None:
         for other in plugins:
             if other is self or not isinstance(other, TensorBoardPlugin):
                 continue

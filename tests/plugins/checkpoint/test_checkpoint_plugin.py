@@ -276,8 +276,9 @@ def test_missing_metric_names_the_nearest(tmp_path):
 
 
 def test_requires_evaluation_only_for_a_metric(tmp_path):
-    assert Run(tmp_path).plugin.required_hooks() == frozenset()
-    assert Run(tmp_path, metric="m").plugin.required_hooks() == {"on_after_eval"}
+    required = {"on_epoch_begin"}
+    assert Run(tmp_path).plugin.required_hooks() == required
+    assert Run(tmp_path, metric="m").plugin.required_hooks() == {*required, "on_after_eval"}
 
 
 @pytest.mark.parametrize("below", ["", "deeper/still"])
