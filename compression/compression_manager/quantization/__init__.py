@@ -1,6 +1,7 @@
 """Schemes, arithmetic and the modules that quantize while a model trains."""
 
 from compression_manager.quantization.arithmetic import dequantize, fake_quantize, quantize
+from compression_manager.quantization.dynamic_quantizer import DynamicFakeQuantizer
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.parameters import QuantizationParameters, choose_qparams
 from compression_manager.quantization.quantizer_module import (
@@ -22,5 +23,6 @@ __all__ = [
     "Observer",
     "FakeQuantizer",
     "ObservedFakeQuantizer",
+    "DynamicFakeQuantizer",
     "Phase",
 ]

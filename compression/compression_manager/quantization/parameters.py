@@ -12,6 +12,8 @@ from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, Quantizati
 
 # torch's observers use the same lower limit, so that a range of zero has an inverse scale.
 MIN_SCALE = torch.finfo(torch.float32).eps
+# Above 24 bits it would cut off the digits that the bits are for; this one has an inverse too.
+MIN_WIDE_SCALE = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +21,13 @@ class QuantizationParameters:
     """All numbers that map a tensor to integers and back.
 
     Attributes:
-        scale: float32, () per tensor or (channels,) per channel, positive.
+        scale: float32, positive: () per tensor, (channels,) per channel, (rows, groups) per
+            group.
         zero_point: int32 (int64 above 24 bits), shape of `scale`: the integer of real zero.
         quant_min: smallest integer.
         quant_max: largest integer.
-        axis: channel axis of the tensor, or None per tensor.
+        axis: channel axis of the tensor, or None.
+        group_size: values that share a scale, or None.
     """
 
     scale: Tensor
@@ -31,6 +35,7 @@ class QuantizationParameters:
     quant_min: int
     quant_max: int
     axis: int | None
+    group_size: int | None = None
 
 
 def choose_qparams(
@@ -38,17 +43,20 @@ def choose_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point that map a range onto the integers of `scheme`.
 
-    Symmetric: scale = max(|minimum|, |maximum|) / quant_max, with zero point 0 (unsigned: the
-    middle of the range). Affine: the range is widened to contain 0, scale = (maximum -
-    minimum) / (quant_max - quant_min), zero_point = quant_min - round(minimum / scale). Both
-    as in torch's `UniformQuantizationObserverBase`, in float32 (float64 above 24 bits).
+    Symmetric: scale = max(|minimum|, |maximum|) / ((quant_max - quant_min) / 2), which in a
+    narrow range is quant_max, with zero point 0 (unsigned: the middle of the range); with one
+    bit the scale is max(|minimum|, |maximum|). Affine: the range is widened to contain 0, scale =
+    (maximum - minimum) / (quant_max - quant_min), zero_point = quant_min - round(minimum /
+    scale). All as in torch's `UniformQuantizationObserverBase`, in float32 (float64 above 24
+    bits).
 
     Args:
-        minimum: smallest values, () or (channels,), floating point.
+        minimum: smallest values, floating point; any shape, for example (channels,).
         maximum: largest values, same shape and device.
 
     Returns:
-        scale: float32, shape of `minimum`, at least float32's epsilon.
+        scale: float32, shape of `minimum`, at least float32's epsilon (above 24 bits: its
+            smallest normal number).
         zero_point: int32, int64 above 24 bits, shape of `minimum`.
 
     Raises:
@@ -56,10 +64,10 @@ def choose_qparams(
             checked only on the CPU and outside of torch.compile, because reading the values
             would make an accelerator wait.
     """
-    if minimum.shape != maximum.shape or minimum.dim() > 1:
+    if minimum.shape != maximum.shape:
         raise QuantizationError(
             f"minimum and maximum have shapes {tuple(minimum.shape)} and {tuple(maximum.shape)}; "
-            "both must be () for one range per tensor or (channels,) for one per channel."
+            "both must have the shape of the scales."
         )
     if minimum.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(minimum, maximum)
@@ -70,26 +78,30 @@ def compute_qparams(
     minimum: Tensor, maximum: Tensor, scheme: QuantizationScheme
 ) -> tuple[Tensor, Tensor]:
     """Return what `choose_qparams` does, without looking at the values (for training steps)."""
-    wide = scheme.bits > MAX_FLOAT32_BITS
-    dtype = torch.float64 if wide else torch.float32
-    index_dtype = torch.int64 if wide else torch.int32
+    dtype = torch.float64 if scheme.bits > MAX_FLOAT32_BITS else torch.float32
+    index_dtype = zero_point_dtype(scheme)
     # Zero is inside of every range, or padding and ReLU's zeros would not be exact.
     low = minimum.detach().to(dtype).clamp(max=0.0)
     high = maximum.detach().to(dtype).clamp(min=0.0)
     if scheme.symmetric:
-        steps = scheme.quant_max - scheme.symmetric_zero_point
-        scale = _divide(torch.maximum(-low, high), steps)
+        steps = max((scheme.quant_max - scheme.quant_min) / 2, 1)
+        scale = _divide(torch.maximum(-low, high), steps, scheme)
         return scale, torch.full_like(scale, scheme.symmetric_zero_point, dtype=index_dtype)
     extent = (high - low).clamp(max=torch.finfo(torch.float32).max)
-    scale = _divide(extent, scheme.quant_max - scheme.quant_min)
+    scale = _divide(extent, scheme.quant_max - scheme.quant_min, scheme)
     zero_point = scheme.quant_min - torch.round(low / scale)
     return scale, zero_point.clamp(scheme.quant_min, scheme.quant_max).to(index_dtype)
 
 
-def _divide(extent: Tensor, steps: int) -> Tensor:
+def zero_point_dtype(scheme: QuantizationScheme) -> torch.dtype:
+    """Return int32, or int64 above 24 bits."""
+    return torch.int64 if scheme.bits > MAX_FLOAT32_BITS else torch.int32
+
+
+def _divide(extent: Tensor, steps: float, scheme: QuantizationScheme) -> Tensor:
     # CUDA multiplies by the reciprocal of a Python number; a tensor divides on every device.
     scale = (extent / extent.new_full((), steps)).to(torch.float32)
-    return scale.clamp(min=MIN_SCALE)
+    return scale.clamp(min=MIN_WIDE_SCALE if scheme.bits > MAX_FLOAT32_BITS else MIN_SCALE)
 
 
 def check_range(minimum: Tensor, maximum: Tensor, *, where: str = "a range") -> None:
@@ -103,10 +115,11 @@ def check_range(minimum: Tensor, maximum: Tensor, *, where: str = "a range") -> 
     ordered = (minimum <= maximum) & minimum.isfinite() & maximum.isfinite()
     if bool(ordered.all()):
         return
-    low, high = minimum.reshape(-1), maximum.reshape(-1)
-    channel = int(ordered.reshape(-1).logical_not().nonzero()[0])
-    place = f" in channel {channel}" if minimum.dim() else ""
+    first = tuple(ordered.logical_not().nonzero()[0].tolist())
+    place = {0: "", 1: f" in channel {first[0] if first else 0}"}.get(
+        minimum.dim(), f" at {list(first)} of the scales"
+    )
     raise QuantizationError(
-        f"{where} from {low[channel].item():g} to {high[channel].item():g}{place} cannot be "
+        f"{where} from {minimum[first].item():g} to {maximum[first].item():g}{place} cannot be "
         "quantized; both ends must be finite and the minimum at most the maximum."
     )

@@ -15,9 +15,10 @@ from compression_manager.quantization.parameters import (
     QuantizationParameters,
     check_range,
     compute_qparams,
+    zero_point_dtype,
 )
 from compression_manager.quantization.precision import Float32Buffers
-from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, QuantizationScheme
+from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
 
@@ -89,9 +90,9 @@ class ObservedFakeQuantizer(FakeQuantizer):
     """Quantizes with the range that an observer answers.
 
     An activation's range follows the observer in training steps while `observing` is on and is
-    kept in the buffers `scale` (float32) and `zero_point` (int32, int64 above 24 bits), both
-    () or (channels,). A weight's range is computed from the weight itself in every forward
-    pass and stored nowhere. Evaluation changes no buffer.
+    kept in the buffers `scale` (float32) and `zero_point` (int32, int64 above 24 bits), both in
+    the shape of the scheme's scales. A weight's range is computed from the weight itself in every
+    forward pass and stored nowhere. Evaluation changes no buffer.
 
     The buffers `observing` and `quantizing` (bool) hold the phase, so that checkpoints do.
     Branches use Python copies of them: forward never waits for an accelerator, and
@@ -118,10 +119,9 @@ class ObservedFakeQuantizer(FakeQuantizer):
         self._is_weight = site.role == "weight"
         self._calibrated = self._is_weight
         if not self._is_weight:
-            index_dtype = torch.int64 if scheme.bits > MAX_FLOAT32_BITS else torch.int32
             self.register_buffer("scale", torch.ones(shape, device=site.device))
             self.register_buffer(
-                "zero_point", torch.zeros(shape, dtype=index_dtype, device=site.device)
+                "zero_point", torch.zeros(shape, dtype=zero_point_dtype(scheme), device=site.device)
             )
         self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
 
@@ -161,7 +161,13 @@ class ObservedFakeQuantizer(FakeQuantizer):
             scale, zero_point = self.scale, self.zero_point
         scheme = self.scheme
         return fake_quantize(
-            input, scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+            input,
+            scale,
+            zero_point,
+            scheme.quant_min,
+            scheme.quant_max,
+            scheme.axis,
+            group_size=scheme.group_size,
         )
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
@@ -188,7 +194,12 @@ class ObservedFakeQuantizer(FakeQuantizer):
             scale, zero_point = self.scale.clone(), self.zero_point.clone()
         scheme = self.scheme
         return QuantizationParameters(
-            scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+            scale,
+            zero_point,
+            scheme.quant_min,
+            scheme.quant_max,
+            scheme.axis,
+            scheme.group_size,
         )
 
     def extra_repr(self) -> str:

@@ -11,8 +11,8 @@ import torch
 from compression_manager.errors import QuantizationError, suggest
 from compression_manager.plugin import option
 
-GRANULARITIES = ("tensor", "channel")
-MIN_BITS = 2
+GRANULARITIES = ("tensor", "channel", "group", "token")
+MIN_BITS = 1
 MAX_BITS = 32
 
 # A float32 holds every integer of a range this wide; wider schemes are computed in float64.
@@ -23,28 +23,50 @@ MAX_FLOAT32_BITS = 24
 class QuantizationScheme:
     """An immutable description; it holds no ranges.
 
+    What shares a scale: with granularity `tensor` all values; with `channel` those of one index
+    of `axis`; with `group` runs of `group_size` consecutive values within one index of dimension
+    0, of which the last may be shorter; with `token` those along the last dimension. One bit
+    gives two levels, zero and one other: of a symmetric scheme it is positive, of an affine one
+    it lies at the farther end of the range.
+
     Raises:
         QuantizationError: a value out of range or a combination without meaning.
     """
 
-    # A recipe that changes a default's granularity must not keep its axis.
-    depends_on: ClassVar[dict[str, str]] = {"axis": "granularity"}
+    # A recipe that changes a default's granularity must not keep what belongs to the old one.
+    depends_on: ClassVar[dict[str, str]] = {"axis": "granularity", "group_size": "granularity"}
 
     bits: int = field(default=8, metadata=option(f"Bits per value, {MIN_BITS} to {MAX_BITS}."))
     symmetric: bool = field(
         default=True, metadata=option("Fixed zero point in the middle of a narrow range.")
     )
     granularity: str = field(
-        default="tensor", metadata=option("One scale per 'tensor' or per 'channel'.")
+        default="tensor",
+        metadata=option(
+            "One scale per 'tensor', 'channel', 'group' (weights) or 'token' (inputs)."
+        ),
     )
     axis: int | None = field(
         default=None,
         metadata=option("Channel axis, only with granularity 'channel'; 0 if left out."),
     )
+    group_size: int | None = field(
+        default=None,
+        metadata=option("Values per scale, only with granularity 'group'; 32 if left out."),
+    )
+    dynamic: bool = field(
+        default=False,
+        metadata=option("Take the range from each input itself rather than from observers."),
+    )
     signed: bool = field(
         default=True,
         kw_only=True,
         metadata=option("Integers around 0 rather than from 0 to 2^bits - 1."),
+    )
+    narrow_range: bool | None = field(
+        default=None,
+        kw_only=True,
+        metadata=option("Whether to leave out the lowest integer; null: exactly when symmetric."),
     )
 
     def __post_init__(self) -> None:
@@ -53,8 +75,9 @@ class QuantizationScheme:
             raise QuantizationError(
                 f"a quantization scheme takes {MIN_BITS} to {MAX_BITS} bits, got bits={self.bits}."
             )
-        for name in ("symmetric", "signed"):
-            if not isinstance(getattr(self, name), bool):
+        for name in ("symmetric", "dynamic", "signed", "narrow_range"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "narrow_range" and value is None):
                 raise QuantizationError(
                     f"{name} of a quantization scheme is true or false, "
                     f"got {getattr(self, name)!r}."
@@ -64,35 +87,54 @@ class QuantizationScheme:
                 f"unknown granularity {self.granularity!r} of a quantization scheme; "
                 f"{suggest(str(self.granularity), GRANULARITIES)}"
             )
-        self._settle_axis()
-
-    def _settle_axis(self) -> None:
-        if self.granularity == "channel":
-            if self.axis is None:
-                object.__setattr__(self, "axis", 0)
-            _check_int("axis", self.axis)
-        elif self.axis is not None:
+        if self.narrow_range and self.bits == 1:
             raise QuantizationError(
-                f"axis={self.axis} has no meaning with granularity '{self.granularity}'; "
-                "leave it out or use granularity 'channel'."
+                "narrow_range=True leaves a 1-bit scheme a single integer; leave it out."
+            )
+        self._settle("axis", "channel", default=0)
+        self._settle("group_size", "group", default=32)
+        if self.group_size is not None and self.group_size < 1:
+            raise QuantizationError(
+                f"group_size of a quantization scheme is at least 1, got {self.group_size}."
+            )
+        if self.granularity == "token" and not self.dynamic:
+            raise QuantizationError(
+                "granularity 'token' needs dynamic=True: tokens come and go, so that no range can "
+                "be kept for each."
+            )
+
+    def _settle(self, name: str, granularity: str, *, default: int) -> None:
+        """Give an option of one granularity its default, and refuse it with all others."""
+        value = getattr(self, name)
+        if self.granularity == granularity:
+            if value is None:
+                object.__setattr__(self, name, default)
+            _check_int(name, getattr(self, name))
+        elif value is not None:
+            raise QuantizationError(
+                f"{name}={value} has no meaning with granularity '{self.granularity}'; "
+                f"leave it out or use granularity '{granularity}'."
             )
 
     @property
     def quant_min(self) -> int:
-        """Smallest integer. Symmetric ranges leave out the one value without a counterpart."""
-        if self.signed:
-            return -(1 << (self.bits - 1)) + int(self.symmetric)
-        return int(self.symmetric)
+        """Smallest integer; a narrow range leaves out the one value without a counterpart."""
+        if self.symmetric and self.bits == 1:
+            return 0
+        lowest = -(1 << (self.bits - 1)) if self.signed else 0
+        return lowest + int(self._is_narrow)
 
     @property
     def quant_max(self) -> int:
         """Largest integer: 2^(bits - 1) - 1 if signed, else 2^bits - 1."""
+        if self.symmetric and self.bits == 1:
+            return 1
         return (1 << (self.bits - int(self.signed))) - 1
 
     @property
     def symmetric_zero_point(self) -> int:
-        """The zero point of a symmetric scheme: the middle of its range."""
-        return 0 if self.signed else 1 << (self.bits - 1)
+        """The zero point of a symmetric scheme: the middle of its range (of one bit: 0)."""
+        return 0 if self.signed or self.bits == 1 else 1 << (self.bits - 1)
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -122,7 +164,18 @@ class QuantizationScheme:
         sign = "" if self.signed else "u"
         mode = "symmetric" if self.symmetric else "affine"
         where = "" if self.axis is None else f" (axis {self.axis})"
-        return f"{sign}int{self.bits} {mode} per {self.granularity}{where}"
+        if self.group_size is not None:
+            where = f" of {self.group_size}"
+        usual = self.narrow_range in (None, self.symmetric)
+        width = "" if usual else " narrow" if self.narrow_range else " full-range"
+        when = " dynamic" if self.dynamic else ""
+        return f"{sign}int{self.bits} {mode}{width}{when} per {self.granularity}{where}"
+
+    @property
+    def _is_narrow(self) -> bool:
+        if self.narrow_range is None:
+            return self.symmetric and self.bits > 1
+        return self.narrow_range
 
 
 def storage_dtype(quant_min: int, quant_max: int) -> torch.dtype:

@@ -51,6 +51,8 @@ class LayerRule:
         if self.weight_only and self.activation is not None:
             raise ConfigError(f"{self}: weight_only=True contradicts an activation scheme.")
         require_type(self, "weight", self.weight, (QuantizationScheme, type(None)))
+        if self.weight is not None:
+            check_weight("LayerRule.weight", self.weight)
         check_activation("LayerRule.activation", self.activation)
 
     def __str__(self) -> str:
@@ -94,6 +96,7 @@ class QATConfig(PluginConfig):
 
     def __post_init__(self) -> None:
         require_type(self, "weight", self.weight, QuantizationScheme)
+        check_weight("QATConfig.weight", self.weight)
         check_activation("QATConfig.activation", self.activation)
         require_type(self, "overrides", self.overrides, (tuple, list))
         for rule in self.overrides:
@@ -118,14 +121,22 @@ class QATConfig(PluginConfig):
                 )
 
 
+def check_weight(where: str, scheme: QuantizationScheme) -> None:
+    """Raise ConfigError unless `scheme` fits a weight, whose range always is its own."""
+    if scheme.dynamic:
+        raise ConfigError(
+            f"{where}: dynamic=True is for inputs; a weight's range follows its values anyway."
+        )
+
+
 def check_activation(where: str, scheme: QuantizationScheme | None) -> None:
-    """Raise ConfigError unless `scheme` fits an activation: None, or one range per tensor."""
+    """Raise ConfigError unless `scheme` fits an activation: None, per tensor or per token."""
     if scheme is None:
         return
     if not isinstance(scheme, QuantizationScheme):
         raise ConfigError(f"{where} takes a QuantizationScheme, got {type(scheme).__name__}.")
-    if scheme.granularity != "tensor":
+    if scheme.granularity not in ("tensor", "token"):
         raise ConfigError(
-            f"{where}: activations have one range per tensor, got granularity "
-            f"'{scheme.granularity}'."
+            f"{where}: inputs have one range per 'tensor', or per 'token' with dynamic=True, got "
+            f"granularity '{scheme.granularity}'."
         )

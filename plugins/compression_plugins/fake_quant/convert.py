@@ -27,9 +27,9 @@ def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -
     input_quantizer = layer.input_quantizer
     if input_quantizer is not None and not input_quantizer.is_calibrated():
         input_quantizer = None
-    input_parameters = (
-        None if input_quantizer is None else input_quantizer.quantization_parameters()
-    )
+    input_parameters = None
+    if input_quantizer is not None and not input_quantizer.scheme.dynamic:
+        input_parameters = input_quantizer.quantization_parameters()
     bias: Tensor | None = getattr(layer, "bias", None)
     factor = None
     if batch_norm is not None:

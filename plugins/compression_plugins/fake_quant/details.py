@@ -14,7 +14,9 @@ def publish_layer(metrics: MetricBoard, name: str, layer: QuantizedLayer) -> Non
     metrics.histogram(f"{prefix}/weight", weight)
     _publish(metrics, f"{prefix}/weight", layer.weight_quantizer.quantization_parameters(weight))
     quantizer: FakeQuantizer | None = layer.input_quantizer
-    if quantizer is not None and quantizer.is_calibrated():
+    if quantizer is None or quantizer.scheme.dynamic:
+        return
+    if quantizer.is_calibrated():
         _publish(metrics, f"{prefix}/input", quantizer.quantization_parameters())
 
 

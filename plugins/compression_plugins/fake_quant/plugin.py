@@ -14,6 +14,7 @@ from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import CheckpointMismatchError, QuantizationError
 from compression_manager.model_call import call_with_examples, quiet_evaluation
 from compression_manager.quantization import (
+    DynamicFakeQuantizer,
     FakeQuantizer,
     ObservedFakeQuantizer,
     QuantizationScheme,
@@ -89,7 +90,9 @@ class QATPlugin(Plugin[QATConfig]):
     def make_fake_quantizer(
         self, scheme: QuantizationScheme, site: QuantizationSite
     ) -> FakeQuantizer:
-        """Answer the service with a quantizer that follows an observer."""
+        """Answer the service with a quantizer that follows an observer, or the input itself."""
+        if scheme.dynamic:
+            return DynamicFakeQuantizer(scheme, site)
         assert self._context is not None  # services answer from prepare_model on
         observer = self._context.services.make_observer(scheme, site)
         return ObservedFakeQuantizer(scheme, site, observer)
@@ -182,7 +185,8 @@ class QATPlugin(Plugin[QATConfig]):
         weight = cast(nn.Linear, context.model.get_submodule(planned.name)).weight
         axis = planned.weight.axis
         channels = None if axis is None else weight.shape[axis]
-        site = QuantizationSite(planned.name, "weight", channels, weight.device)
+        shape = tuple(weight.shape)
+        site = QuantizationSite(planned.name, "weight", channels, weight.device, shape)
         weight_quantizer = context.services.make_fake_quantizer(planned.weight, site)
         if planned.activation is None:
             return weight_quantizer, None

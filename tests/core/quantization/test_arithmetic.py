@@ -65,6 +65,51 @@ def test_equals_numpy_bit_for_bit(problem):
     assert bits(input) == x.tobytes()
 
 
+@st.composite
+def grouped_problems(draw):
+    x = draw(
+        hnp.arrays(
+            np.float32,
+            draw(hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=5)),
+            elements=st.floats(-1e4, 1e4, width=32),
+        )
+    )
+    group_size = draw(st.integers(1, 9))
+    rows, length = x.shape[0], int(np.prod(x.shape[1:]))
+    count = (rows, -(-length // group_size))
+    quant_min, quant_max = draw(st.sampled_from(RANGES))
+    scale = draw(hnp.arrays(np.float32, count, elements=scales))
+    zero_point = draw(hnp.arrays(np.int32, count, elements=st.integers(quant_min, quant_max)))
+    return x, scale, zero_point, quant_min, quant_max, group_size
+
+
+@settings(deadline=None, max_examples=200)
+@given(grouped_problems())
+def test_groups_equal_numpy_bit_for_bit(problem):
+    x, scale, zero_point, quant_min, quant_max, group_size = problem
+    group = np.arange(x[0].size) // group_size
+    own_scale, own_zero_point = (each[:, group].reshape(x.shape) for each in (scale, zero_point))
+    code, real = reference(x, own_scale, own_zero_point, quant_min, quant_max)
+    arguments = (torch.tensor(scale), torch.tensor(zero_point), quant_min, quant_max)
+    integers = quantize(torch.tensor(x), *arguments, group_size=group_size)
+    np.testing.assert_array_equal(integers.numpy(), code)
+    assert bits(fake_quantize(torch.tensor(x), *arguments, group_size=group_size)) == real.tobytes()
+    values = dequantize(integers, *arguments[:2], group_size=group_size)
+    assert bits(values) == real.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_tokens_equal_one_tensor_at_a_time(shape):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    scale = torch.rand((*shape[:-1], 1), generator=generator) / 50 + 0.001
+    zero_point = torch.randint(0, 255, scale.shape, generator=generator)
+    output = fake_quantize(x, scale, zero_point, 0, 255)
+    for index in np.ndindex(*shape[:-1]):
+        expected = fake_quantize(x[index], scale[index], zero_point[index], 0, 255)
+        assert torch.equal(output[index], expected)
+
+
 def ties(scale, dtype=torch.float32):
     """Numbers at and beside every middle between two integers, and beyond both ends."""
     middle = (torch.arange(-600, 600, dtype=torch.float64) / 2 * scale).to(torch.float32)
@@ -215,6 +260,18 @@ def test_arguments_are_left_alone():
         (
             lambda: quantize(torch.ones(2, 3), torch.ones(3), torch.ones(2), 0, 15, 1),
             r"zero_point of shape \(2,\) does not fit axis 1",
+        ),
+        (
+            lambda: quantize(torch.ones(2, 3), torch.ones(2, 1), 0, 0, 15, group_size=2),
+            r"scale of shape \(2, 1\) does not fit groups of 2 .*expected \(2, 2\)",
+        ),
+        (
+            lambda: quantize(torch.ones(2, 3), torch.ones(2, 2), 0, 0, 15, 0, group_size=2),
+            "exclude each other",
+        ),
+        (
+            lambda: quantize(torch.ones(2, 3), torch.ones(2, 2), 0, 0, 15, group_size=0),
+            "group_size is at least 1",
         ),
     ],
 )

@@ -29,6 +29,16 @@ def test_gradient_passes_in_range_and_is_exactly_zero_where_clipped(dtype):
     assert torch.equal(x.grad, torch.where(inside, incoming, 0.0))
 
 
+def test_gradient_may_pass_everywhere():
+    x = sample()
+    incoming = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    output = fake_quantize(x, SCALE, ZERO_POINT, 0, 255, 1, pass_clipped_gradient=True)
+    assert torch.equal(output, fake_quantize(x, SCALE, ZERO_POINT, 0, 255, 1))
+    output.backward(incoming)
+    assert x.grad is not None
+    assert torch.equal(x.grad, incoming)
+
+
 def test_equals_the_gradient_of_torch_fused_operator():
     x = sample()
     fake_quantize(x, SCALE, ZERO_POINT, 0, 255, 1).square().sum().backward()

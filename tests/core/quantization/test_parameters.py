@@ -17,8 +17,18 @@ finite = st.floats(-1e6, 1e6, width=32) | st.floats(
 )
 ranges = st.tuples(finite, finite).map(sorted)
 schemes = st.builds(
-    QuantizationScheme, bits=st.integers(2, 32), symmetric=st.booleans(), signed=st.booleans()
+    QuantizationScheme, bits=st.integers(1, 32), symmetric=st.booleans(), signed=st.booleans()
+) | st.builds(
+    QuantizationScheme,
+    bits=st.integers(2, 32),
+    symmetric=st.booleans(),
+    signed=st.booleans(),
+    narrow_range=st.booleans(),
 )
+
+
+def floor(scheme):
+    return EPS if scheme.bits <= 24 else np.finfo(np.float32).tiny
 
 
 def reference(low, high, scheme):
@@ -27,14 +37,19 @@ def reference(low, high, scheme):
     low, high = real(min(low, 0.0)), real(max(high, 0.0))
     levels = 2**scheme.bits
     if scheme.symmetric:
-        scale = max(-low, high) / real(levels // 2 - 1)
-        return max(np.float32(scale), EPS), 0 if scheme.signed else levels // 2
+        if scheme.bits == 1:
+            return max(np.float32(max(-low, high)), floor(scheme)), 0
+        steps = levels // 2 - 1 if scheme.narrow_range in (None, True) else (levels - 1) / 2
+        scale = max(-low, high) / real(steps)
+        return max(np.float32(scale), floor(scheme)), 0 if scheme.signed else levels // 2
     first = -(levels // 2) if scheme.signed else 0
+    last = first + levels - 1
+    first += bool(scheme.narrow_range)
     with np.errstate(over="ignore"):
         extent = min(high - low, real(np.finfo(np.float32).max))
-    scale = max(np.float32(extent / real(levels - 1)), EPS)
+    scale = max(np.float32(extent / real(last - first)), floor(scheme))
     zero_point = first - int(np.rint(low / real(scale)))
-    return scale, min(max(zero_point, first), first + levels - 1)
+    return scale, min(max(zero_point, first), last)
 
 
 @settings(deadline=None, max_examples=300)
@@ -72,6 +87,9 @@ def test_range_is_covered_and_zero_is_exact(limits, scheme):
         return
     # Half a step at each end, for the rounding of the zero point, and float32's own rounding.
     slack = 0.51 * scale + 1e-6 * max(abs(low), abs(high))
+    if scheme.symmetric and scheme.bits == 1:
+        assert scale == pytest.approx(max(abs(low), abs(high), EPS))
+        return
     assert (scheme.quant_min - zero_point) * scale <= min(low, 0.0) + slack
     assert (scheme.quant_max - zero_point) * scale >= max(high, 0.0) - slack
 
@@ -98,10 +116,9 @@ def test_equals_torch_observers(symmetric):
     mode = "symmetric" if symmetric else "affine"
     generator = torch.Generator().manual_seed(1)
     low, high = (torch.randn(2, 2000, generator=generator) * 3).sort(dim=0).values
-    for signed in (True, False):
-        if symmetric and not signed:
-            continue
-        scheme = QuantizationScheme(8, symmetric, "channel", signed=signed)
+    # torch puts the zero of unsigned symmetric integers elsewhere when their range is given.
+    for signed, narrow in [(True, None), (True, not symmetric), (symmetric, None)]:
+        scheme = QuantizationScheme(8, symmetric, "channel", signed=signed, narrow_range=narrow)
         observer = observers.PerChannelMinMaxObserver(
             dtype=torch.qint8 if signed else torch.quint8,
             qscheme=getattr(torch, f"per_channel_{mode}"),
@@ -154,8 +171,12 @@ def test_unusable_range_is_refused(low, high, message):
 def test_shapes_that_differ_are_refused():
     with pytest.raises(QuantizationError, match=r"\(2,\) and \(3,\)"):
         choose_qparams(torch.zeros(2), torch.ones(3), QuantizationScheme(granularity="channel"))
-    with pytest.raises(QuantizationError, match=r"\(2, 2\)"):
-        choose_qparams(torch.zeros(2, 2), torch.ones(2, 2), QuantizationScheme())
+    assert choose_qparams(-torch.ones(2, 3), torch.ones(2, 3), QuantizationScheme())[0].shape == (
+        2,
+        3,
+    )
+    with pytest.raises(QuantizationError, match=r"from 2 to 1 at \[1, 0\] of the scales"):
+        choose_qparams(torch.tensor([[0.0], [2.0]]), torch.ones(2, 1), QuantizationScheme())
 
 
 def test_arguments_are_left_alone_and_get_no_gradient():

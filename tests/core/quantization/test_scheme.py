@@ -12,18 +12,31 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.scheme import storage_dtype
 
-schemes = st.builds(
-    QuantizationScheme,
-    bits=st.integers(2, 32),
-    symmetric=st.booleans(),
-    signed=st.booleans(),
-) | st.builds(
-    QuantizationScheme,
-    bits=st.integers(2, 32),
-    symmetric=st.booleans(),
-    granularity=st.just("channel"),
-    axis=st.none() | st.integers(-4, 4),
-    signed=st.booleans(),
+common = {
+    "bits": st.integers(1, 32),
+    "symmetric": st.booleans(),
+    "signed": st.booleans(),
+}
+schemes = (
+    st.builds(QuantizationScheme, **common, dynamic=st.booleans())
+    | st.builds(
+        QuantizationScheme,
+        **common,
+        granularity=st.just("channel"),
+        axis=st.none() | st.integers(-4, 4),
+    )
+    | st.builds(
+        QuantizationScheme,
+        **common,
+        granularity=st.just("group"),
+        group_size=st.none() | st.integers(1, 256),
+    )
+    | st.builds(QuantizationScheme, **common, granularity=st.just("token"), dynamic=st.just(True))
+    | st.builds(
+        QuantizationScheme,
+        **(common | {"bits": st.integers(2, 32)}),
+        narrow_range=st.booleans(),
+    )
 )
 
 
@@ -44,6 +57,10 @@ schemes = st.builds(
         (24, True, True, (-8388607, 8388607, torch.int32)),
         (32, False, True, (-2147483648, 2147483647, torch.int32)),
         (32, False, False, (0, 4294967295, torch.int64)),
+        (1, True, True, (0, 1, torch.uint8)),
+        (1, True, False, (0, 1, torch.uint8)),
+        (1, False, True, (-1, 0, torch.int8)),
+        (1, False, False, (0, 1, torch.uint8)),
     ],
 )
 def test_integer_range_and_storage(bits, symmetric, signed, expected):
@@ -53,12 +70,31 @@ def test_integer_range_and_storage(bits, symmetric, signed, expected):
 
 @given(schemes)
 def test_symmetric_ranges_reach_equally_far_from_the_zero_point(scheme):
-    if scheme.symmetric:
+    if scheme.bits == 1:
+        assert scheme.quant_max - scheme.quant_min == 1
+    elif scheme.symmetric and scheme.narrow_range is not False:
         middle = scheme.symmetric_zero_point
         assert middle - scheme.quant_min == scheme.quant_max - middle
         assert middle == (0 if scheme.signed else 2 ** (scheme.bits - 1))
     else:
-        assert scheme.quant_max - scheme.quant_min + 1 == 2**scheme.bits
+        levels = 2**scheme.bits - bool(scheme.narrow_range)
+        assert scheme.quant_max - scheme.quant_min + 1 == levels
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "signed", "narrow", "expected"),
+    [
+        (True, True, False, (-128, 127)),
+        (True, False, False, (0, 255)),
+        (False, True, True, (-127, 127)),
+        (False, False, True, (1, 255)),
+    ],
+)
+def test_narrow_range_is_an_axis_of_its_own(symmetric, signed, narrow, expected):
+    scheme = QuantizationScheme(8, symmetric, signed=signed, narrow_range=narrow)
+    assert (scheme.quant_min, scheme.quant_max) == expected
+    other = dataclasses.replace(QuantizationScheme(), symmetric=False)
+    assert other.quant_min == -128
 
 
 @given(schemes)
@@ -81,6 +117,10 @@ def test_defaults_and_channel_axis():
         (QuantizationScheme(granularity="channel"), "int8 symmetric per channel (axis 0)"),
         (QuantizationScheme(8, False, signed=False), "uint8 affine per tensor"),
         (QuantizationScheme(4, False, "channel", 1), "int4 affine per channel (axis 1)"),
+        (QuantizationScheme(4, granularity="group"), "int4 symmetric per group of 32"),
+        (QuantizationScheme(granularity="token", dynamic=True), "int8 symmetric dynamic per token"),
+        (QuantizationScheme(narrow_range=False), "int8 symmetric full-range per tensor"),
+        (QuantizationScheme(4, False, narrow_range=True), "int4 affine narrow per tensor"),
     ],
 )
 def test_reads_as_words(scheme, text):
@@ -90,14 +130,21 @@ def test_reads_as_words(scheme, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 1}, r"2 to 32 bits, got bits=1"),
-        ({"bits": 33}, r"2 to 32 bits, got bits=33"),
+        ({"bits": 0}, r"1 to 32 bits, got bits=0"),
+        ({"bits": 33}, r"1 to 32 bits, got bits=33"),
+        ({"bits": 1, "narrow_range": True}, "single integer"),
+        ({"narrow_range": 1}, r"narrow_range .* true or false, got 1"),
+        ({"dynamic": 1}, r"dynamic .* true or false, got 1"),
+        ({"group_size": 4}, r"group_size=4 has no meaning with granularity 'tensor'"),
+        ({"granularity": "group", "group_size": 0}, r"group_size .* at least 1, got 0"),
+        ({"granularity": "group", "axis": 0}, r"axis=0 has no meaning with granularity 'group'"),
+        ({"granularity": "token"}, r"'token' needs dynamic=True"),
         ({"bits": 8.0}, r"bits .* is an integer, got 8.0"),
         ({"bits": True}, r"bits .* is an integer, got True"),
         ({"symmetric": 1}, r"symmetric .* true or false, got 1"),
         ({"signed": "no"}, r"signed .* true or false, got 'no'"),
-        ({"granularity": "chanel"}, r"'chanel'.*did you mean 'channel'\? Valid: channel, tensor"),
-        ({"granularity": None}, r"unknown granularity None.*Valid: channel, tensor"),
+        ({"granularity": "chanel"}, r"'chanel'.*did you mean 'channel'\? Valid: channel, group,"),
+        ({"granularity": None}, r"unknown granularity None.*Valid: channel, group, tensor, token"),
         ({"axis": 0}, r"axis=0 has no meaning with granularity 'tensor'"),
         ({"granularity": "channel", "axis": "0"}, r"axis .* is an integer, got '0'"),
     ],

@@ -33,7 +33,7 @@ def test_the_default_is_int8_per_channel_and_uint8_affine_per_tensor():
         ({"layer": "a", "activation": 8}, "LayerRule.activation takes a QuantizationScheme"),
         (
             {"layer": "a", "activation": QuantizationScheme(granularity="channel")},
-            "one range per tensor",
+            "one range per 'tensor'",
         ),
     ],
 )
@@ -47,7 +47,8 @@ def test_a_rule_without_meaning_is_refused(arguments, message):
     [
         ({"weight": "int8"}, "QATConfig.weight must be of type QuantizationScheme"),
         ({"activation": 8}, "QATConfig.activation takes a QuantizationScheme"),
-        ({"activation": QuantizationScheme(granularity="channel")}, "one range per tensor"),
+        ({"activation": QuantizationScheme(granularity="channel")}, "one range per 'tensor'"),
+        ({"weight": QuantizationScheme(dynamic=True)}, "dynamic=True is for inputs"),
         ({"overrides": LayerRule("a")}, "QATConfig.overrides must be of type tuple or list"),
         ({"overrides": ["a"]}, "takes LayerRule objects, got 'a'"),
         ({"observe_at": 3}, "QATConfig.observe_at must be of type StartAt, got 3"),

@@ -1,0 +1,125 @@
+"""The formula of `arithmetic`, computed; callers have checked dtypes, the grid checks shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
+from compression_manager.quantization.scheme import storage_dtype
+
+
+def quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+) -> Tensor:
+    """Return the integers of `input`; NaN becomes the zero point."""
+    dtype = compute_dtype(input, quant_min, quant_max)
+    grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
+    steps = _steps(input, grid).nan_to_num_(nan=0.0)
+    code = steps.add_(grid.zero_point).clamp_(quant_min, quant_max)
+    return code.to(storage_dtype(quant_min, quant_max))
+
+
+def dequantize(
+    quantized: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the real numbers that the integers stand for."""
+    # The product of 32-bit integers and a float32 is exact in float64, so that rounding it
+    # once gives what float32 arithmetic gives for the shorter integers stored this way.
+    wide = dtype == torch.float64 or quantized.dtype in (torch.int32, torch.int64)
+    compute = torch.float64 if wide else torch.float32
+    grid = make_grid(quantized, scale, zero_point, axis, group_size, compute)
+    return _values(quantized.to(compute), grid).to(dtype)
+
+
+def fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None,
+    group_size: int | None,
+    pass_clipped_gradient: bool,
+) -> Tensor:
+    """Return the values of the integers of `input`, differentiable."""
+    dtype = compute_dtype(input, quant_min, quant_max)
+    grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
+    if torch.is_grad_enabled() and input.requires_grad:
+        # Function.apply is untyped in torch.
+        output: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            input, *grid, quant_min, quant_max, pass_clipped_gradient
+        )
+        return output
+    code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
+    return _values(code, grid).to(input.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        inverse_scale: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        quant_min: int,
+        quant_max: int,
+        pass_clipped_gradient: bool,
+    ) -> Tensor:
+        grid = Grid(inverse_scale, scale, zero_point)
+        unclipped = _steps(input, grid).add_(zero_point)
+        if pass_clipped_gradient:
+            code = unclipped.clamp_(quant_min, quant_max)
+        else:
+            code = unclipped.clamp(quant_min, quant_max)
+            ctx.save_for_backward(unclipped != code)
+        return _values(code, grid).to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        # Read once: activation checkpointing unpacks each saved tensor a single time.
+        saved = ctx.saved_tensors
+        if saved:
+            # Not a product: zero times an infinite gradient would be NaN.
+            grad_output = torch.where(saved[0], 0.0, grad_output)
+        return grad_output, None, None, None, None, None, None
+
+
+def is_clipped(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """Return where the rounded input lies outside of the range (NaN too): bool, as `input`."""
+    dtype = compute_dtype(input, quant_min, quant_max)
+    grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
+    unclipped = _steps(input, grid).add_(grid.zero_point)
+    return unclipped != unclipped.clamp(quant_min, quant_max)
+
+
+def _steps(input: Tensor, grid: Grid) -> Tensor:
+    """Return round(input / scale) as a new tensor in the dtype of the computation."""
+    return (input.to(grid.scale.dtype) * grid.inverse_scale).round_()
+
+
+def _values(code: Tensor, grid: Grid) -> Tensor:
+    """Turn integers held in floating point into real numbers, in place of them."""
+    return code.sub_(grid.zero_point).mul_(grid.scale)
