@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -59,6 +60,8 @@ class LoaderPosition:
         """
         self._loader = loader
         saved, self._saved = self._saved, None
+        if saved is not None:
+            _warn_of_persistent_workers(loader)
         if saved is not None and self.must_start:
             batches = self._skip(loader, saved)
         else:
@@ -100,6 +103,8 @@ class LoaderPosition:
                 "with manager.track(dataloader=loader) before on_train_begin, or write the loop "
                 "as 'for step, batch in manager.steps(loader):'."
             )
+        if saved is not None:
+            _warn_of_persistent_workers(self._tracked.get("dataloader"))
         self._saved = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,6 +180,16 @@ class LoaderPosition:
             )
         for generator, state in zip(self._generators(), states, strict=True):
             generator.set_state(state)
+
+
+def _warn_of_persistent_workers(loader: object) -> None:
+    if getattr(loader, "persistent_workers", False):
+        warnings.warn(
+            "the data loader's persistent workers keep random states of their own, which no "
+            "checkpoint holds: if the data set draws random numbers, the resumed run draws others. "
+            "With persistent_workers=False it draws the same.",
+            stacklevel=5,
+        )
 
 
 def _drop(batches: Iterator[object], count: int) -> None:

@@ -52,6 +52,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     tree = _read(path)
     if isinstance(overrides, str):
         raise ConfigError(f"overrides must be a list of texts; write [{overrides!r}].")
+    if not isinstance(overrides, Sequence):
+        raise ConfigError(f"overrides must be a list of texts, got {overrides!r}.")
     for override in overrides:
         _apply_override(tree, override, str(path))
     source = f"{path} (with overrides {', '.join(overrides)})" if overrides else str(path)

@@ -12,12 +12,14 @@ from torch import nn
 
 import toys
 from compression_manager import ConfigError, prepare_compression
+from compression_manager.model_call import tensors_in
 from compression_plugins import (
     CalibrationConfig,
     CheckpointConfig,
     DistillationConfig,
     EarlyStoppingConfig,
     ProgressConfig,
+    PTQConfig,
     QATConfig,
     TensorBoardConfig,
 )
@@ -25,6 +27,9 @@ from compression_plugins import (
 PLUGINS: dict[str, Callable[[Path], Any]] = {
     "distillation": lambda path: DistillationConfig(toys.ConvNet(8)),
     "qat": lambda path: QATConfig(),
+    "ptq": lambda path: PTQConfig(
+        calibration_data=toys.loader(toys.images()), bias_correction=True
+    ),
     "calibration": lambda path: CalibrationConfig(),
     "checkpoint": lambda path: CheckpointConfig(path / "checkpoints"),
     "tensorboard": lambda path: TensorBoardConfig(path / "tensorboard"),
@@ -49,7 +54,9 @@ def test_alone(name: str, tmp_path: Path) -> None:
     manager.track(optimizer=optimizer)
     losses = toys.train(manager, toys.loader(toys.images()), optimizer, epochs=2)
     assert len(losses) == 8
-    if name == "qat":
+    # Tensors are buffers of the model's layers, where moving and casting the model finds them.
+    assert list(tensors_in(manager.state_dict()["plugins"])) == []
+    if name in ("qat", "ptq"):
         assert manager.convert()(torch.randn(2, 1, 8, 8)).shape == (2, 4)
     else:
         with pytest.raises(ConfigError, match="nothing was converted"):

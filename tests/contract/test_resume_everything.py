@@ -72,6 +72,11 @@ def _run(folder: Path, stop_after: int | None = None) -> tuple[CompressionManage
 
 def _comparable(manager: CompressionManager) -> dict[str, Any]:
     state = manager.state_dict()
+    # From the objects themselves: a state that left one out would leave it out on both sides.
+    tracked = manager._context.tracked
+    state["own"] = {
+        name: tracked[name].state_dict() for name in ("optimizer", "scheduler", "scaler")
+    }
     manager.close()
     # The folders of the two runs differ, and nothing else may.
     del state["recipe"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import configparser
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,16 @@ def test_every_built_in_entry_point_loads(setup: configparser.ConfigParser) -> N
         plugin_class = load_plugin_class(name)
         assert value == f"{value.split(':')[0]}:{plugin_class.__name__}"
         assert plugin_class.__module__.startswith(value.split(":")[0])
+
+
+def test_only_the_plugins_that_take_part_are_imported() -> None:
+    script = """
+import sys
+from compression_manager import prepare_compression
+from compression_plugins import QATConfig
+from torch import nn
+prepare_compression(nn.Linear(2, 2), [QATConfig()])
+names = {name.split(".")[1] for name in sys.modules if name.startswith("compression_plugins.")}
+assert names == {"fake_quant", "calibration"}, names
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,20 @@ def test_the_source_tells_of_overrides(write) -> None:
 def test_interpolations_see_overrides(write) -> None:
     path = write("seed: 1\nplugins: {a: {x: '${seed}', y: '${.x}${plugins.b.z}'}, b: {z: 3}}")
     assert load_recipe(path, ["seed=5"]).plugins["a"] == {"x": 5, "y": "53"}
+
+
+def test_no_resolver_is_registered(write) -> None:
+    """omegaconf's registry is global: what we added would act on the user's own configurations."""
+    script = """
+import sys
+from omegaconf.basecontainer import BaseContainer
+before = dict(BaseContainer._resolvers)
+from compression_manager.recipe import load_recipe
+load_recipe(sys.argv[1], ["seed=2"])
+assert BaseContainer._resolvers == before
+"""
+    command = [sys.executable, "-c", script, str(write(GOOD))]
+    subprocess.run(command, check=True, timeout=120)
 
 
 def test_a_missing_file_names_its_neighbours(write) -> None:
@@ -205,3 +221,9 @@ def test_an_override_may_be_what_breaks_the_recipe(write) -> None:
 def test_one_text_is_no_list_of_overrides(write) -> None:
     with pytest.raises(ConfigError, match=r"write \['seed=1'\]"):
         load_recipe(write(GOOD), "seed=1")
+
+
+@pytest.mark.parametrize("overrides", [None, 3, {"seed": 1}])
+def test_overrides_are_a_list(write, overrides) -> None:
+    with pytest.raises(ConfigError, match="overrides must be a list of texts, got"):
+        load_recipe(write(GOOD), overrides)

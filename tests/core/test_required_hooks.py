@@ -89,7 +89,9 @@ def test_missing_epochs_are_named_at_the_first_step() -> None:
     ("config", "needs_epochs"),
     [
         (QATConfig(), False),
+        (QATConfig(observe_at=StartAt(epoch=1), fake_quantize_at=StartAt(step=9)), True),
         (QATConfig(fake_quantize_at=StartAt(epoch=1)), True),
+        (QATConfig(freeze_observers_at=StartAt(epoch=1)), True),
         (QATConfig(freeze_batch_norm_at=StartAt(epoch=1)), True),
         (CheckpointConfig("somewhere"), True),
         (CheckpointConfig("somewhere", save_every_steps=2), False),

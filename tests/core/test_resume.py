@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
-from probes import probe
+from probes import probe, run_step
 from resuming import EPOCHS, STEPS, Setup, Training, differences
 
 SETUPS = [
@@ -214,6 +215,27 @@ def test_stop_request_and_evaluations_come_back() -> None:
     assert (other.should_stop, other.stop_reason) == (True, "enough")
     assert other.evaluations == manager.evaluations
     assert list(other.epochs(3)) == []
+
+
+def test_a_second_training_after_the_resumed_one_is_like_any_other() -> None:
+    first, resumed = (prepare_compression(toys.mlp(), [probe()]) for _ in range(2))
+    _epoch(first, 0)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    _epoch(resumed, 1)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    resumed.on_train_begin()
+    assert torch.equal(torch.rand(3), expected)  # the random state of the save is used once
+    resumed.on_epoch_begin(0)
+
+
+def _epoch(manager: CompressionManager, epoch: int) -> None:
+    manager.on_train_begin()
+    manager.on_epoch_begin(epoch)
+    run_step(manager, 0)
+    manager.on_epoch_end()
+    manager.on_train_end()
 
 
 class _StatefulLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -18,6 +19,36 @@ def test_demo_block_comes_from_the_recorded_run() -> None:
     specification.loader.exec_module(module)
     block = README.split(module.BEGIN)[1].split(module.END)[0]
     assert block == f"\n{module.block()}\n", "run `make demo SEEDS=3 && make readme`"
+
+
+def test_recorded_run_has_three_seeds_and_meets_the_bar() -> None:
+    recorded = json.loads((ROOT / "docs" / "images" / "demo.json").read_text(encoding="utf-8"))
+    assert len(recorded["seeds"]) == 3
+    goals = {
+        "int8_to_teacher_accuracy": lambda value: value >= 0.98,
+        "teacher_to_int8_bytes": lambda value: value >= 20,
+        "distilled_minus_student_accuracy": lambda value: value > 0,
+        "int8_disagreement_with_fake_quantized": lambda value: value <= 0.001,
+    }
+    assert [name for name, meets in goals.items() if not meets(recorded["bars"][name])] == []
+    assert recorded["teacher"]["parameters"] >= 10 * recorded["student"]["parameters"]
+
+
+def test_the_loop_has_its_hooks_in_order() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    loop = next(block for block in blocks if "manager.on_train_begin()" in block)
+    assert re.findall(r"manager\.(on_\w+|convert)\(", loop) == [
+        "on_train_begin",
+        "on_epoch_begin",
+        "on_step_begin",
+        "on_after_compute_loss",
+        "on_before_optimizer_step",
+        "on_after_optimizer_step",
+        "on_step_end",
+        "on_epoch_end",
+        "on_train_end",
+        "convert",
+    ]
 
 
 def test_ci_runs_the_test_command_and_then_the_checks() -> None:

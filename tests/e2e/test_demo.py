@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -79,9 +80,27 @@ def test_writes_everything_and_skips_what_is_finished(
 
 
 def test_students_start_equal_and_plugins_make_the_difference(
-    demo: ModuleType, tmp_path: Path
+    demo: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    starts: list[dict[str, torch.Tensor]] = []
+    prepare = demo.prepare_compression
+
+    def recording(model: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        starts.append({name: value.clone() for name, value in model.state_dict().items()})
+        manager = prepare(model, *arguments, **options)
+        # Each training draws something else: equal starts must not come from equal random states.
+        torch.rand(len(starts))
+        return manager
+
+    monkeypatch.setattr(demo, "prepare_compression", recording)
     _run(demo, tmp_path / "run")
+    _, first, *others = starts
+    assert len(others) == 3
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
     folder = tmp_path / "run" / "seed-0"
     states = {
         name: load_file(folder / name / "model.safetensors")
@@ -92,6 +111,26 @@ def test_students_start_equal_and_plugins_make_the_difference(
     assert not torch.equal(states["qat"][weight], states["distilled_qat"][weight])
     quantized = [name for name in states if any("quantizer" in key for key in states[name])]
     assert quantized == ["qat", "distilled_qat"]
+    progress = capsys.readouterr().err
+    for name in ("teacher", *states):
+        terms = "loss/task .*loss/distillation/KL .*" if "distilled" in name else "loss/task .*"
+        assert re.search(f"^{name}, epoch 1: {terms}loss/total", progress, flags=re.MULTILINE)
+        assert list((folder / name / "tensorboard").glob("events.out.tfevents.*"))
+        assert (folder / name / "checkpoints" / "index.json").is_file()
+
+
+def test_the_folder_that_was_given_is_read(demo: ModuleType, tmp_path: Path) -> None:
+    read: list[Any] = []
+
+    def load(folder: Any) -> None:
+        read.append(folder)
+        raise KeyboardInterrupt
+
+    demo.fashion_mnist.load = load
+    for options in ([], ["--data", str(tmp_path)]):
+        with pytest.raises(KeyboardInterrupt):
+            demo.main([str(RECIPE), "--output", str(tmp_path / "run"), *options])
+    assert read == [None, tmp_path]
 
 
 def test_interrupted_run_resumes_to_the_same_bits(
@@ -105,12 +144,15 @@ def test_interrupted_run_resumes_to_the_same_bits(
     calls = 0
     accuracy = demo.accuracy
 
-    def interrupt(*arguments: Any) -> float:
+    validation = demo.fashion_mnist.load(None).validation
+
+    def interrupt(model: torch.nn.Module, split: Any) -> float:
         nonlocal calls
+        assert split is validation  # test images choose nothing
         calls += 1
         if calls == 6:  # the second epoch of the third of five trainings
             raise KeyboardInterrupt
-        return accuracy(*arguments)
+        return accuracy(model, split)
 
     monkeypatch.setattr(demo, "accuracy", interrupt)
     with pytest.raises(KeyboardInterrupt):

@@ -80,15 +80,42 @@ def test_the_subset_holds_the_original_images(fashion_mnist: ModuleType) -> None
     assert sums == CHECKSUMS
 
 
-@pytest.mark.skipif(not ORIGINALS.is_dir(), reason="the original idx files are not installed")
-def test_rebuilding_gives_the_same_bytes(fashion_mnist: ModuleType) -> None:
+def build_subset() -> ModuleType:
     path = EXAMPLES / "data" / "build_subset.py"
     spec = importlib.util.spec_from_file_location("build_subset", path)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.build(ORIGINALS) == fashion_mnist.SUBSET.read_bytes()
+    return script
+
+
+@pytest.mark.skipif(not ORIGINALS.is_dir(), reason="the original idx files are not installed")
+def test_rebuilding_gives_the_same_bytes(fashion_mnist: ModuleType) -> None:
+    assert build_subset().build(ORIGINALS) == fashion_mnist.SUBSET.read_bytes()
+
+
+def test_the_script_chooses_by_class_and_keeps_the_splits_apart(
+    fashion_mnist: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"train": 2, "validation": 3, "test": 1}
+    script = build_subset()
+    for module in (script, fashion_mnist):
+        monkeypatch.setattr(module, "SUBSET_PER_CLASS", counts)
+    output = tmp_path / "subset.xz"
+    monkeypatch.setattr("sys.argv", ["build_subset.py", str(folder), "--output", str(output)])
+    assert script.main() == 0
+    splits = fashion_mnist.decode(output)
+    # Image number n has the label 9 - n % 10; the last training images are for validation, and
+    # of the test images the first ones were looked at.
+    starts = {"train": 0, "validation": TRAIN_PER_CLASS - 3, "test": 1}
+    for name, count in counts.items():
+        images, labels = splits[name]
+        assert labels.tolist() == [label for label in range(10) for _ in range(count)]
+        numbers = np.ascontiguousarray(images[:, 0, :4]).view("<u4").ravel().tolist()
+        assert numbers == [
+            10 * (starts[name] + k) + 9 - label for label in range(10) for k in range(count)
+        ]
 
 
 def test_encode_and_decode_round_trip(fashion_mnist: ModuleType, tmp_path: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from compression_manager.checks import as_path
 from compression_manager.deploy.conversion import Conversion
-from compression_manager.deploy.layers import CONVERTED_CLASSES, ConvertedLayer, LayerSpec
+from compression_manager.deploy.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -26,6 +28,7 @@ from compression_manager.errors import (
     suggest,
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.quantization.layers import quantized_class
 from compression_manager.state import atomic_directory, verify_directory
 
 FORMAT_NAME = "compression_manager.converted"
@@ -85,7 +88,7 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"deploy.load takes a torch.nn.Module to change, got {type(float_model).__name__}."
         )
-    manifest = verify_directory(Path(directory), format_name=FORMAT_NAME)
+    manifest = verify_directory(as_path("deploy.load", directory), format_name=FORMAT_NAME)
     tensors = safetensors.torch.load_file(manifest.path(_TENSORS))
     entries, tied = _read_document(manifest.path(_LAYERS))
     tensors |= {name: tensors[source] for name, source in tied.items() if source in tensors}
@@ -134,12 +137,17 @@ def _build(model: nn.Module, entry: _Entry, directory: str | Path) -> ConvertedL
                 f"{directory}: the model has no layer '{name}'; {suggest(name, modules)}"
             )
     layer, kind = modules[entry.name], entry.spec.kind
-    if kind not in CONVERTED_CLASSES or type(layer) is not getattr(nn, kind):
+    supported = quantized_class(type(layer)) is not None
+    if kind not in CONVERTED_CLASSES or not supported or type(layer).__name__ != kind:
         raise CheckpointMismatchError(
             f"{directory}: layer '{entry.name}' was a {kind}; here it is a "
             f"{type(layer).__name__}. Pass a fresh float model of the same architecture."
         )
-    return CONVERTED_CLASSES[kind](layer, entry.spec)
+    converted = CONVERTED_CLASSES[kind](layer, entry.spec)
+    parameters = next(model.parameters(), None)
+    if parameters is not None and not any(True for _ in layer.parameters()):
+        converted.to(parameters.device)  # it had no tensor that could tell it
+    return converted
 
 
 def _check_tensors(
@@ -166,10 +174,10 @@ def _check_tensors(
 
 def _share_tied_weights(conversion: Conversion, tied: Mapping[str, str]) -> None:
     """Let layers that shared a weight when they were saved share it again."""
-    layers = {item.name: item.layer for item in conversion.replacements}
+    layers = dict(conversion.model.named_modules(remove_duplicate=False))
     for name, source in tied.items():
         layer, other = (layers.get(key.removesuffix(".weight")) for key in (name, source))
-        if layer is not None and other is not None:
+        if isinstance(layer, ConvertedLayer) and isinstance(other, ConvertedLayer):
             layer.share_weight(other)
 
 

@@ -122,6 +122,17 @@ def test_a_terminal_gets_a_bar_with_total_losses_and_evaluation(terminal) -> Non
     assert terminal.getvalue().endswith("\n")
 
 
+def test_every_loss_term_is_shown_in_the_order_of_its_publication(terminal) -> None:
+    loop = Loop([1])
+    loop.epoch(0)
+    loop.plugin.on_step_begin(step=0)
+    for name, value in (("task", 0.5), ("kd/KL", 2.0), ("total", 2.5)):
+        loop.context.metrics.scalar(f"loss/{name}", value)
+    loop.deliver()
+    loop.end_epoch()
+    assert "loss/task 0.5, loss/kd/KL 2, loss/total 2.5" in last_bar(terminal)
+
+
 def test_the_bar_shows_completed_steps_while_it_runs(terminal) -> None:
     loop = Loop([1, 2, 3], refresh_seconds=0)
     loop.epoch(0)

@@ -1,6 +1,7 @@
 import itertools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import nn
 
+import toys
+from compression_manager import prepare_compression
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_plugins.tensorboard import TensorBoardConfig, TensorBoardPlugin
+from probes import run_step
 
 RECIPE = {
     "seed": 3,
@@ -270,6 +274,19 @@ def test_an_epoch_is_readable_before_the_file_is_closed(tmp_path: Path) -> None:
     loop.plugin.on_epoch_end()
     assert points(tmp_path, "loss/total") == [(1, 1.0)]
     loop.close()
+
+
+def test_what_was_published_is_readable_after_an_exception(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    manager = prepare_compression(toys.mlp(), [TensorBoardConfig(tmp_path)])
+    manager.on_train_begin()
+    run_step(manager, 0)
+    run_step(manager, 1)
+    assert any("Writer" in type(t).__name__ for t in set(threading.enumerate()) - before)
+    with pytest.raises(OSError, match="disk"), manager:
+        raise OSError("disk")
+    assert [step for step, _ in points(tmp_path, "loss/total")] == [1, 2]
+    assert not any("Writer" in type(t).__name__ for t in set(threading.enumerate()) - before)
 
 
 def test_nothing_is_written_before_training(tmp_path: Path) -> None:
