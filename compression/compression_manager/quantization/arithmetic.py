@@ -20,8 +20,10 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import kernels, operators
 from compression_manager.quantization.grid import as_tensor
+from compression_manager.quantization.overridable import overridable
 
 
+@overridable
 def quantize(
     input: Tensor,
     scale: Tensor | float,
@@ -57,6 +59,7 @@ def quantize(
     return compute(input, scale, zero_point, quant_min, quant_max, axis, group_size)
 
 
+@overridable
 def dequantize(
     quantized: Tensor,
     scale: Tensor | float,
@@ -88,6 +91,7 @@ def dequantize(
     return compute(quantized, scale, zero_point, axis, group_size, dtype)
 
 
+@overridable
 def fake_quantize(
     input: Tensor,
     scale: Tensor | float,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic import fake_quantize
+from compression_manager.quantization.overridable import overridable
 from compression_manager.quantization.parameters import QuantizationParameters, compute_qparams
 from compression_manager.quantization.quantizer_module import FakeQuantizer, Phase
 from compression_manager.quantization.ranges import tensor_range
@@ -14,6 +15,7 @@ from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
 
+@overridable
 def fake_quantize_dynamically(input: Tensor, scheme: QuantizationScheme) -> Tensor:
     """Return `input` quantized with its own smallest and largest value, per tensor or per token.
 
