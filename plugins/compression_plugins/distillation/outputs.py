@@ -26,10 +26,18 @@ def pick_logits(output: Any, key: str | int | None, *, where: str, option: str) 
             dimension.
     """
     with blame_option(option):
-        return _checked(_pick(output, key, where, option), where, option)
+        return find_logits(output, key, where=where, owner="DistillationConfig", option=option)
 
 
-def _checked(found: Any, where: str, option: str) -> Tensor:
+def find_logits(
+    output: Any, key: str | int | None, *, where: str, owner: str, option: str
+) -> Tensor:
+    """Do what `pick_logits` does; errors name `owner`, whose option chooses, and carry none."""
+    advice = f"{owner}({option}=...)"
+    return _checked(_pick(output, key, where, option, advice), where, advice)
+
+
+def _checked(found: Any, where: str, advice: str) -> Tensor:
     if isinstance(found, Tensor) and found.dim() > 0 and found.is_floating_point():
         return found
     what = type(found).__name__
@@ -37,11 +45,11 @@ def _checked(found: Any, where: str, option: str) -> Tensor:
         what = f"a tensor of shape {tuple(found.shape)} and dtype {found.dtype}"
     raise ConfigError(
         f"the {where}'s logits must be a floating-point tensor (*, classes), got {what}; choose "
-        f"another element of its output with DistillationConfig({option}=...)."
+        f"another element of its output with {advice}."
     )
 
 
-def _pick(output: Any, key: str | int | None, where: str, option: str) -> Any:
+def _pick(output: Any, key: str | int | None, where: str, option: str, advice: str) -> Any:
     if isinstance(output, Tensor):
         if key is None:
             return output
@@ -60,7 +68,7 @@ def _pick(output: Any, key: str | int | None, where: str, option: str) -> Any:
         )
     raise ConfigError(
         f"the {where} returned {type(output).__name__}, which holds no {name!r}; choose its logits "
-        f"with DistillationConfig({option}=...); {suggest(str(name), _names(output))}"
+        f"with {advice}; {suggest(str(name), _names(output))}"
     )
 
 
