@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from compression_manager.checks import as_path
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion, convert_copy
 from compression_manager.deploy.storage import save_converted
@@ -19,7 +20,9 @@ from compression_manager.loading import register, required_hooks
 from compression_manager.loops import TrainingLoops
 from compression_manager.plugin import Plugin
 from compression_manager.position import Position
+from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.report import Report, build_report
+from compression_manager.sensitivity import Sensitivity, measure_sensitivity
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
 from compression_manager.state_checks import changed_options, check_kinds, check_model
@@ -86,8 +89,11 @@ class CompressionManager(TrainingLoops):
     ) -> None:
         """Register what checkpoints must hold; anything with state_dict and load_state_dict.
 
+        Parameters that plugins created join the optimizer as a group of their own.
+
         Raises:
-            ConfigError: an object has no such methods, or is the model; none is registered.
+            ConfigError: an object has no such methods, or is the model; or the optimizer cannot
+                take the plugins' parameters. None is registered.
         """
         named = {
             "optimizer": optimizer,
@@ -103,7 +109,7 @@ class CompressionManager(TrainingLoops):
                 raise ConfigError(
                     f"track({name}=...) got the model itself, which is part of every checkpoint."
                 )
-        self._context.tracked.register(objects)
+        self._context.parameter_groups.track(objects)
 
     def resume(self, directory: str | Path, *, missing_ok: bool = False) -> Position:
         """Restore everything from a checkpoint; call it after `track`, before training.
@@ -122,10 +128,11 @@ class CompressionManager(TrainingLoops):
             LifecycleError: training has begun.
         """
         self._lifecycle.check_before_training("resume")
+        folder = as_path("resume", directory)
         try:
-            path = find_checkpoint(Path(directory))
+            path = find_checkpoint(folder)
         except CheckpointError:
-            if missing_ok and not _has_content(Path(directory)):
+            if missing_ok and not _has_content(folder):
                 return self.position
             raise
         state = read_checkpoint(path)
@@ -155,7 +162,8 @@ class CompressionManager(TrainingLoops):
         Raises:
             CheckpointError: there is none, it is corrupt, or it belongs to another model.
         """
-        state = read_checkpoint(find_checkpoint(Path(directory), which=which))
+        folder = as_path("load_weights", directory)
+        state = read_checkpoint(find_checkpoint(folder, which=which))
         check_kinds(state)
         check_model(self.model, state["model"])
         self.model.load_state_dict(state["model"])
@@ -209,14 +217,15 @@ class CompressionManager(TrainingLoops):
             The directory: `model.safetensors`, `quantization.json` and `manifest.json`, read by
             `compression_manager.deploy.load`.
         """
-        conversion = self._conversion or self._convert(None)
-        return save_converted(conversion, Path(directory))
+        folder = as_path("save_converted", directory)
+        return save_converted(self._conversion or self._convert(None), folder)
 
-    def report(self, example_inputs: Any = None) -> Report:
+    def report(self, example_inputs: Any = None, *, sensitivity: bool = False) -> Report:
         """Return per layer: quantized how or why not, bytes, and signal-to-noise ratio.
 
         Args:
             example_inputs: a batch to measure noise on; default as in `convert`.
+            sensitivity: add what `sensitivity` measures, at a forward pass per layer.
         """
         self._lifecycle.check_open("report")
         return build_report(
@@ -225,7 +234,59 @@ class CompressionManager(TrainingLoops):
             self._context.folded_layers,
             self._inputs_or_remembered(example_inputs),
             None if self._conversion is None else self._conversion.parity,
+            self.sensitivity(example_inputs) if sensitivity else None,
         )
+
+    def sensitivity(self, example_inputs: Any = None) -> Sensitivity:
+        """Return how much each layer's quantization alone disturbs the model's output.
+
+        Publishes `sensitivity/<layer>/output_sqnr_db` and `.../output_kl`, which TensorBoard
+        shows. Costs a forward pass per quantized layer.
+
+        Args:
+            example_inputs: a batch to measure on; default as in `convert`.
+
+        Raises:
+            ConfigError: there is no such batch, or no layer has a range to quantize with yet.
+        """
+        self._lifecycle.check_open("sensitivity")
+        inputs = self._inputs_or_remembered(example_inputs)
+        if inputs is None:
+            raise ConfigError(
+                "sensitivity needs a batch to measure on; pass example_inputs=..., which may also "
+                "be given to prepare_compression."
+            )
+        measured = measure_sensitivity(self.model, inputs)
+        for layer in measured.layers:
+            prefix = f"sensitivity/{layer.name}" if layer.name else "sensitivity"
+            self._context.metrics.scalar(f"{prefix}/output_sqnr_db", layer.output_sqnr_db)
+            if layer.output_kl is not None:
+                self._context.metrics.scalar(f"{prefix}/output_kl", layer.output_kl)
+        self._deliver_metrics()
+        return measured
+
+    def graph(self, example_inputs: Any = None) -> QuantizationGraph:
+        """Return the operations that the model runs in eval mode, one per line of `str(graph)`.
+
+        A copy of the model is called, so that nothing of the model changes. A fake quantizer is
+        listed even before it begins to quantize; `scale=auto` means that it has no range yet.
+
+        Args:
+            example_inputs: what the model is called with; default as in `convert`.
+
+        Raises:
+            ConfigError: there is no input yet, or the model does not take it.
+            QuantizationError: the model cannot be copied.
+            LifecycleError: the manager is closed, so that the model is the float model again.
+        """
+        self._lifecycle.check_open("graph")
+        inputs = self._inputs_or_remembered(example_inputs)
+        if inputs is None:
+            raise ConfigError(
+                "graph() needs an input to call the model with: pass example_inputs, here or to "
+                "prepare_compression, or call it after the first training step."
+            )
+        return QuantizationGraph.record(self.model, inputs)
 
     # Internals -------------------------------------------------------------------------------
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from compression_manager.deploy.layers import CONVERTED_CLASSES, LayerSpec
+from compression_manager.deploy.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers import LayerSpec
 from compression_manager.deploy.parity import Parity
-from compression_manager.model_call import call_with_examples, quiet_evaluation
+from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization import FakeQuantizer
-from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.layers import QuantizedLayer, weight_identity
+from compression_manager.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,17 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All layers that hold parameters; `print(report)` shows a table.
+    """All layers that hold parameters or could be quantized; `print(report)` shows a table.
 
     Attributes:
         layers: in the model's order.
         parity: how close the last `convert` came to the trained model; None before it.
+        sensitivity: what each layer's quantization does to the output, if it was asked for.
     """
 
     layers: tuple[LayerReport, ...]
     parity: Parity | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -76,6 +80,7 @@ class Report:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "parity": None if self.parity is None else asdict(self.parity),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
         }
 
     def __str__(self) -> str:
@@ -107,6 +112,8 @@ class Report:
         ]
         if self.parity is not None:
             lines.append(str(self.parity))
+        if self.sensitivity is not None:
+            lines.append(str(self.sensitivity))
         return "\n".join(lines)
 
 
@@ -116,6 +123,7 @@ def build_report(
     folded: Mapping[str, str],
     example_inputs: Any = None,
     parity: Parity | None = None,
+    sensitivity: Sensitivity | None = None,
 ) -> Report:
     """Describe `model`.
 
@@ -125,6 +133,7 @@ def build_report(
         folded: layer name -> layer that does its work after conversion.
         example_inputs: what to call the model with to measure noise; None leaves it out.
         parity: of the last conversion, if there was one.
+        sensitivity: of the model's output to each layer, if it was measured.
     """
     noise = {} if example_inputs is None else _measure_noise(model, example_inputs)
     inside_quantizers = {
@@ -141,13 +150,13 @@ def build_report(
         if isinstance(module, QuantizedLayer):
             gains_bias = name in folded.values()
             layers.append(_quantized(name, module, noise.get(name), gains_bias, sizes))
-        elif any(True for _ in _saved_tensors(module)):
+        elif name in skipped or any(True for _ in _saved_tensors(module)):
             reason = skipped.get(name, "not a layer with a weight")
             size = sizes.take(_saved_tensors(module))
             after = 0 if name in folded else size
             kind = type(module).__name__
             layers.append(LayerReport(name, kind, False, reason, size, after, None))
-    return Report(tuple(layers), parity)
+    return Report(tuple(layers), parity, sensitivity)
 
 
 class _Sizes:
@@ -155,7 +164,7 @@ class _Sizes:
 
     def __init__(self) -> None:
         self._counted: set[int] = set()
-        self._integers: dict[tuple[int, object], str] = {}
+        self._integers: dict[tuple[object, object], tuple[str, Tensor]] = {}
 
     def take(self, tensors: Iterable[Tensor]) -> int:
         total = 0
@@ -167,34 +176,43 @@ class _Sizes:
 
     def shares_integers(self, name: str, weight: Tensor, scheme: object) -> str | None:
         """Return the earlier layer whose integers are those of `weight` as well."""
-        first = self._integers.setdefault((id(weight), scheme), name)
+        # The weight is kept as well, so that its identity stays its own.
+        first, _ = self._integers.setdefault((weight_identity(weight), scheme), (name, weight))
         return None if first == name else first
 
 
 def _quantized(
     name: str, layer: QuantizedLayer, sqnr_db: float | None, gains_bias: bool, sizes: _Sizes
 ) -> LayerReport:
-    scheme = layer.weight_quantizer.scheme
-    quantizer = layer.input_quantizer
-    detail = f"weight {scheme}, input {'float' if quantizer is None else quantizer.scheme}"
-    if quantizer is not None and quantizer.phase.quantizing and not quantizer.is_calibrated():
-        quantizer = None
-        detail = f"weight {scheme}, input float: training never used the layer"
+    weight, input = layer.weight_scheme, layer.input_scheme
+    detail = f"weight {weight or 'none'}, input {input or 'float'}"
+    inputs = layer.input_quantizers()
+    if any(item.phase.quantizing and not item.is_calibrated() for item in inputs):
+        input = None
+        detail = f"weight {weight or 'none'}, input float: training never used the layer"
+    parts = layer.parts()
     spec = LayerSpec(
         kind=layer.float_class.__name__,
-        weight=scheme,
-        input=None if quantizer is None else quantizer.scheme,
-        bias=gains_bias or getattr(layer, "bias", None) is not None,
+        weight=weight,
+        input=input,
+        bias=gains_bias or any(part.bias is not None for part in parts.values()),
     )
-    converted = dict(CONVERTED_CLASSES[spec.kind](layer, spec).named_buffers())
-    # Folding gives a layer integers of its own.
-    other = None if gains_bias else sizes.shares_integers(name, layer.weight, scheme)
-    if other is not None:
-        detail += f", integers shared with '{other}'"
-        for shared in ("weight", "weight_scale", "weight_zero_point"):
-            del converted[shared]
+    converted = CONVERTED_CLASSES[spec.kind](layer, spec)
+    stored_in = [converted, *(converted.get_submodule(part) for part in parts)]
+    held = {id(item): item for module in stored_in for item in module.buffers(recurse=False)}
+    for part_name, part in parts.items():
+        # Folding gives a layer integers of its own.
+        if part.weight is None or gains_bias:
+            continue
+        part_of_model = ".".join(filter(None, (name, part_name)))
+        other = sizes.shares_integers(part_of_model, part.weight, weight)
+        if other is not None:
+            detail += f", integers shared with '{other}'"
+            stored = converted.get_submodule(part_name)
+            for shared in ("weight", "weight_scale", "weight_zero_point"):
+                held.pop(id(getattr(stored, shared)))
     before = sizes.take(layer.parameters(recurse=False))
-    after = sum(_bytes(tensor) for tensor in converted.values())
+    after = sum(_bytes(tensor) for tensor in held.values())
     return LayerReport(name, spec.kind, True, detail, before, after, sqnr_db)
 
 
@@ -222,10 +240,10 @@ def _measure_noise(model: nn.Module, example_inputs: Any) -> dict[str, float]:
 
     def measure(name: str) -> Any:
         def hook(
-            layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+            layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
         ) -> None:
-            exact = layer.float_class.forward(layer, *args, **kwargs).double()
-            energy = torch.stack([exact.square().sum(), (exact - output).square().sum()])
+            exact = layer.float_class.forward(layer, *args, **kwargs)
+            energy = _energies(tensors_in(exact), tensors_in(output))
             energies[name] = energies[name] + energy if name in energies else energy
 
         return hook
@@ -233,11 +251,19 @@ def _measure_noise(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     with ExitStack() as stack:
         stack.enter_context(quiet_evaluation(model))
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLayer) and module.weight_quantizer.phase.quantizing:
+            if isinstance(module, QuantizedLayer) and module.quantizers()[0].phase.quantizing:
                 handle = module.register_forward_hook(measure(name), with_kwargs=True, prepend=True)
                 stack.callback(handle.remove)
         call_with_examples(model, example_inputs)
     return {name: _decibels(*energy.tolist()) for name, energy in energies.items()}
+
+
+def _energies(exact: Iterable[Tensor], output: Iterable[Tensor]) -> Tensor:
+    """Return the sums of squares of what a layer returns and of its noise, float64 (2,)."""
+    pairs = [(a.double(), b) for a, b in zip(exact, output, strict=True) if a.is_floating_point()]
+    return torch.stack(
+        [torch.stack([a.square().sum(), (a - b).square().sum()]) for a, b in pairs]
+    ).sum(0)
 
 
 def _decibels(signal: float, noise: float) -> float:
