@@ -1,0 +1,160 @@
+"""The quantization operators in ONNX, for `torch.onnx.export`; needs the extra `onnx`.
+
+    program = torch.onnx.export(model, (inputs,), dynamo=True,
+                                custom_translation_table=onnx_translation_table())
+
+Ranges that fill int8 or uint8, with one scale per tensor or per channel, become
+QuantizeLinear and DequantizeLinear, which runtimes turn into integer kernels. ONNX divides by the
+scale where torch multiplies by its reciprocal, so that values in the middle between two integers
+may fall on the other one. All other schemes become the formula itself, whose results are equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset18
+
+from compression_manager.quantization import operators
+from compression_manager.quantization.scheme import storage_dtype
+
+# Its declared types are those of ONNX tensors, not of what the exporter hands over.
+op: Any = opset18
+
+# onnx.TensorProto.DataType
+_ONNX_TYPES: dict[torch.dtype, int] = {
+    torch.float32: 1,
+    torch.uint8: 2,
+    torch.int8: 3,
+    torch.int16: 5,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+# 16-bit types would need opset 21; torch exports to 18 unless told otherwise.
+_LINEAR_RANGES = {(-128, 127): 3, (0, 255): 2}
+
+
+def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return operator -> its translation, as `torch.onnx.export` takes it."""
+    namespace = torch.ops.compression_manager
+    assert operators.fake_quantize is not None  # the import registers the operators
+    return {
+        namespace.fake_quantize.default: _fake_quantize,
+        namespace.quantize.default: _quantize,
+        namespace.dequantize.default: _dequantize,
+    }
+
+
+# The exporter hands over ONNX values for tensors and plain Python values for all else.
+
+
+def _fake_quantize(
+    input: Any,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+    pass_clipped_gradient: bool = False,
+) -> Any:
+    linear = _LINEAR_RANGES.get((quant_min, quant_max))
+    if linear is not None and _fits_linear(input, scale, axis, group_size):
+        zero = op.Cast(zero_point, to=linear)
+        integers = op.QuantizeLinear(input, scale, zero, axis=axis or 0)
+        return op.DequantizeLinear(integers, scale, zero, axis=axis or 0)
+    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size)
+    return op.Mul(
+        op.Sub(_clipped(input, scale, zero_point, quant_min, quant_max), zero_point), scale
+    )
+
+
+def _quantize(
+    input: Any,
+    scale: Any,
+    zero_point: Any,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Any:
+    target = _ONNX_TYPES[storage_dtype(quant_min, quant_max)]
+    linear = _LINEAR_RANGES.get((quant_min, quant_max))
+    if linear == target and _fits_linear(input, scale, axis, group_size):
+        return op.QuantizeLinear(input, scale, op.Cast(zero_point, to=linear), axis=axis or 0)
+    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size)
+    return op.Cast(_clipped(input, scale, zero_point, quant_min, quant_max), to=target)
+
+
+def _dequantize(
+    quantized: Any,
+    scale: Any,
+    zero_point: Any,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: int = 1,
+) -> Any:
+    is_linear = int(quantized.dtype) in _LINEAR_RANGES.values() and dtype == 1
+    if is_linear and _has_linear_shape(scale, axis, group_size):
+        zero = op.CastLike(zero_point, quantized)
+        return op.DequantizeLinear(quantized, scale, zero, axis=axis or 0)
+    scale, zero_point = _shaped(quantized, scale, zero_point, axis, group_size)
+    steps = op.Sub(op.Cast(quantized, to=1), zero_point)
+    return op.Cast(op.Mul(steps, scale), to=dtype)
+
+
+def _fits_linear(input: Any, scale: Any, axis: int | None, group_size: int | None) -> bool:
+    return int(input.dtype) == 1 and _has_linear_shape(scale, axis, group_size)
+
+
+def _has_linear_shape(scale: Any, axis: int | None, group_size: int | None) -> bool:
+    return group_size is None and (axis is not None or len(scale.shape) == 0)
+
+
+def _clipped(input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
+    steps = op.Round(op.Mul(input, op.Reciprocal(scale)))
+    shifted = op.Add(steps, zero_point)
+    low, high = (
+        op.CastLike(op.Constant(value_float=float(v)), shifted) for v in (quant_min, quant_max)
+    )
+    return op.Clip(shifted, low, high)
+
+
+def _shaped(
+    input: Any, scale: Any, zero_point: Any, axis: int | None, group_size: int | None
+) -> tuple[Any, Any]:
+    """Return scale and zero point as floats that broadcast against `input`."""
+    zero_point = op.Cast(zero_point, to=1)
+    if group_size is not None:
+        rows, groups = (int(size) for size in scale.shape)
+        block = [rows, groups, group_size]
+        return _spread(scale, input, block), _spread(zero_point, input, block)
+    if axis is None or len(scale.shape) == 0:
+        return scale, zero_point
+    shape = [1] * len(input.shape)
+    shape[axis] = -1
+    target = op.Constant(value_ints=shape)
+    return op.Reshape(scale, target), op.Reshape(zero_point, target)
+
+
+def _spread(value: Any, input: Any, block: list[int]) -> Any:
+    """Repeat (rows, groups) so that each value stands at every element of its group."""
+    rows, groups, group_size = block
+    length = 1
+    for size in list(input.shape)[1:]:
+        length *= int(size)
+    column = op.Reshape(value, op.Constant(value_ints=[rows, groups, 1]))
+    wide = op.Expand(column, op.Constant(value_ints=block))
+    flat = op.Reshape(wide, op.Constant(value_ints=[rows, groups * group_size]))
+    cut = op.Slice(
+        flat,
+        op.Constant(value_ints=[0]),
+        op.Constant(value_ints=[length]),
+        op.Constant(value_ints=[1]),
+    )
+    return op.Reshape(cut, op.Constant(value_ints=[int(size) for size in input.shape]))

@@ -1,0 +1,82 @@
+"""The operators exported to ONNX and run by onnxruntime, against torch."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from compression_manager.integrations.onnx_translation import onnx_translation_table
+from compression_manager.quantization import QuantizationScheme, dequantize, fake_quantize, quantize
+from compression_manager.quantization.parameters import choose_qparams
+from compression_manager.quantization.ranges import tensor_range
+
+FORMULA = [
+    QuantizationScheme(4, False, granularity="channel", axis=-1, signed=False),
+    QuantizationScheme(4, False, granularity="group", group_size=7),
+    QuantizationScheme(granularity="token", dynamic=True),
+]
+LINEAR = [
+    QuantizationScheme(8, False, signed=False),
+    QuantizationScheme(8, False, granularity="channel", axis=1),
+]
+
+
+class Model(nn.Module):
+    """Fake-quantized input, and the input from integers and back."""
+
+    def __init__(self, scheme, input):
+        super().__init__()
+        self.limits = (scheme.quant_min, scheme.quant_max, scheme.axis)
+        self.group_size = scheme.group_size
+        scale, zero_point = choose_qparams(*tensor_range(input / 2, scheme), scheme)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, input):
+        arguments = (self.scale, self.zero_point)
+        options = {"group_size": self.group_size}
+        fake = fake_quantize(input, *arguments, *self.limits, **options)
+        integers = quantize(input, *arguments, *self.limits, **options)
+        return fake, integers, dequantize(integers, *arguments, self.limits[-1], **options)
+
+
+def run(model, input):
+    """The outputs of torch and of onnxruntime, and the kinds of nodes exported."""
+    program = torch.onnx.export(
+        model.eval(), (input,), dynamo=True, verbose=False,
+        custom_translation_table=onnx_translation_table(),
+    )  # fmt: skip
+    proto = program.model_proto
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    name = session.get_inputs()[0].name
+    actual = session.run(None, {name: input.numpy()})
+    return [value.numpy() for value in model(input)], actual, {n.op_type for n in proto.graph.node}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about its own internals
+@pytest.mark.parametrize("scheme", FORMULA, ids=str)
+def test_the_formula_gives_equal_numbers(scheme):
+    input = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    expected, actual, kinds = run(Model(scheme, input), input)
+    assert "Round" in kinds
+    for one, other in zip(expected, actual, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scheme", LINEAR, ids=str)
+def test_whole_integer_types_become_linear_nodes(scheme):
+    input = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    model = Model(scheme, input)
+    expected, actual, kinds = run(model, input)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert "Round" not in kinds
+    step = float(model.scale.max())
+    for one, other in zip(expected, actual, strict=True):
+        assert one.dtype == other.dtype
+        limit = 1 if one.dtype.kind in "iu" else step * 1.0001
+        difference = np.abs(one.astype(np.float64) - other)
+        assert difference.max() <= limit
+        assert (difference > 1e-6).mean() <= 0.001
