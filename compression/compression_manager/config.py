@@ -39,7 +39,8 @@ def build_config(
 
     Args:
         config_class: frozen dataclass. A field whose metadata has `registry` (name -> dataclass)
-            takes a node `{type: name, ...}`; one with `runtime` is taken from `runtime`.
+            takes a node `{type: name, ...}`, and a text if its type hint has `str`; one with
+            `runtime` is taken from `runtime`.
         node: plain containers.
         path: key path of the node, for example `plugins.distillation`.
         source: file, for error messages.
@@ -152,11 +153,13 @@ class _Conversion:
         members = _union_members(hint)
         if node is None and types.NoneType in members:
             return None
+        if isinstance(node, str) and str in members:
+            return node
         for member in members:
             if _container(member) is not None:
                 if isinstance(node, _NODE_OF[_container(member)]):
                     return self._container(member, node)
-            elif self.registry is not None and member is not types.NoneType:
+            elif self.registry is not None and member not in (types.NoneType, str):
                 return self._registered(node)
             elif dataclasses.is_dataclass(member) and isinstance(node, Mapping):
                 return self._dataclass(typing.cast(type, member), node)

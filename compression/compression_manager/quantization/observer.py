@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.precision import Float32Buffers
 
 
@@ -43,3 +44,18 @@ class Observer(Float32Buffers, ABC):
     @abstractmethod
     def has_observed(self) -> bool:
         """Return whether any finite tensor was observed (synchronises with the device)."""
+
+    def merge(self, other: Observer) -> None:
+        """Take into account what `other` observed, for example on another rank.
+
+        Afterwards this observer stands as if it had seen everything itself; implementations state
+        where they deviate. `other` is not changed.
+
+        Raises:
+            QuantizationError: `other` does not match; or this class cannot be merged, which is
+                the default.
+        """
+        raise QuantizationError(
+            f"observers of class {type(self).__name__} cannot be merged; the class has to "
+            "implement Observer.merge."
+        )

@@ -134,9 +134,11 @@ class ObservedFakeQuantizer(FakeQuantizer):
         """Switch observing and quantizing on or off."""
         self.observing.fill_(observing)
         self.quantizing.fill_(quantizing)
+        begins = quantizing and not self._phase.quantizing
         self._phase = Phase(observing, quantizing)
         # Asked here, between steps, so that a compiled forward finds the answer cached.
-        self.is_calibrated()
+        if self.is_calibrated() and begins and not self._is_weight:
+            self._follow_observer()
 
     def is_calibrated(self) -> bool:
         """Return whether there is a range to quantize with; always, for a weight.
@@ -191,6 +193,8 @@ class ObservedFakeQuantizer(FakeQuantizer):
                     f"{self.site}: no finite value was observed, so that there is no range to "
                     "quantize with; run at least one training step with this layer in use."
                 )
+            if not self._phase.quantizing:
+                self._follow_observer()
             scale, zero_point = self.scale.clone(), self.zero_point.clone()
         scheme = self.scheme
         return QuantizationParameters(
@@ -211,6 +215,12 @@ class ObservedFakeQuantizer(FakeQuantizer):
 
     def _observe(self, input: Tensor) -> None:
         self.observer.observe(input)
+        # Some observers search long for their range; until it is used, nobody asks.
+        if self._phase.quantizing:
+            self._follow_observer()
+
+    def _follow_observer(self) -> None:
+        """Bring an activation's scale and zero point up to date with what was observed."""
         scale, zero_point = compute_qparams(*self.observer.observed_range(), self.scheme)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)

@@ -1,12 +1,12 @@
-"""Calibration: the observers that watch a tensor's range.
+"""Calibration: chooses the observers that watch a tensor's range.
 
-Other plugins ask through the service `make_observer`; this one answers with a min-max or a
-moving-average observer. It owns the policy for NaN and infinity: a batch that holds any is
-left out as a whole, counted, and reported as a warning at the end of the epoch.
+Other plugins ask through the service `make_observer`; this one answers with an observer of
+`compression_manager.quantization`: min-max, moving average, percentile or histogram. It reports
+the batches that they left out because of NaN or infinity as a warning at the end of the epoch.
 """
 
+from compression_manager.quantization import MinMaxObserver, MovingAverageObserver
 from compression_plugins.calibration.config import CalibrationConfig
-from compression_plugins.calibration.observers import MinMaxObserver, MovingAverageObserver
 from compression_plugins.calibration.plugin import CalibrationPlugin
 
 __all__ = ["CalibrationConfig", "CalibrationPlugin", "MinMaxObserver", "MovingAverageObserver"]

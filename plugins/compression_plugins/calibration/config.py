@@ -7,13 +7,21 @@ from typing import ClassVar
 
 from compression_manager.errors import ConfigError, suggest
 from compression_manager.plugin import PluginConfig, option
+from compression_manager.quantization import Calibration, MovingAverageCalibration
+from compression_manager.quantization.calibration import CALIBRATIONS, check_averaging_constant
 
-OBSERVERS = ("min_max", "moving_average")
+_CHOICES = (
+    "'min_max', 'moving_average', 'percentile', 'histogram' or 'fixed_range', or a calibration "
+    "with options"
+)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig(PluginConfig):
     """Which observers watch the ranges.
+
+    In a recipe, a calibration with options is a mapping with its name as `type`:
+    `observer: {type: histogram, objective: kl_divergence}`.
 
     Raises:
         ConfigError: an unknown observer, or a constant outside of (0, 1].
@@ -21,31 +29,37 @@ class CalibrationConfig(PluginConfig):
 
     plugin: ClassVar[str] = "calibration"
 
-    observer: str = field(
+    observer: str | Calibration = field(
         default="moving_average",
-        metadata=option("Observer of activations: 'min_max' or 'moving_average'."),
+        metadata={**option(f"Observer of activations: {_CHOICES}."), "registry": CALIBRATIONS},
     )
-    weight_observer: str = field(
+    weight_observer: str | Calibration = field(
         default="min_max",
-        metadata=option("Observer of weights: 'min_max' or 'moving_average'."),
+        metadata={**option(f"Observer of weights: {_CHOICES}."), "registry": CALIBRATIONS},
     )
     averaging_constant: float = field(
         default=0.01,
-        metadata=option("Share of a new batch in a moving average, above 0 and at most 1."),
+        metadata=option(
+            "Share of a new batch in a moving average chosen by name, above 0 and at most 1."
+        ),
     )
 
     def __post_init__(self) -> None:
         for name in ("observer", "weight_observer"):
             value = getattr(self, name)
-            if value not in OBSERVERS:
+            known = isinstance(value, str) and value in CALIBRATIONS
+            if not known and not isinstance(value, Calibration):
                 raise ConfigError(
                     f"calibration: {name} {value!r} does not exist; "
-                    f"{suggest(str(value), OBSERVERS)}"
+                    f"{suggest(str(value), CALIBRATIONS)}"
                 )
-        constant = self.averaging_constant
-        if isinstance(constant, bool) or not isinstance(constant, int | float):
-            raise ConfigError(f"calibration: averaging_constant is a number, got {constant!r}.")
-        if not 0.0 < constant <= 1.0:
-            raise ConfigError(
-                f"calibration: averaging_constant is above 0 and at most 1, got {constant}."
-            )
+        check_averaging_constant(self.averaging_constant, "calibration")
+
+    def calibration(self, option: str) -> Calibration:
+        """Return what `observer` or `weight_observer` stands for."""
+        value: str | Calibration = getattr(self, option)
+        if isinstance(value, Calibration):
+            return value
+        if value == "moving_average":
+            return MovingAverageCalibration(self.averaging_constant)
+        return CALIBRATIONS[value]()

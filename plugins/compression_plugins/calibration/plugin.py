@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 
+from compression_manager.errors import blame_option
 from compression_manager.plugin import Plugin, hookimpl
-from compression_manager.quantization import QuantizationScheme, QuantizationSite
+from compression_manager.quantization import Observer, QuantizationScheme, QuantizationSite
+from compression_manager.quantization.observers import RangeObserver
 from compression_plugins.calibration.config import CalibrationConfig
-from compression_plugins.calibration.observers import (
-    MinMaxObserver,
-    MovingAverageObserver,
-    RangeObserver,
-)
 
 
 class CalibrationPlugin(Plugin[CalibrationConfig]):
@@ -29,10 +26,13 @@ class CalibrationPlugin(Plugin[CalibrationConfig]):
         self._watched: list[tuple[QuantizationSite, RangeObserver]] = []
 
     @hookimpl(trylast=True)
-    def make_observer(self, scheme: QuantizationScheme, site: QuantizationSite) -> RangeObserver:
+    def make_observer(self, scheme: QuantizationScheme, site: QuantizationSite) -> Observer:
         """Return a new observer of the configured kind."""
-        observer = self._build(scheme, site)
-        self._watched.append((site, observer))
+        option = "weight_observer" if site.role == "weight" else "observer"
+        with blame_option(option):
+            observer = self.config.calibration(option).make_observer(scheme, site)
+        if isinstance(observer, RangeObserver):
+            self._watched.append((site, observer))
         return observer
 
     @hookimpl
@@ -44,13 +44,6 @@ class CalibrationPlugin(Plugin[CalibrationConfig]):
     def on_train_end(self) -> None:
         """Warn about batches that were left out."""
         self._report_skipped()
-
-    def _build(self, scheme: QuantizationScheme, site: QuantizationSite) -> RangeObserver:
-        config = self.config
-        kind = config.weight_observer if site.role == "weight" else config.observer
-        if kind == "min_max":
-            return MinMaxObserver(scheme, site)
-        return MovingAverageObserver(scheme, site, config.averaging_constant)
 
     def _report_skipped(self) -> None:
         skipped: list[str] = []

@@ -97,12 +97,29 @@ def test_activation_observes_then_quantizes():
     first, second = sample(0), sample(1, 3.0)
     assert module(first) is first
     scale, zero_point = choose_qparams(first.min(), first.max(), UINT8)
-    assert torch.equal(module.scale, scale)
-    assert torch.equal(module.zero_point, zero_point)
+    parameters = module.quantization_parameters()
+    assert torch.equal(parameters.scale, scale)
+    assert torch.equal(parameters.zero_point, zero_point)
+    module.set_phase(observing=False, quantizing=True)
+    assert torch.equal(module(second), expected_output(second, first.min(), first.max()))
     module.set_phase(observing=True, quantizing=True)
     assert torch.equal(module(second), expected_output(second, second.min(), second.max()))
     module.set_phase(observing=False, quantizing=True)
     assert torch.equal(module(first), expected_output(first, second.min(), second.max()))
+
+
+def test_a_range_is_searched_for_only_when_it_is_used():
+    module = activation()
+    asked = []
+    search = module.observer.observed_range
+    module.observer.observed_range = lambda: asked.append(1) or search()
+    module.set_phase(observing=True, quantizing=False)
+    for seed in range(5):
+        module(sample(seed))
+    assert not asked
+    module.set_phase(observing=False, quantizing=True)
+    module(sample())
+    assert len(asked) == 1
 
 
 def test_ranges_are_updated_in_place():

@@ -39,6 +39,8 @@ def test_buffers_have_their_final_shape_and_device():
     assert {name: tuple(value.shape) for name, value in buffers.items()} == {
         "minimum": (7,),
         "maximum": (7,),
+        "first_minimum": (7,),
+        "first_maximum": (7,),
         "batches_observed": (),
         "batches_skipped": (),
     }

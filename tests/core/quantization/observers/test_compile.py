@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from compression_manager.quantization import (
+    MinMaxObserver,
+    MovingAverageObserver,
     ObservedFakeQuantizer,
     QuantizationScheme,
     QuantizationSite,
 )
-from compression_plugins.calibration import MinMaxObserver, MovingAverageObserver
+from observer_reference import CALIBRATIONS, observer, scheme
 
 # Dynamo itself instantiates the context class of autograd functions.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -60,3 +62,20 @@ def test_compiles_once_per_phase_and_equals_eager():
     for name, value in twin.state_dict().items():
         assert torch.equal(layer.state_dict()[name], value), name
     assert layer.input_quantizer.observer.batches_observed == 8
+
+
+@pytest.mark.parametrize("kind", list(CALIBRATIONS))
+def test_every_observer_is_one_graph(kind):
+    torch.manual_seed(0)
+    first, second = (observer(kind, scheme(4, axis=1), 3) for _ in range(2))
+
+    def watch(input):
+        first.observe(input)
+        return first.observed_range()
+
+    compiled = torch.compile(watch, backend="eager", fullgraph=True)
+    for _ in range(3):
+        x = torch.randn(7, 3)
+        second.observe(x)
+        for end, expected in zip(compiled(x), second.observed_range(), strict=True):
+            assert torch.equal(end, expected)

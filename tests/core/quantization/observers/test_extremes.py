@@ -11,11 +11,12 @@ from hypothesis.extra import numpy as hnp
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import (
+    MinMaxObserver,
+    MovingAverageObserver,
     ObservedFakeQuantizer,
     QuantizationScheme,
     QuantizationSite,
 )
-from compression_plugins.calibration import MinMaxObserver, MovingAverageObserver
 
 SHAPE = (3, 4, 2, 5)
 KINDS = ["min_max", "moving_average"]

@@ -1,0 +1,87 @@
+"""Observers of the smallest and the largest value."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from compression_manager.quantization.observers.base import RangeObserver
+from compression_manager.quantization.scheme import QuantizationScheme
+from compression_manager.quantization.site import QuantizationSite
+
+
+class MinMaxObserver(RangeObserver):
+    """The smallest and largest value ever observed. Merging is exact, in any order."""
+
+    def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
+        self._widen(low, high, finite)
+
+    def _merge(self, other: Self) -> None:
+        device = self.minimum.device
+        low, high = other.minimum.to(device), other.maximum.to(device)
+        self._widen(low, high, other.batches_observed.to(device) > 0)
+
+
+class MovingAverageObserver(RangeObserver):
+    """An exponential moving average of every batch's smallest and largest value.
+
+    range += averaging_constant * (batch - range), as torch's
+    `MovingAverageMinMaxObserver`; the first batch sets the range. The range of a weight is that
+    of its present value.
+
+    The average depends on the order of the batches. Merging gives what one observer had after
+    its own batches and then the other's, up to float32 rounding; of many batches, the last ones
+    count most, so that ranks are merged in ascending order to agree.
+
+    Args:
+        averaging_constant: share of a new batch, in (0, 1].
+
+    Attributes:
+        first_minimum, first_maximum: range of the first batch, which merging needs.
+    """
+
+    first_minimum: Tensor
+    first_maximum: Tensor
+
+    def __init__(
+        self, scheme: QuantizationScheme, site: QuantizationSite, averaging_constant: float = 0.01
+    ) -> None:
+        super().__init__(scheme, site)
+        self.averaging_constant = averaging_constant
+        for name in ("first_minimum", "first_maximum"):
+            self._add_range(name)
+
+    def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
+        first = self.batches_observed == 0
+        starts = first & finite
+        ends = (
+            (self.minimum, self.first_minimum, low),
+            (self.maximum, self.first_maximum, high),
+        )
+        for kept, initial, batch in ends:
+            averaged = kept + self.averaging_constant * (batch - kept)
+            kept.copy_(torch.where(finite, torch.where(first, batch, averaged), kept))
+            initial.copy_(torch.where(starts, batch, initial))
+
+    def _merge(self, other: Self) -> None:
+        """Shift the other's average by what its first batch lacks of one's own.
+
+        After n batches b_1 ... b_n that follow a range r, the average is (1 - c)^n r + c sum of
+        (1 - c)^(n - i) b_i. Started anew, it has b_1 in the place of r.
+        """
+        device = self.minimum.device
+        count = other.batches_observed.to(device)
+        is_empty, adds = self.batches_observed == 0, count > 0
+        remaining = torch.pow(1.0 - self.averaging_constant, count.to(torch.float32))
+        for end in ("minimum", "maximum"):
+            kept, initial = getattr(self, end), getattr(self, f"first_{end}")
+            theirs = getattr(other, end).to(device)
+            start = getattr(other, f"first_{end}").to(device)
+            merged = torch.where(is_empty, theirs, theirs + remaining * (kept - start))
+            kept.copy_(torch.where(adds, merged, kept))
+            initial.copy_(torch.where(adds & is_empty, start, initial))
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "averaging_constant": self.averaging_constant}
