@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager import CompressionManager, prepare_compression
-from compression_manager.model_call import call_model
+from compression_manager.model_call import call_model, tensors_in
 from compression_plugins.fake_quant import QATConfig
 
 EPSILON = np.float32(2.0**-23)
@@ -124,7 +124,5 @@ def trained(model: nn.Module, inputs: Any, *, steps: int = 3, **options: Any) ->
 
 
 def _total_square(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output.float().square().mean()
-    items = output.values() if isinstance(output, dict) else output
-    return torch.stack([_total_square(item) for item in items]).sum()
+    floats = (item for item in tensors_in(output) if item.is_floating_point())
+    return torch.stack([item.float().square().mean() for item in floats]).sum()

@@ -17,6 +17,7 @@ from compression_manager.deploy.layers import LayerSpec
 from compression_manager.deploy.parity import Parity
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization import FakeQuantizer
+from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.quantization.layers import QuantizedLayer, weight_identity
 from compression_manager.sensitivity import Sensitivity
 
@@ -55,11 +56,13 @@ class Report:
         layers: in the model's order.
         parity: how close the last `convert` came to the trained model; None before it.
         sensitivity: what each layer's quantization does to the output, if it was asked for.
+        graph: the operations of the model, if they were asked for.
     """
 
     layers: tuple[LayerReport, ...]
     parity: Parity | None = None
     sensitivity: Sensitivity | None = None
+    graph: QuantizationGraph | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -81,6 +84,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "parity": None if self.parity is None else asdict(self.parity),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
+            "graph": None if self.graph is None else str(self.graph).splitlines(),
         }
 
     def __str__(self) -> str:
@@ -112,8 +116,7 @@ class Report:
         ]
         if self.parity is not None:
             lines.append(str(self.parity))
-        if self.sensitivity is not None:
-            lines.append(str(self.sensitivity))
+        lines += [str(part) for part in (self.sensitivity, self.graph) if part is not None]
         return "\n".join(lines)
 
 
@@ -122,8 +125,6 @@ def build_report(
     skipped: Mapping[str, str],
     folded: Mapping[str, str],
     example_inputs: Any = None,
-    parity: Parity | None = None,
-    sensitivity: Sensitivity | None = None,
 ) -> Report:
     """Describe `model`.
 
@@ -132,8 +133,6 @@ def build_report(
         skipped: layer name -> why it is not quantized.
         folded: layer name -> layer that does its work after conversion.
         example_inputs: what to call the model with to measure noise; None leaves it out.
-        parity: of the last conversion, if there was one.
-        sensitivity: of the model's output to each layer, if it was measured.
     """
     noise = {} if example_inputs is None else _measure_noise(model, example_inputs)
     inside_quantizers = {
@@ -156,7 +155,7 @@ def build_report(
             after = 0 if name in folded else size
             kind = type(module).__name__
             layers.append(LayerReport(name, kind, False, reason, size, after, None))
-    return Report(tuple(layers), parity, sensitivity)
+    return Report(tuple(layers))
 
 
 class _Sizes:

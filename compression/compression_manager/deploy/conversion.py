@@ -14,6 +14,7 @@ from compression_manager.deploy.parity import Parity, check_parity
 from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ConfigError
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.quantization.layers import QuantizedLayer, weight_identity
 
 
 @dataclass
@@ -102,9 +103,14 @@ def convert_copy(
 
 def _share_tied_weights(model: nn.Module, replacements: Sequence[Replacement]) -> None:
     """Let layers whose float weight is one Parameter share their integers as well."""
-    first: dict[int, ConvertedLayer] = {}
+    first: dict[tuple[object, ...], tuple[Tensor, ConvertedLayer]] = {}
     for replacement in replacements:
-        weight = cast(Tensor, model.get_submodule(replacement.name).weight)
-        layer = first.setdefault(id(weight), replacement.layer)
-        if layer is not replacement.layer:
-            replacement.layer.share_weight(layer)
+        layer = cast(QuantizedLayer, model.get_submodule(replacement.name))
+        for part, (weight, *_) in layer.parts().items():
+            if weight is None:
+                continue
+            converted = cast(ConvertedLayer, replacement.layer.get_submodule(part))
+            # The weight is kept as well, so that its identity stays its own.
+            _, other = first.setdefault(weight_identity(weight), (weight, converted))
+            if other is not converted:
+                converted.share_weight(other)

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.arithmetic import dequantize, fake_quantize, quantize
-from compression_manager.quantization.parameters import QuantizationParameters
-from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, QuantizationScheme
+from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
+from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
+from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.scheme import QuantizationScheme
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class LayerSpec:
 
     Attributes:
         kind: class name of the float layer, for example `Linear`.
-        weight: scheme of the weight.
-        input: scheme of the input, or None for a weight-only layer.
+        weight: scheme of all its weights, or None if it has none.
+        input: scheme of all its inputs, or None if they stay in floating point.
         bias: whether the deployed layer adds a bias (folding BatchNorm creates one).
     """
 
     kind: str
-    weight: QuantizationScheme
+    weight: QuantizationScheme | None
     input: QuantizationScheme | None
     bias: bool
 
@@ -39,7 +41,7 @@ class LayerSpec:
         """Return plain values; `from_dict` takes them back."""
         return {
             **asdict(self),
-            "weight": self.weight.to_dict(),
+            "weight": None if self.weight is None else self.weight.to_dict(),
             "input": None if self.input is None else self.input.to_dict(),
         }
 
@@ -48,23 +50,25 @@ class LayerSpec:
         """Return the spec that `to_dict` described."""
         return cls(
             kind=values["kind"],
-            weight=QuantizationScheme.from_dict(values["weight"]),
-            input=None
-            if values["input"] is None
-            else QuantizationScheme.from_dict(values["input"]),
+            weight=_scheme_or_none(values["weight"]),
+            input=_scheme_or_none(values["input"]),
             bias=values["bias"],
         )
+
+
+def _scheme_or_none(values: dict[str, Any] | None) -> QuantizationScheme | None:
+    return None if values is None else QuantizationScheme.from_dict(values)
 
 
 class ConvertedLayer(nn.Module):
     """Base of the deployed layers.
 
     Attributes:
-        weight: integers, in the shape of the float weight.
-        weight_scale: float32, () or (channels,).
+        weight: integers, (output channels, ...): the shape that `stored_form` gives the weight.
+        weight_scale: float32, (), (channels,) or (rows, groups).
         weight_zero_point: int32 (int64 above 24 bits), same shape.
-        input_scale: float32 (); absent in a weight-only layer.
-        input_zero_point: int32 (); absent in a weight-only layer.
+        input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
+        input_zero_point: int32 (); present with `input_scale`.
         bias: float, or None.
     """
 
@@ -79,32 +83,43 @@ class ConvertedLayer(nn.Module):
         super().__init__()
         self.spec = spec
         # The model's own code may ask a layer for its in_features or embedding_dim.
-        for name in cast(list[str], float_layer.__constants__):
+        for name in cast(list[str], getattr(float_layer, "__constants__", ())):
             setattr(self, name, getattr(float_layer, name))
-        float_weight = cast(Tensor, float_layer.weight)
+        float_weight = self.stored_form(float_layer)
         device = float_weight.device
-        axis = spec.weight.axis
-        channels = () if axis is None else (float_weight.shape[axis],)
-        integers = torch.zeros(float_weight.shape, dtype=spec.weight.storage_dtype, device=device)
+        scheme = self.weight_scheme
+        scales = range_shape(scheme, float_weight.shape)
+        integers = torch.zeros(float_weight.shape, dtype=scheme.storage_dtype, device=device)
         self.register_buffer("weight", integers)
-        self.register_buffer("weight_scale", torch.ones(channels, device=device))
+        self.register_buffer("weight_scale", torch.ones(scales, device=device))
         self.register_buffer(
             "weight_zero_point",
-            torch.zeros(channels, dtype=_zero_point_dtype(spec.weight), device=device),
+            torch.zeros(scales, dtype=zero_point_dtype(scheme), device=device),
         )
-        if spec.input is not None:
-            self.register_buffer("input_scale", torch.ones((), device=device))
-            self.register_buffer(
-                "input_zero_point",
-                torch.zeros((), dtype=_zero_point_dtype(spec.input), device=device),
-            )
-        bias = (
-            torch.zeros(float_weight.shape[0], dtype=float_weight.dtype, device=device)
-            if spec.bias
-            else None
-        )
-        self.register_buffer("bias", bias)
+        self._add_input_buffers(device)
+        float_bias = getattr(float_layer, "bias", None)
+        length = float_weight.shape[:1] if float_bias is None else float_bias.shape
+        bias = torch.zeros(length, dtype=float_weight.dtype, device=device)
+        self.register_buffer("bias", bias if spec.bias else None)
         self.train(False)
+
+    def _add_input_buffers(self, device: torch.device) -> None:
+        scheme = self.spec.input
+        if scheme is None or scheme.dynamic:
+            return
+        self.register_buffer("input_scale", torch.ones((), device=device))
+        zero_point = torch.zeros((), dtype=zero_point_dtype(scheme), device=device)
+        self.register_buffer("input_zero_point", zero_point)
+
+    @property
+    def weight_scheme(self) -> QuantizationScheme:
+        """Scheme of the weight, for layers that have one."""
+        assert self.spec.weight is not None
+        return self.spec.weight
+
+    def stored_form(self, float_layer: nn.Module) -> Tensor:
+        """Return the weight of the float layer with its output channels in dimension 0."""
+        return cast(Tensor, float_layer.weight)
 
     @torch.no_grad()
     def fill(
@@ -124,15 +139,21 @@ class ConvertedLayer(nn.Module):
                 weight_parameters.quant_min,
                 weight_parameters.quant_max,
                 weight_parameters.axis,
+                group_size=weight_parameters.group_size,
             )
         )
         self.weight_scale.copy_(scale)
         self.weight_zero_point.copy_(zero_point)
-        if input_parameters is not None:
-            self.input_scale.copy_(input_parameters.scale)
-            self.input_zero_point.copy_(input_parameters.zero_point)
+        self.fill_input(input_parameters)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def fill_input(self, parameters: QuantizationParameters | None) -> None:
+        """Copy the input's numbers into the buffers; None if there are none."""
+        if parameters is not None:
+            self.input_scale.copy_(parameters.scale)
+            self.input_zero_point.copy_(parameters.zero_point)
 
     def share_weight(self, other: ConvertedLayer) -> None:
         """Hold the very tensors of `other` if weight, scale and zero point equal its own."""
@@ -146,6 +167,8 @@ class ConvertedLayer(nn.Module):
         scheme = self.spec.input
         if scheme is None:
             return input
+        if scheme.dynamic:
+            return fake_quantize_dynamically(input, scheme)
         return fake_quantize(
             input, self.input_scale, self.input_zero_point, scheme.quant_min, scheme.quant_max
         )
@@ -156,17 +179,14 @@ class ConvertedLayer(nn.Module):
             self.weight,
             self.weight_scale,
             self.weight_zero_point,
-            self.spec.weight.axis,
+            self.weight_scheme.axis,
             dtype=dtype,
+            group_size=self.weight_scheme.group_size,
         )
 
     def extra_repr(self) -> str:
         """Return the schemes, for printing."""
-        return f"weight={self.spec.weight}, input={self.spec.input or 'float'}"
-
-
-def _zero_point_dtype(scheme: QuantizationScheme) -> torch.dtype:
-    return torch.int64 if scheme.bits > MAX_FLOAT32_BITS else torch.int32
+        return f"weight={self.spec.weight or 'none'}, input={self.spec.input or 'float'}"
 
 
 class ConvertedLinear(ConvertedLayer):
@@ -222,19 +242,11 @@ class ConvertedEmbedding(ConvertedLayer):
         """Return (*, embedding_dim) for integer indices of any shape."""
         rows = self.weight[input.reshape(-1)]
         scale, zero_point = self.weight_scale, self.weight_zero_point
-        axis = self.spec.weight.axis
-        if axis is not None and axis % self.weight.dim() == 0:
+        axis, group_size = self.weight_scheme.axis, self.weight_scheme.group_size
+        if group_size is not None or (axis is not None and axis % self.weight.dim() == 0):
             scale, zero_point = scale[input.reshape(-1)], zero_point[input.reshape(-1)]
-        values = dequantize(rows, scale, zero_point, axis, dtype=self._dtype)
-        return values.reshape(*input.shape, -1)
+        values = dequantize(rows, scale, zero_point, axis, dtype=self._dtype, group_size=group_size)
+        return values.reshape(*input.shape, self.weight.shape[1])
 
 
 _CONVOLUTIONS: dict[str, Any] = {"Conv1d": F.conv1d, "Conv2d": F.conv2d, "Conv3d": F.conv3d}
-
-CONVERTED_CLASSES: dict[str, type[ConvertedLayer]] = {
-    "Linear": ConvertedLinear,
-    "Conv1d": ConvertedConv,
-    "Conv2d": ConvertedConv,
-    "Conv3d": ConvertedConv,
-    "Embedding": ConvertedEmbedding,
-}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compression_manager.deploy.layers import CONVERTED_CLASSES, ConvertedLayer, LayerSpec
-from compression_manager.quantization import QuantizationParameters
-from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.deploy.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.quantization.layers import Part, QuantizedLayer
 
 
 @torch.no_grad()
@@ -22,37 +22,45 @@ def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -
     Raises:
         QuantizationError: the weight is not finite.
     """
-    weight = layer.weight.detach()
-    weight_parameters = layer.weight_quantizer.quantization_parameters(weight)
-    input_quantizer = layer.input_quantizer
-    if input_quantizer is not None and not input_quantizer.is_calibrated():
-        input_quantizer = None
-    input_parameters = None
-    if input_quantizer is not None and not input_quantizer.scheme.dynamic:
-        input_parameters = input_quantizer.quantization_parameters()
-    bias: Tensor | None = getattr(layer, "bias", None)
-    factor = None
+    factor = bias = None
+    parts = layer.parts()
     if batch_norm is not None:
-        factor, bias = fold_batch_norm(batch_norm, bias)
+        factor, bias = fold_batch_norm(batch_norm, parts[""].bias)
+        parts[""] = parts[""]._replace(bias=bias)
+    calibrated = all(quantizer.is_calibrated() for quantizer in layer.input_quantizers())
     spec = LayerSpec(
         kind=layer.float_class.__name__,
-        weight=layer.weight_quantizer.scheme,
-        input=None if input_quantizer is None else input_quantizer.scheme,
-        bias=bias is not None,
+        weight=layer.weight_scheme,
+        input=layer.input_scheme if calibrated else None,
+        bias=any(part.bias is not None for part in parts.values()),
     )
     converted = CONVERTED_CLASSES[spec.kind](layer, spec)
-    converted.fill(weight, weight_parameters, input_parameters, bias)
+    for name, part in parts.items():
+        _fill(cast(ConvertedLayer, converted.get_submodule(name)), part)
     if factor is not None:
-        _scale_channels(converted, weight_parameters, factor)
+        _scale_channels(converted, factor)
     return converted
 
 
+def _fill(converted: ConvertedLayer, part: Part) -> None:
+    quantizer, input_parameters = part.input_quantizer, None
+    if quantizer is not None and converted.spec.input is not None and not quantizer.scheme.dynamic:
+        input_parameters = quantizer.quantization_parameters()
+    if part.weight is None or part.weight_quantizer is None:
+        converted.fill_input(input_parameters)
+        return
+    weight = part.weight.detach()
+    weight_parameters = part.weight_quantizer.quantization_parameters(weight)
+    converted.fill(weight, weight_parameters, input_parameters, part.bias)
+
+
 def can_fold(layer: QuantizedLayer, batch_norm: _BatchNorm) -> bool:
-    """Return whether folding changes only the scales: per-channel symmetric weights."""
-    scheme = layer.weight_quantizer.scheme
+    """Return whether folding changes only scales and signs: per-channel symmetric weights."""
+    scheme = layer.weight_scheme
     return (
-        scheme.symmetric
-        and scheme.signed
+        scheme is not None
+        and scheme.symmetric
+        and scheme.quant_min == -scheme.quant_max
         and scheme.axis == 0
         and batch_norm.running_mean is not None
     )
@@ -75,14 +83,12 @@ def fold_batch_norm(batch_norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor
     return factor, new_bias
 
 
-def _scale_channels(
-    layer: ConvertedLayer, parameters: QuantizationParameters, factor: Tensor
-) -> None:
+def _scale_channels(layer: ConvertedLayer, factor: Tensor) -> None:
     """Multiply output channel c by factor[c]: |factor| goes to the scale, its sign to the integers.
 
     A factor of zero (a zero-initialised gamma) leaves a channel of zeros with its old scale.
     """
     shape = (-1,) + (1,) * (layer.weight.dim() - 1)
     layer.weight.mul_(factor.sign().to(layer.weight.dtype).reshape(shape))
-    scale = parameters.scale.double() * factor.abs()
-    layer.weight_scale.copy_(torch.where(factor == 0, parameters.scale.double(), scale))
+    before = layer.weight_scale.double()
+    layer.weight_scale.copy_(torch.where(factor == 0, before, before * factor.abs()))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from compression_manager.metrics import MetricBoard
-from compression_manager.quantization import FakeQuantizer, QuantizationParameters
+from compression_manager.quantization import QuantizationParameters
 from compression_manager.quantization.layers import QuantizedLayer
 
 
 def publish_layer(metrics: MetricBoard, name: str, layer: QuantizedLayer) -> None:
-    """Publish `quantization/<layer>/...`: scales, zero points, ranges and a weight histogram."""
-    prefix = f"quantization/{name}" if name else "quantization"
-    weight = layer.weight.detach()
-    metrics.histogram(f"{prefix}/weight", weight)
-    _publish(metrics, f"{prefix}/weight", layer.weight_quantizer.quantization_parameters(weight))
-    quantizer: FakeQuantizer | None = layer.input_quantizer
-    if quantizer is None or quantizer.scheme.dynamic:
-        return
-    if quantizer.is_calibrated():
-        _publish(metrics, f"{prefix}/input", quantizer.quantization_parameters())
+    """Publish `quantization/<layer>/...`: scales, zero points, ranges and a weight histogram.
+
+    A layer of several parts publishes `quantization/<layer>/<part>/...`.
+    """
+    for part_name, part in layer.parts().items():
+        prefix = "/".join(filter(None, ("quantization", name, part_name)))
+        if part.weight is not None and part.weight_quantizer is not None:
+            weight = part.weight.detach()
+            metrics.histogram(f"{prefix}/weight", weight)
+            parameters = part.weight_quantizer.quantization_parameters(weight)
+            _publish(metrics, f"{prefix}/weight", parameters)
+        quantizer = part.input_quantizer
+        if quantizer is not None and not quantizer.scheme.dynamic and quantizer.is_calibrated():
+            _publish(metrics, f"{prefix}/input", quantizer.quantization_parameters())
 
 
 def _publish(metrics: MetricBoard, prefix: str, parameters: QuantizationParameters) -> None:

@@ -6,22 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _OutputProjection
 from torch.nn.utils import parametrize
 
 from compression_manager.errors import ConfigError, blame_option, suggest
 from compression_manager.quantization import QuantizationScheme
-from compression_manager.quantization.layers import QUANTIZED_CLASSES, QuantizedLayer
-from compression_plugins.fake_quant.config import LayerRule, QATConfig
+from compression_manager.quantization.layers import (
+    QUANTIZED_CLASSES,
+    Operand,
+    QuantizedLayer,
+    quantized_class,
+)
+from compression_plugins.fake_quant.config import LayerRule, SchemeOptions
+
+# Only the quantized form of MultiheadAttention calls its output projection.
+_NOT_CALLED = "MultiheadAttention uses its weight without calling it"
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is going to be quantized; `activation` None is weight-only."""
+    """How one layer is going to be quantized.
+
+    Attributes:
+        name: qualified name of the layer.
+        weight: scheme of its weights; None if it has none.
+        activation: scheme of its inputs; None leaves them in floating point.
+    """
 
     name: str
-    weight: QuantizationScheme
+    weight: QuantizationScheme | None
     activation: QuantizationScheme | None
 
 
@@ -33,7 +48,7 @@ class ModelPlan:
     skipped: dict[str, str]
 
 
-def plan_model(model: nn.Module, config: QATConfig) -> ModelPlan:
+def plan_model(model: nn.Module, config: SchemeOptions) -> ModelPlan:
     """Return what `config` means for `model`.
 
     Raises:
@@ -42,11 +57,7 @@ def plan_model(model: nn.Module, config: QATConfig) -> ModelPlan:
     """
     _refuse_prepared(model)
     candidates = _candidates(model)
-    unsupported = {
-        name: reason
-        for name, module in candidates.items()
-        if (reason := _reason_against(module)) is not None
-    }
+    unsupported = _find_unsupported(candidates)
     for index, rule in enumerate(config.overrides):
         selector = "layer" if rule.layer is not None else "module_class"
         with blame_option(f"overrides[{index}].{selector}"):
@@ -59,28 +70,66 @@ def plan_model(model: nn.Module, config: QATConfig) -> ModelPlan:
             skipped[name] = f"skipped by {config.overrides[match]}"
         elif name in unsupported:
             skipped[name] = unsupported[name]
+        elif _is_output_projection(module) and _parent(name) in skipped:
+            skipped[name] = _NOT_CALLED
         else:
-            layers.append(_plan_layer(name, module, config, match))
+            planned = _plan_layer(name, module, config, match)
+            if planned.weight is None and planned.activation is None:
+                skipped[name] = "it has no weight, and its inputs are to stay in floating point"
+            else:
+                layers.append(planned)
     if not layers:
+        supported = [kind.__name__ for kind in QUANTIZED_CLASSES if kind is not _OutputProjection]
         raise ConfigError(
-            f"QATConfig would quantize nothing: {_listed(skipped) or 'the model has no layers'}. "
-            f"Supported layers: {', '.join(kind.__name__ for kind in QUANTIZED_CLASSES)}."
+            f"{type(config).__name__} would quantize nothing: "
+            f"{_listed(skipped) or 'the model has no layers'}. "
+            f"Supported layers: {', '.join(supported)}."
         )
     return ModelPlan(tuple(layers), skipped)
 
 
+def operands_of(layer: nn.Module) -> dict[str, Operand]:
+    """Return part -> operand of a layer that has a quantized form."""
+    kind = quantized_class(type(layer))
+    assert kind is not None
+    return kind.operands_of(layer)
+
+
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
-    """Return every module that owns parameters."""
+    """Return every module that owns parameters or has a quantized form."""
     return {
         name: module
         for name, module in model.named_modules()
         if any(True for _ in module.parameters(recurse=False))
         or parametrize.is_parametrized(module)
+        or quantized_class(type(module)) is not None
     }
 
 
+def _find_unsupported(candidates: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the reason against each candidate that cannot be quantized."""
+    found: dict[str, str] = {}
+    for name, module in candidates.items():
+        reason = _reason_against(module)
+        if reason is None and _is_output_projection(module):
+            parent = _parent(name)
+            called = type(candidates.get(parent)) is nn.MultiheadAttention and parent not in found
+            reason = None if called else _NOT_CALLED
+        if reason is not None:
+            found[name] = reason
+    return found
+
+
+def _is_output_projection(module: nn.Module) -> bool:
+    return type(module) is _OutputProjection
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _plan_layer(
-    name: str, module: nn.Module, config: QATConfig, rule_index: int | None
+    name: str, module: nn.Module, config: SchemeOptions, rule_index: int | None
 ) -> LayerPlan:
     weight, weight_option = config.weight, "weight"
     activation = config.activation
@@ -89,16 +138,18 @@ def _plan_layer(
         if rule.weight is not None:
             weight, weight_option = rule.weight, f"overrides[{rule_index}].weight"
         activation = None if rule.weight_only else rule.activation or activation
-    if isinstance(module, nn.Embedding):
-        activation = None  # its input is indices
-    dimensions = module.get_parameter("weight").dim()
-    if weight.axis is not None and not -dimensions <= weight.axis < dimensions:
-        with blame_option(f"{weight_option}.axis"):
-            raise ConfigError(
-                f"layer '{name}': axis {weight.axis} of the weight's scheme does not exist; the "
-                f"weight of a {type(module).__name__} has the axes 0 to {dimensions - 1}."
-            )
-    return LayerPlan(name, weight, activation)
+    kind = quantized_class(type(module))
+    if kind is not None and not kind.quantizes_input:
+        activation = None
+    weights = [item.weight for item in operands_of(module).values() if item.weight is not None]
+    for axes in {item.dim() for item in weights}:
+        if weight.axis is not None and not -axes <= weight.axis < axes:
+            with blame_option(f"{weight_option}.axis"):
+                raise ConfigError(
+                    f"layer '{name}': axis {weight.axis} of the weight's scheme does not exist; "
+                    f"the weight of a {type(module).__name__} has the axes 0 to {axes - 1}."
+                )
+    return LayerPlan(name, weight if weights else None, activation)
 
 
 def _reason_against(module: nn.Module) -> str | None:
@@ -108,9 +159,7 @@ def _reason_against(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     kind = type(module)
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "MultiheadAttention uses its weight without calling it"
-    if kind not in QUANTIZED_CLASSES:
+    if quantized_class(kind) is None:
         base = next((base for base in QUANTIZED_CLASSES if isinstance(module, base)), None)
         if base is not None:
             return f"{kind.__name__} is a subclass of {base.__name__} with its own behaviour"
@@ -119,17 +168,26 @@ def _reason_against(module: nn.Module) -> str | None:
 
 
 def _reason_against_weight(module: nn.Module) -> str | None:
-    weight = module._parameters.get("weight")
-    if weight is None:
+    kind = type(module).__name__
+    if _is_computed_by_hook(module):
         return "its weight is computed by a hook (weight_norm, spectral_norm or pruning)"
-    if not weight.is_floating_point():
-        return f"its weight is {weight.dtype}"
-    if isinstance(module, nn.Embedding):
+    for _, weight in module.named_parameters(recurse=False):
+        if not weight.is_floating_point():
+            return f"its weight is {weight.dtype}"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.max_norm is not None:
-            return "Embedding with max_norm changes its weight in forward"
+            return f"{kind} with max_norm changes its weight in forward"
         if module.sparse:
-            return "Embedding with sparse=True has no sparse gradient through fake quantization"
+            return f"{kind} with sparse=True has no sparse gradient through fake quantization"
     return None
+
+
+def _is_computed_by_hook(module: nn.Module) -> bool:
+    """Return whether a plain tensor stands where a Parameter was (`weight` beside `weight_g`)."""
+    return any(
+        isinstance(value, Tensor) and any(key.startswith(f"{name}_") for key in module._parameters)
+        for name, value in vars(module).items()
+    )
 
 
 def _refuse_prepared(model: nn.Module) -> None:

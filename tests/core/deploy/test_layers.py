@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from compression_manager.deploy import LayerSpec
-from compression_manager.deploy.layers import CONVERTED_CLASSES
+from compression_manager.deploy.kinds import CONVERTED_CLASSES
 from compression_manager.quantization import QuantizationScheme
 
 WEIGHT = QuantizationScheme(granularity="channel")

@@ -79,6 +79,23 @@ def test_folding_changes_scales_and_signs_alone(bias, affine, gamma, seed):
         torch.testing.assert_close(converted(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantizationScheme(granularity="channel", narrow_range=False),
+        QuantizationScheme(bits=1, granularity="channel"),
+    ],
+    ids=str,
+)
+def test_what_has_no_negative_of_every_integer_is_not_folded(scheme):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    manager = prepared(model, [IMAGES, IMAGES], weight=scheme)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, -0.5, 2.0, -1.0]))
+    assert isinstance(manager.convert()[1], nn.BatchNorm2d)
+
+
 def test_a_layer_converts_to_the_integers_of_training():
     torch.manual_seed(0)
     model = nn.ModuleDict({"embedding": nn.Embedding(9, 6), "head": nn.Linear(6, 3)})

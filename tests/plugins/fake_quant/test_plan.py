@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as OutputProjection
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from compression_manager import prepare_compression
@@ -17,6 +18,10 @@ UINT4 = QuantizationScheme(bits=4, symmetric=False, signed=False)
 
 
 class OwnLinear(nn.Linear):
+    pass
+
+
+class OwnAttention(nn.MultiheadAttention):
     pass
 
 
@@ -35,8 +40,8 @@ def plan(model, *rules, **options):
     manager = prepared(model, overrides=rules, **options)
     chosen = {
         name: (
-            module.weight_quantizer.scheme.bits,
-            None if module.input_quantizer is None else module.input_quantizer.scheme.bits,
+            module.weight_scheme.bits,
+            None if module.input_scheme is None else module.input_scheme.bits,
         )
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLayer)
@@ -162,10 +167,15 @@ def old_spectral_norm_linear():
     return nn.utils.spectral_norm(nn.Linear(4, 4))
 
 
+def weight_norm_lstm():
+    return nn.utils.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+
+
 def pruned_linear():
     return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -177,9 +187,13 @@ def pruned_linear():
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), "its weight is torch.complex64"),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm changes its weight"),
         (lambda: nn.Embedding(4, 4, sparse=True), "no sparse gradient"),
-        (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag has no quantized form"),
-        (lambda: nn.ConvTranspose1d(4, 4, 1), "ConvTranspose1d has no quantized form"),
-        (lambda: nn.LSTM(4, 4), "LSTM has no quantized form"),
+        (lambda: nn.EmbeddingBag(4, 4, max_norm=1.0), "EmbeddingBag with max_norm changes"),
+        (lambda: nn.EmbeddingBag(4, 4, sparse=True), "EmbeddingBag with sparse=True has no"),
+        (weight_norm_lstm, "its weight is computed by a hook"),
+        (lambda: nn.LSTMCell(4, 4), "LSTMCell has no quantized form"),
+        (lambda: nn.Bilinear(4, 4, 4), "Bilinear has no quantized form"),
+        (lambda: OwnAttention(4, 2), "OwnAttention is a subclass of MultiheadAttention"),
+        (lambda: OutputProjection(4, 4), "MultiheadAttention uses its weight without calling it"),
     ],
 )
 def test_what_is_not_quantized_is_reported_with_the_reason(build, reason):
@@ -191,12 +205,59 @@ def test_what_is_not_quantized_is_reported_with_the_reason(build, reason):
     assert reason in reasons["odd"]
 
 
-def test_attention_s_own_projections_are_reported():
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    chosen, reasons = plan(model)
+def test_attention_and_its_output_projection_are_quantized():
+    chosen, reasons = plan(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    assert list(chosen) == ["self_attn", "self_attn.out_proj", "linear1", "linear2"]
+    assert set(reasons) == {"norm1", "norm2"}
+
+
+def test_each_of_attention_s_layers_can_have_a_scheme_of_its_own():
+    model = nn.TransformerDecoderLayer(8, 2, 16)
+    chosen, _ = plan(
+        model,
+        LayerRule("self_attn", weight=INT4),
+        LayerRule("multihead_attn.out_proj", weight_only=True),
+    )
+    assert chosen["self_attn"] == (4, 8)
+    assert chosen["self_attn.out_proj"] == (8, 8)
+    assert chosen["multihead_attn.out_proj"] == (8, None)
+
+
+@pytest.mark.parametrize(
+    "rule", [LayerRule("self_attn", skip=True), LayerRule("*attn*", skip=True)]
+)
+def test_skipped_attention_keeps_its_output_projection_in_float(rule):
+    chosen, reasons = plan(nn.TransformerEncoderLayer(8, 2, 16), rule)
     assert list(chosen) == ["linear1", "linear2"]
-    assert reasons["self_attn"] == "MultiheadAttention has no quantized form"
-    assert "without calling it" in reasons["self_attn.out_proj"]
+    assert reasons["self_attn"] == f"skipped by {rule}"
+    assert reasons["self_attn.out_proj"] in (
+        f"skipped by {rule}",
+        "MultiheadAttention uses its weight without calling it",
+    )
+
+
+def test_attention_alone_is_a_model():
+    chosen, _ = plan(nn.MultiheadAttention(8, 2))
+    assert list(chosen) == ["", "out_proj"]
+
+
+def test_attention_of_a_subclass_keeps_its_output_projection_in_float():
+    _, reasons = plan(nn.ModuleDict({"odd": OwnAttention(8, 2), "plain": nn.Linear(4, 4)}))
+    assert "without calling it" in reasons["odd.out_proj"]
+
+
+def test_recurrent_layers_and_bags_are_weight_only():
+    model = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "bags": nn.EmbeddingBag(4, 4)})
+    chosen, _ = plan(model, LayerRule("lstm", weight=INT4))
+    assert chosen == {"lstm": (4, None), "bags": (8, None)}
+
+
+def test_frozen_layers_are_quantized_and_stay_frozen():
+    model = network()
+    model["encoder"].requires_grad_(False)
+    chosen, _ = plan(model)
+    assert "encoder.0" in chosen
+    assert not any(parameter.requires_grad for parameter in model["encoder"].parameters())
 
 
 def test_a_parametrization_of_the_bias_alone_counts_as_well():

@@ -1,0 +1,73 @@
+"""Deployed products of two activations: no weight, and inputs with stored ranges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compression_manager.deploy.composite import ConvertedComposite
+from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.quantization.layers.functional import (
+    QuantizedAttention,
+    QuantizedMatmul,
+)
+
+
+class ConvertedInput(ConvertedLayer):
+    """One input: `input_scale` and `input_zero_point`, both () and absent if dynamic."""
+
+    def __init__(self, spec: LayerSpec, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.spec = spec
+        self._add_input_buffers(device)
+        self.training = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` on its quantization grid."""
+        return self.quantized_input(input)
+
+
+class _ConvertedInputs(ConvertedComposite):
+    def __init__(self, float_layer: nn.Module, spec: LayerSpec, names: tuple[str, ...]) -> None:
+        super().__init__(spec, {})
+        # A float layer has no tensor that could tell the device.
+        known = next(float_layer.buffers(), torch.empty(0))
+        for name in names:
+            self.add_module(name, ConvertedInput(replace(spec, bias=False), known.device))
+
+    def quantized(self, name: str, input: Tensor) -> Tensor:
+        return cast(Tensor, self.get_submodule(name)(input))
+
+
+class ConvertedMatmul(_ConvertedInputs):
+    """Deployed `QuantizableMatmul`; its inputs are the children `left` and `right`."""
+
+    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__(float_layer, spec, tuple(QuantizedMatmul.operands_of(float_layer)))
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return left @ right."""
+        return torch.matmul(self.quantized("left", left), self.quantized("right", right))
+
+
+class ConvertedAttention(_ConvertedInputs):
+    """Deployed `QuantizableAttention`; its children are `query`, `key` and `value`."""
+
+    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__(float_layer, spec, tuple(QuantizedAttention.operands_of(float_layer)))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
+    ) -> Tensor:
+        """Return the attention; arguments as `QuantizableAttention`'s."""
+        return F.scaled_dot_product_attention(
+            self.quantized("query", query),
+            self.quantized("key", key),
+            self.quantized("value", value),
+            *arguments,
+            **options,
+        )

@@ -1,0 +1,35 @@
+"""Which deployed class stands for which float layer, by the name of the float layer's class."""
+
+from __future__ import annotations
+
+from compression_manager.deploy.attention import ConvertedMultiheadAttention
+from compression_manager.deploy.functional import ConvertedAttention, ConvertedMatmul
+from compression_manager.deploy.layers import (
+    ConvertedConv,
+    ConvertedEmbedding,
+    ConvertedLayer,
+    ConvertedLinear,
+)
+from compression_manager.deploy.lookup import ConvertedEmbeddingBag
+from compression_manager.deploy.recurrent import ConvertedRecurrent
+from compression_manager.deploy.transposed import ConvertedConv1D, ConvertedConvTranspose
+
+CONVERTED_CLASSES: dict[str, type[ConvertedLayer]] = {
+    "Linear": ConvertedLinear,
+    "Conv1d": ConvertedConv,
+    "Conv2d": ConvertedConv,
+    "Conv3d": ConvertedConv,
+    "ConvTranspose1d": ConvertedConvTranspose,
+    "ConvTranspose2d": ConvertedConvTranspose,
+    "ConvTranspose3d": ConvertedConvTranspose,
+    "Embedding": ConvertedEmbedding,
+    "EmbeddingBag": ConvertedEmbeddingBag,
+    "MultiheadAttention": ConvertedMultiheadAttention,
+    "NonDynamicallyQuantizableLinear": ConvertedLinear,
+    "LSTM": ConvertedRecurrent,
+    "GRU": ConvertedRecurrent,
+    "RNN": ConvertedRecurrent,
+    "Conv1D": ConvertedConv1D,
+    "QuantizableMatmul": ConvertedMatmul,
+    "QuantizableAttention": ConvertedAttention,
+}

@@ -1,0 +1,51 @@
+"""Quantization-aware multi-head attention."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compression_manager.quantization.attention import ProjectedAttention
+from compression_manager.quantization.layers.base import Operand, QuantizedLayer
+
+PROJECTIONS = ("query", "key", "value")
+
+
+class QuantizedMultiheadAttention(ProjectedAttention, QuantizedLayer, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose projections have fake-quantized operands.
+
+    Its parts are the projections of query, key and value; the output projection is the child
+    `out_proj`, which is called like any other layer. The products of attention itself stay in
+    floating point.
+    """
+
+    float_class = nn.MultiheadAttention
+
+    @staticmethod
+    def operands_of(layer: nn.Module) -> dict[str, Operand]:
+        """Return the three input projections, as views where one Parameter holds them all."""
+        attention = cast(nn.MultiheadAttention, layer)
+        if attention._qkv_same_embed_dim:
+            weights = cast(Tensor, attention.in_proj_weight).chunk(3)
+        else:
+            weights = (
+                cast(Tensor, attention.q_proj_weight),
+                cast(Tensor, attention.k_proj_weight),
+                cast(Tensor, attention.v_proj_weight),
+            )
+        bias = cast(Tensor | None, attention.in_proj_bias)
+        biases = (None, None, None) if bias is None else bias.chunk(3)
+        return {
+            name: Operand(*operand)
+            for name, operand in zip(PROJECTIONS, zip(weights, biases, strict=True), strict=True)
+        }
+
+    def project(self, name: str, input: Tensor) -> Tensor:
+        """Return the projection `name` of `input` on fake-quantized operands."""
+        weight, bias, weight_quantizer, input_quantizer = self.parts()[name]
+        if input_quantizer is not None:
+            input = input_quantizer(input)
+        assert weight_quantizer is not None
+        return F.linear(input, weight_quantizer(weight), bias)
