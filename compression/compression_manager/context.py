@@ -11,6 +11,7 @@ from compression_manager.cleanup import Cleanup
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.metrics import MetricBoard
 from compression_manager.model_hooks import ModelHooks
+from compression_manager.parameter_groups import ParameterGroup, ParameterGroups
 from compression_manager.tracking import Tracked
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Context:
         recipe: the whole configuration as plain numbers, strings, lists and dicts.
         metrics: where plugins publish numbers and pictures.
         tracked: the optimizer and everything else the user registered with `track`.
+        parameter_groups: what plugins gave to `add_parameters`.
         model_hooks: forward hooks that close and conversion remove.
         epoch: present epoch, from 0.
         step: batches begun in this epoch.
@@ -45,6 +47,7 @@ class Context:
         self.recipe = recipe
         self.metrics = MetricBoard()
         self.tracked = Tracked()
+        self.parameter_groups = ParameterGroups(self.tracked)
         self.model_hooks = ModelHooks()
         self.epoch = 0
         self.step = 0
@@ -89,6 +92,35 @@ class Context:
     def run_cleanup(self) -> list[Exception]:
         """Run every callback once and return what they raised."""
         return self._cleanup.run()
+
+    # Training --------------------------------------------------------------------------------
+
+    def add_parameters(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        owner: str,
+        learning_rate_factor: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Have parameters that a plugin created trained by the tracked optimizer.
+
+        They become a group of their own with the options of the optimizer's first group, named
+        `group["name"] = owner`, until the manager closes. Parameters of modules inside the model
+        are part of its state; others the plugin saves itself. A training step without a tracked
+        optimizer raises LifecycleError from then on.
+
+        Args:
+            parameters: name -> Parameter, at least one; names are those of error messages.
+            owner: name of the plugin.
+            learning_rate_factor: the group's learning rate, as a factor of the first group's.
+            weight_decay: of the group; the first group's is not taken over.
+
+        Raises:
+            ConfigError: the tracked optimizer cannot take them.
+        """
+        group = ParameterGroup(owner, dict(parameters), learning_rate_factor, weight_decay)
+        self.add_cleanup(self.parameter_groups.add(group), owner=owner)
 
     # Loss ------------------------------------------------------------------------------------
 

@@ -83,6 +83,7 @@ class TrainingEvents:
         self._begin_call()
         step = _count("on_step_begin", "step", step)
         self._state.loader.check_restored()
+        self._context.parameter_groups.check_joined()
         self._lifecycle.step_begin()
         self._state.move_to(self._context.epoch, step)
         self._context.step = step
@@ -144,9 +145,11 @@ class TrainingEvents:
     def on_before_optimizer_step(self) -> None:
         """Gradients are complete; call it right before `optimizer.step()`."""
         self._begin_call()
+        self._context.parameter_groups.check_joined()
         self._lifecycle.before_optimizer_step()
         self._count_optimizer_step()
         self._hooks.on_before_optimizer_step(context=self._context)
+        self._context.parameter_groups.follow_rates()
         self._lifecycle.update_announced()
 
     def on_after_optimizer_step(self) -> None:
@@ -163,6 +166,7 @@ class TrainingEvents:
         self._count_optimizer_step()
         context = self._context
         self._state.move_to(context.epoch, context.step + 1)
+        context.parameter_groups.follow_rates()
         for name, rate in context.tracked.learning_rates().items():
             context.metrics.scalar(name, rate)
         self._hooks.on_step_end(context=context)

@@ -61,14 +61,18 @@ class Tracked(Mapping[str, Any]):
         return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}
 
     def learning_rates(self) -> dict[str, float]:
-        """Return metric name -> present learning rate of every parameter group."""
+        """Return metric name -> present learning rate of every parameter group.
+
+        A group with a name (`group["name"]`) is shown by it.
+        """
         rates: dict[str, float] = {}
         several = len(self.optimizers) > 1
         for name, optimizer in self.optimizers.items():
             base = f"learning_rate/{name}" if several else "learning_rate"
+            unnamed = sum("name" not in group for group in optimizer.param_groups)
             for index, group in enumerate(optimizer.param_groups):
-                key = base if len(optimizer.param_groups) == 1 else f"{base}/group_{index}"
-                rates[key] = float(group["lr"])
+                key = f"{base}/{group.get('name', f'group_{index}')}"
+                rates[base if unnamed == 1 and "name" not in group else key] = float(group["lr"])
         return rates
 
     def __getitem__(self, name: str) -> Any:

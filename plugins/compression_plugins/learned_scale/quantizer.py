@@ -1,0 +1,289 @@
+"""The fake quantizer whose scale, and zero point, are trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization import (
+    FakeQuantizer,
+    Observer,
+    Phase,
+    QuantizationParameters,
+    QuantizationScheme,
+    QuantizationSite,
+)
+from compression_manager.quantization.parameters import check_range, compute_qparams
+from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
+from compression_plugins.learned_scale.arithmetic import (
+    IntegerZeroPoint,
+    PositiveScale,
+    learned_fake_quantize,
+    sum_per_scale,
+)
+
+
+class LearnedScaleQuantizer(FakeQuantizer):
+    """Quantizes with a scale, and for affine schemes a zero point, that training changes.
+
+    Until quantizing starts, an activation's observer follows what passes through. The scale then
+    starts at 2 * mean|v| / sqrt(Q) (LSQ, section 2.1; Q is the largest number of steps from zero
+    to an end of the range), or at that of the observed range where it is smaller: with 8 bits
+    LSQ's value would leave most integers unused. The zero point starts at the observed range's.
+    From then on observers are not asked again. Where the phase ends observing, an activation's
+    parameters are frozen.
+
+    Parameters: `log_scale`, and for affine schemes `zero_fraction`, float32 in the shape of the
+    scheme's scales. Buffers: `observing`, `quantizing`, `started` (bool); an activation's
+    `magnitude` (float32) and `batches` (int64): mean of |v| over the batches observed.
+
+    Args:
+        scheme: at most 24 bits, not dynamic.
+        site: which tensor of which layer it is.
+        observer: answers the first range.
+        gradient_scaling: multiply gradients by LSQ's g = 1 / sqrt(N * Q), with the number N of
+            weights that share the scale, or of one sample's values, and the steps Q from zero to
+            the largest integer (affine: from the smallest to the largest).
+        minimum_scale: the scale never falls below it.
+
+    Raises:
+        QuantizationError: a scheme of more than 24 bits.
+    """
+
+    log_scale: nn.Parameter
+    zero_fraction: nn.Parameter | None
+    observing: Tensor
+    quantizing: Tensor
+    started: Tensor
+    magnitude: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        scheme: QuantizationScheme,
+        site: QuantizationSite,
+        observer: Observer,
+        *,
+        gradient_scaling: bool,
+        minimum_scale: float,
+    ) -> None:
+        super().__init__(scheme, site)
+        if scheme.bits > MAX_FLOAT32_BITS:
+            raise QuantizationError(
+                f"{site}: a learned scale takes at most {MAX_FLOAT32_BITS} bits, got {scheme}."
+            )
+        shape, device = site.range_shape(scheme), site.device
+        self.observer = observer
+        self.gradient_scaling = gradient_scaling
+        self.minimum_scale = minimum_scale
+        self.log_scale = nn.Parameter(torch.zeros(shape, device=device))
+        self.register_parameter(
+            "zero_fraction",
+            None if scheme.symmetric else nn.Parameter(torch.zeros(shape, device=device)),
+        )
+        for name in ("observing", "quantizing", "started"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.bool, device=device))
+        self._is_weight = site.role == "weight"
+        if not self._is_weight:
+            self.register_buffer("magnitude", torch.zeros(shape, device=device))
+            self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
+        self._phase = Phase(observing=False, quantizing=False)
+        self._started = False
+        self._calibrated = self._is_weight
+        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
+
+    @property
+    def phase(self) -> Phase:
+        """What is switched on; both off at construction."""
+        return self._phase
+
+    def set_phase(self, *, observing: bool, quantizing: bool) -> None:
+        """Switch observing and quantizing on or off."""
+        self.observing.fill_(observing)
+        self.quantizing.fill_(quantizing)
+        self._phase = Phase(observing, quantizing)
+        self.is_calibrated()
+        self._freeze_or_train()
+
+    def is_calibrated(self) -> bool:
+        """Return whether there is a range to quantize with; always, for a weight.
+
+        Synchronises with the device until the answer is yes.
+        """
+        if not self._calibrated:
+            self._calibrated = self.observer.has_observed()
+        return self._calibrated
+
+    def start(self, weight: Tensor | None = None) -> None:
+        """Set the parameters from `weight`, or from what was observed; the first call alone does.
+
+        Nothing happens as long as nothing was observed, or the weight is not finite.
+        """
+        if self._started or not self.is_calibrated():
+            return
+        log_scale, zero_fraction = self._first_values(weight)
+        if not bool(log_scale.isfinite().all()):
+            return
+        with torch.no_grad():
+            self.log_scale.copy_(log_scale)
+            if self.zero_fraction is not None and zero_fraction is not None:
+                self.zero_fraction.copy_(zero_fraction)
+        self.started.fill_(True)
+        self._started = True
+        self._freeze_or_train()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input` quantized, or `input` itself when off or before any finite batch."""
+        if self.training and self._phase.observing and not (self._started or self._is_weight):
+            self._observe(input.detach())
+        if not self._phase.quantizing or not self.is_calibrated():
+            return input
+        if self.training and not self._started:
+            self.start(input.detach())
+        scale, zero_point = self._scale_and_zero_point(input)
+        return learned_fake_quantize(
+            input, scale, zero_point, self.scheme, gradient_factor=self._gradient_factor(input)
+        )
+
+    def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
+        """Return the numbers with which `forward` quantizes now, as tensors of their own.
+
+        Args:
+            input: the weight, for a weight's site; an activation's site ignores it.
+
+        Raises:
+            QuantizationError: nothing was observed yet, the weight is missing or not finite, or
+                training made the scale so.
+        """
+        if self._is_weight and input is None:
+            raise QuantizationError(f"{self.site}: its range needs the weight itself.")
+        if not self.is_calibrated():
+            raise QuantizationError(
+                f"{self.site}: no finite value was observed, so that there is no range to "
+                "quantize with; run at least one training step with this layer in use."
+            )
+        with torch.no_grad():
+            if input is not None and self._is_weight:
+                check_range(*self.observer.compute_range(input), where=f"{self.site}: the range")
+            scale, zero_point = self._scale_and_zero_point(input)
+            check_range(torch.zeros_like(scale), scale, where=f"{self.site}: the learned scale")
+        scheme = self.scheme
+        return QuantizationParameters(
+            scale.clone(),
+            zero_point.to(torch.int32),
+            scheme.quant_min,
+            scheme.quant_max,
+            scheme.axis,
+            scheme.group_size,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the scheme and the role, for `print(model)`."""
+        return f"{self.scheme}, {self.site.role}, learned scale"
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """Return name -> Parameter, the name beginning with the layer's."""
+        prefix = f"{self.site.layer}." if self.site.layer else ""
+        kind = "weight" if self._is_weight else "input"
+        return {
+            f"{prefix}{kind}_quantizer.{name}": parameter
+            for name, parameter in self.named_parameters(recurse=False)
+        }
+
+    # Internals -------------------------------------------------------------------------------
+
+    def _scale_and_zero_point(self, input: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point (float32, integer values), with gradient."""
+        log_scale: Tensor = self.log_scale
+        zero_fraction: Tensor | None = self.zero_fraction
+        if not self._started:
+            log_scale, zero_fraction = self._first_values(input)
+        # Function.apply is untyped in torch.
+        scale: Tensor = PositiveScale.apply(log_scale, self.minimum_scale)  # type: ignore[no-untyped-call]
+        scheme = self.scheme
+        if zero_fraction is None:
+            return scale, torch.full_like(scale, scheme.symmetric_zero_point)
+        zero_point: Tensor = IntegerZeroPoint.apply(  # type: ignore[no-untyped-call]
+            zero_fraction, scheme.quant_min, scheme.quant_max
+        )
+        return scale, zero_point
+
+    @torch.no_grad()
+    def _first_values(self, input: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what `log_scale` and `zero_fraction` start at."""
+        scheme = self.scheme
+        if self._is_weight and input is not None:
+            low, high = self.observer.compute_range(input)
+            magnitude = _mean_magnitude(input, scheme)
+        else:
+            low, high = self.observer.observed_range()
+            magnitude = self.magnitude
+        scale, zero_point = compute_qparams(low, high, scheme)
+        steps = torch.maximum(zero_point - scheme.quant_min, scheme.quant_max - zero_point)
+        scale = torch.minimum(scale, 2 * magnitude / steps.sqrt())
+        log_scale = scale.clamp(min=self.minimum_scale).log()
+        if scheme.symmetric:
+            return log_scale, None
+        levels = scheme.quant_max - scheme.quant_min
+        return log_scale, ((zero_point.double() - scheme.quant_min) / levels).to(torch.float32)
+
+    def _observe(self, input: Tensor) -> None:
+        self.observer.observe(input)
+        if input.numel() == 0:
+            return
+        magnitude = _mean_magnitude(input, self.scheme)
+        finite = magnitude.isfinite().all()
+        # The mean of the means of all finite batches; no value is read back.
+        self.batches.add_(finite)
+        change = (magnitude - self.magnitude) / self.batches.clamp(min=1)
+        self.magnitude.add_(torch.where(finite, change, 0.0))
+
+    def _gradient_factor(self, input: Tensor) -> float:
+        if not self.gradient_scaling:
+            return 1.0
+        scheme = self.scheme
+        if self._is_weight:
+            count = input.numel() / max(self.log_scale.numel(), 1)
+        else:
+            # The loss is a mean over samples, so that their number must not enter twice.
+            count = input.numel() / max(input.shape[0], 1) if input.dim() > 1 else input.numel()
+        lowest = scheme.symmetric_zero_point if scheme.symmetric else scheme.quant_min
+        return 1.0 / math.sqrt(max(count, 1.0) * (scheme.quant_max - lowest))
+
+    def _freeze_or_train(self) -> None:
+        observing, quantizing = self._phase
+        frozen = self._started and quantizing and not observing and not self._is_weight
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(not frozen)
+            if frozen:
+                # Momentum moves whatever has a gradient, even one of zero.
+                parameter.grad = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: value.data for name, value in self.named_parameters(recurse=False)}
+        super()._apply(fn, recurse)
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dtype != torch.float32:
+                parameter.data = before[name].to(parameter.device)
+        return self
+
+
+def _mean_magnitude(input: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Return the means of |v| over what shares a scale: float32, in the scales' shape."""
+    magnitudes = input.detach().abs().to(torch.float32)
+    return sum_per_scale(magnitudes, scheme) / sum_per_scale(torch.ones_like(magnitudes), scheme)
+
+
+def _refresh(module: nn.Module, incompatible_keys: object) -> None:
+    """Read the phase back from the buffers after `load_state_dict`."""
+    if isinstance(module, LearnedScaleQuantizer):
+        module._phase = Phase(bool(module.observing), bool(module.quantizing))
+        module._started = bool(module.started)
+        module._calibrated = module._is_weight
+        module.is_calibrated()
+        module._freeze_or_train()
