@@ -184,7 +184,8 @@ def _add_provider(
         provider_class = load_plugin_class(provider)
         roles = provider_class.roles
         if not any(roles & plugin.roles for plugin in plugins):
-            plugins.append(create_plugin(provider_class, provider_class.config_class()))
+            options = asking.provider_options.get(provider, {})
+            plugins.append(create_plugin(provider_class, provider_class.config_class(**options)))
     except CompressionError as error:
         error.add_note(f"'{provider}' is what plugin '{asking.name}' needs to answer {service}")
         raise

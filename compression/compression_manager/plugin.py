@@ -65,6 +65,8 @@ class Plugin(Generic[ConfigType]):
             `frozenset({"fake_quant"})`; two owners of one role are refused at prepare.
         default_providers: service hook -> plugin name that answers it when no listed plugin
             does, so that a short list of configs is complete.
+        provider_options: plugin name -> options of its config where it is taken as a default
+            provider; the provider's own defaults apply to the rest.
         name: the instance name, unique within a manager.
         config: the options of this instance.
     """
@@ -72,6 +74,7 @@ class Plugin(Generic[ConfigType]):
     config_class: ClassVar[type[PluginConfig]]
     roles: ClassVar[frozenset[str]] = frozenset()
     default_providers: ClassVar[Mapping[str, str]] = {}
+    provider_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(self, config: ConfigType) -> None:
         if not isinstance(config, self.config_class):

@@ -130,6 +130,23 @@ def test_missing_provider_says_who_needs_it() -> None:
     assert "plugin 'asks' needs to answer make_observer" in error.value.__notes__[0]
 
 
+class _WantsMinMax(Plugin[ProbeConfig]):
+    config_class = ProbeConfig
+    default_providers: ClassVar[dict[str, str]] = {"make_observer": "calibration"}
+    provider_options: ClassVar[dict[str, dict[str, str]]] = {"calibration": {"observer": "min_max"}}
+
+
+def test_a_plugin_chooses_options_of_its_default_provider() -> None:
+    def observer(*listed: Any) -> str:
+        manager = prepare_compression(toys.mlp(), list(listed))
+        return manager._context.recipe["plugins"]["calibration"]["observer"]
+
+    asking = [_WantsMinMax(ProbeConfig(name=name)) for name in ("first", "second")]
+    assert observer(asking[0]) == "min_max"
+    assert observer(asking[1], CalibrationConfig()) == CalibrationConfig().observer
+    assert observer(QATConfig()) == CalibrationConfig().observer
+
+
 def test_plugin_takes_its_own_config_only() -> None:
     with pytest.raises(ConfigError, match="_OwnCalibration takes a ProbeConfig, got QATConfig"):
         _OwnCalibration(QATConfig())  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError
@@ -34,10 +34,10 @@ class LayerRule:
         default=False, metadata=option("Quantize the weight and leave the input in float.")
     )
     weight: QuantizationScheme | None = field(
-        default=None, metadata=option("Scheme of the weight; default: QATConfig.weight.")
+        default=None, metadata=option("Scheme of the weight; default: that of all weights.")
     )
     activation: QuantizationScheme | None = field(
-        default=None, metadata=option("Scheme of the input; default: QATConfig.activation.")
+        default=None, metadata=option("Scheme of the input; default: that of all inputs.")
     )
 
     def __post_init__(self) -> None:
@@ -59,6 +59,22 @@ class LayerRule:
         if self.layer is not None:
             return f"LayerRule(layer={self.layer!r})"
         return f"LayerRule(module_class={self.module_class!r})"
+
+
+class SchemeOptions(Protocol):
+    """The options that say what is quantized, and how."""
+
+    @property
+    def weight(self) -> QuantizationScheme:
+        """Scheme of all weights."""
+
+    @property
+    def activation(self) -> QuantizationScheme | None:
+        """Scheme of all layer inputs."""
+
+    @property
+    def overrides(self) -> tuple[LayerRule, ...]:
+        """Exceptions per layer."""
 
 
 @dataclass(frozen=True)
@@ -95,14 +111,7 @@ class QATConfig(PluginConfig):
     )
 
     def __post_init__(self) -> None:
-        require_type(self, "weight", self.weight, QuantizationScheme)
-        check_weight("QATConfig.weight", self.weight)
-        check_activation("QATConfig.activation", self.activation)
-        require_type(self, "overrides", self.overrides, (tuple, list))
-        for rule in self.overrides:
-            if not isinstance(rule, LayerRule):
-                raise ConfigError(f"QATConfig.overrides takes LayerRule objects, got {rule!r}.")
-        object.__setattr__(self, "overrides", tuple(self.overrides))
+        check_schemes(self)
         self._check_phases()
 
     def _check_phases(self) -> None:
@@ -119,6 +128,23 @@ class QATConfig(PluginConfig):
                     f"QATConfig.freeze_observers_at ({frozen}) must come after observe_at "
                     f"({observe}), or no range is ever observed."
                 )
+
+
+def check_schemes(config: SchemeOptions) -> None:
+    """Check the options weight, activation and overrides, and make the last one a tuple.
+
+    Raises:
+        ConfigError: a wrong type, or a scheme that does not fit weights or inputs.
+    """
+    owner = type(config).__name__
+    require_type(config, "weight", config.weight, QuantizationScheme)
+    check_weight(f"{owner}.weight", config.weight)
+    check_activation(f"{owner}.activation", config.activation)
+    require_type(config, "overrides", config.overrides, (tuple, list))
+    for rule in config.overrides:
+        if not isinstance(rule, LayerRule):
+            raise ConfigError(f"{owner}.overrides takes LayerRule objects, got {rule!r}.")
+    object.__setattr__(config, "overrides", tuple(config.overrides))
 
 
 def check_weight(where: str, scheme: QuantizationScheme) -> None:

@@ -1,0 +1,181 @@
+"""What quantization-aware training and post-training quantization have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from compression_manager import Plugin, hookimpl
+from compression_manager.context import Context
+from compression_manager.deploy.conversion import Conversion
+from compression_manager.errors import CheckpointMismatchError
+from compression_manager.model_call import call_with_examples, quiet_evaluation
+from compression_manager.quantization import (
+    DynamicFakeQuantizer,
+    FakeQuantizer,
+    ObservedFakeQuantizer,
+    QuantizationScheme,
+    QuantizationSite,
+)
+from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
+from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
+from compression_plugins.fake_quant.config import QATConfig
+from compression_plugins.fake_quant.convert import can_fold, convert_layer
+from compression_plugins.fake_quant.details import publish_layer
+from compression_plugins.fake_quant.insertion import make_quantizers
+from compression_plugins.fake_quant.plan import ModelPlan
+from compression_plugins.fake_quant.post_training_config import PTQConfig
+
+Options = TypeVar("Options", bound=QATConfig | PTQConfig)
+
+
+class FakeQuantPlugin(Plugin[Options]):
+    """Changes supported layers into quantization-aware ones, and converts them.
+
+    Subclasses set `_plan` in `validate_composition`, and switch the quantizers' phases.
+    Observers come from whoever answers `make_observer` (by default the calibration plugin);
+    fake quantizers from whoever answers `make_fake_quantizer` (by default this plugin).
+    """
+
+    roles = frozenset({"fake_quant"})
+    default_providers: ClassVar[Mapping[str, str]] = {"make_observer": "calibration"}
+
+    def __init__(self, config: Options) -> None:
+        super().__init__(config)
+        self._plan = ModelPlan((), {})
+        self._pairs: dict[str, str] | None = None
+        self._folded: dict[str, str] = {}
+        self._context: Context | None = None
+
+    # Shape -----------------------------------------------------------------------------------
+
+    @hookimpl
+    def prepare_model(self, context: Context) -> None:
+        """Change the planned layers in place."""
+        self._context = context
+        quantizers = {
+            layer.name: make_quantizers(context.services, layer, context.model)
+            for layer in self._plan.layers
+        }
+        for name, of_parts in quantizers.items():
+            layer = quantize_parts(context.model.get_submodule(name), of_parts)
+            context.add_cleanup(_restoring(layer), owner=self.name)
+        context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
+        if context.example_inputs is None:
+            self._take_pairs(None)
+            observe_next_forward(context.model, context.model_hooks, self._take_pairs)
+        else:
+            self._take_pairs(_find_pairs(context.model, context.example_inputs))
+
+    @hookimpl(trylast=True)
+    def make_fake_quantizer(
+        self, scheme: QuantizationScheme, site: QuantizationSite
+    ) -> FakeQuantizer:
+        """Answer the service with a quantizer that follows an observer, or the input itself."""
+        if scheme.dynamic:
+            return DynamicFakeQuantizer(scheme, site)
+        assert self._context is not None  # services answer from prepare_model on
+        observer = self._context.services.make_observer(scheme, site)
+        return ObservedFakeQuantizer(scheme, site, observer)
+
+    # Conversion and metrics ------------------------------------------------------------------
+
+    @hookimpl
+    def convert_model(self, conversion: Conversion) -> None:
+        """Replace every quantization-aware layer of the copy by its deployed form."""
+        model = conversion.model
+        if conversion.example_inputs is not None:
+            # Only the pairs of the model as deployed count: eval mode may take another path.
+            deployed = _find_pairs(model, conversion.example_inputs)
+            trained = deployed if self._pairs is None else self._pairs
+            self._take_pairs(dict(deployed.items() & trained.items()))
+        batch_norm_of = {convolution: name for name, convolution in self._folded.items()}
+        for planned in self._plan.layers:
+            layer = cast(QuantizedLayer, model.get_submodule(planned.name))
+            name = batch_norm_of.get(planned.name)
+            batch_norm = None if name is None else cast(_BatchNorm, model.get_submodule(name))
+            absorbed = () if name is None else (name,)
+            conversion.replace(planned.name, convert_layer(layer, batch_norm), absorbed)
+
+    @hookimpl
+    def publish_details(self, context: Context) -> None:
+        """Publish scale, zero point, range and weight histogram of every layer."""
+        for name, layer in self._layers(context.model).items():
+            publish_layer(context.metrics, name, layer)
+
+    # State -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the layers' schemes and the conv-BatchNorm pairs; all else is in the model."""
+        return {"layers": self._schemes(), "pairs": self._pairs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the pairs that were found.
+
+        Raises:
+            CheckpointMismatchError: other layers are quantized, or with other schemes.
+        """
+        saved, own = state["layers"], self._schemes()
+        for name in sorted(saved.keys() | own.keys()):
+            if saved.get(name) != own.get(name):
+                raise CheckpointMismatchError(
+                    f"plugin '{self.name}': layer '{name}' is quantized otherwise in the "
+                    f"checkpoint: {saved.get(name, 'not at all')}; here: "
+                    f"{own.get(name, 'not at all')}."
+                )
+        self._take_pairs(state["pairs"])
+
+    # Internals -------------------------------------------------------------------------------
+
+    def _schemes(self) -> dict[str, str]:
+        return {
+            layer.name: f"weight {layer.weight or 'none'}, input {layer.activation or 'float'}"
+            for layer in self._plan.layers
+        }
+
+    def _layers(self, model: nn.Module) -> dict[str, QuantizedLayer]:
+        """Return name -> layer of all that is quantized in `model`."""
+        return {
+            planned.name: cast(QuantizedLayer, model.get_submodule(planned.name))
+            for planned in self._plan.layers
+        }
+
+    def _take_pairs(self, pairs: Mapping[str, str] | None) -> None:
+        """Remember the pairs (None: not known yet) and describe the layers accordingly."""
+        assert self._context is not None
+        context = self._context
+        for name in self._folded:
+            context.folded_layers.pop(name, None)
+            context.skipped_layers.pop(name, None)
+        self._pairs = None if pairs is None else dict(pairs)
+        self._folded = self._foldable(context.model)
+        context.folded_layers.update(self._folded)
+        context.skipped_layers.update(self._plan.skipped)
+        for name, convolution in self._folded.items():
+            context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
+
+    def _foldable(self, model: nn.Module) -> dict[str, str]:
+        """Return BatchNorm name -> convolution name where folding changes only scales."""
+        found = {}
+        for name, convolution in (self._pairs or {}).items():
+            layer = model.get_submodule(convolution)
+            if isinstance(layer, QuantizedLayer) and can_fold(
+                layer, cast(_BatchNorm, model.get_submodule(name))
+            ):
+                found[name] = convolution
+        return found
+
+
+def _find_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
+    finder = PairFinder(model)
+    with quiet_evaluation(model), finder:
+        output = call_with_examples(model, inputs)
+    return finder.pairs(output)
+
+
+def _restoring(layer: QuantizedLayer) -> Callable[[], None]:
+    return lambda: restore_layer(layer)
