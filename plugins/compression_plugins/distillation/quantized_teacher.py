@@ -9,9 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.checks import require_integer, require_type
+from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, NotExportableError
 from compression_manager.model_call import call_model, quiet_evaluation, without_labels
-from compression_manager.quantization import QuantizationScheme, choose_qparams, fake_quantize
+from compression_manager.quantization import (
+    QuantizationScheme,
+    Quantizer,
+    choose_qparams,
+    fake_quantize,
+)
 from compression_manager.quantization.parameters import zero_point_dtype
 from compression_manager.quantization.precision import Float32Buffers
 from compression_plugins.distillation.distortion import TeacherDistortion, measure_distortion
@@ -281,10 +287,8 @@ def _raise_not_exportable() -> None:
 
 
 def _with_int8_weights(model: nn.Module) -> nn.Module:
-    raise ConfigError(
-        f"{OWNER}(weights=True) needs the Quantizer, which this version does not have; leave "
-        "weights out."
-    )
+    scheme = QuantizationScheme(bits=8, granularity="channel")
+    return Quantizer(scheme).quantize_weights(copy_model(model, keep_user_hooks=True))
 
 
 def _device_of(model: nn.Module) -> torch.device:
