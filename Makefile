@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo test check reference readme
+.PHONY: help venv demo study test check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -23,6 +23,9 @@ demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the fu
 	$(BIN)/python examples/distill_and_quantize.py examples/recipes/distill_and_quantize.yaml \
 		--seeds $(SEEDS) $(if $(DATA),--data "$(DATA)")
 
+study: $(STAMP)  ## compare ways to quantize over 3 seeds; DATA=<folder> for the full set
+	$(BIN)/python examples/quantization_study.py $(if $(DATA),--data "$(DATA)")
+
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
@@ -36,6 +39,7 @@ check: $(STAMP)  ## lint, types, direction of imports, code blocks of the docume
 
 reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_quantization.py
 
-readme: $(STAMP)  ## put the table and chart of the last demo into README.md
+readme: $(STAMP)  ## put the figures of the last demo and study into README.md and docs
 	$(BIN)/python docs/update_demo.py

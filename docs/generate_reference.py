@@ -54,13 +54,15 @@ def hooks_page() -> str:
 def options_page() -> str:
     """Return a table of options for every installed plugin, and for the values they hold."""
     parts = [NOTE, "# Options\n"]
-    nested: dict[type, None] = {}
+    nested: dict[type, str | None] = {}
     for name in sorted(installed_plugins()):
         config_class = load_plugin_class(name).config_class
         parts += [f"## {config_class.__name__}\n", f"In a recipe: `plugins.{name}`.\n"]
         parts += _options(config_class, nested)
-    for kind in nested:
-        parts += [f"## {kind.__name__}\n", *_options(kind, nested)]
+    for kind, type_name in nested.items():
+        parts += [f"## {kind.__name__}\n"]
+        parts += [f"In a recipe: `type: {type_name}`.\n"] if type_name else []
+        parts += _options(kind, nested)
     return "\n".join(parts)
 
 
@@ -114,12 +116,15 @@ def _public_members(owner: type) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(owner, name) if isinstance(value, classmethod) else value
 
 
-def _options(config_class: type, nested: dict[type, None]) -> list[str]:
+def _options(config_class: type, nested: dict[type, str | None]) -> list[str]:
     hints = typing.get_type_hints(config_class)
     rows = [_docstring(config_class), "| option | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(config_class):
-        for kind in _dataclasses_in(hints[field.name]):
-            nested.setdefault(kind)
+        registry = field.metadata.get("registry")
+        for kind in _dataclasses_in(hints[field.name]) if registry is None else ():
+            nested.setdefault(kind, None)
+        for type_name, kind in (registry or {}).items():
+            nested[kind] = type_name
         text = field.metadata.get("help", "")
         if field.metadata.get("runtime"):
             text += " A live object: an argument of `prepare_compression`, not part of a recipe."

@@ -1,8 +1,8 @@
-"""Put the last demo's table and chart into README.md.
+"""Put the figures of the last demo into README.md, and those of the last study into its page.
 
-    make demo SEEDS=3 && make readme
+    make demo SEEDS=3 && make study DATA=<folder> && make readme
 
-Keeps the figures in docs/images/demo.json, so that a test can compare README.md with them.
+Keeps them in docs/images/*.json, so that a test can compare the pages with them.
 """
 
 from __future__ import annotations
@@ -19,19 +19,34 @@ BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo_summary  # noqa: E402  (lies beside the example, which is no package)
+import quantization_study  # noqa: E402
+
+STUDY_PAGE = ROOT / "docs" / "explanation" / "quantization-study.md"
 
 
 def main() -> None:
-    """Copy summary and chart of `runs/demo`, and write the README's block anew."""
-    output = ROOT / "runs" / "demo"
+    """Copy the summaries and charts that there are in `runs`, and write the pages' blocks anew."""
     IMAGES.mkdir(exist_ok=True)
-    shutil.copyfile(output / "summary.json", IMAGES / "demo.json")
-    shutil.copyfile(output / "summary.png", IMAGES / "demo.png")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{block()}\n{END}{after}", encoding="utf-8")
+    for name, page, content in (
+        ("demo", ROOT / "README.md", block),
+        ("study", STUDY_PAGE, study_block),
+    ):
+        output = ROOT / "runs" / name
+        if not (output / "summary.json").exists():
+            print(f"{page.name} stays as it is: {output} holds no finished run")
+            continue
+        shutil.copyfile(output / "summary.json", IMAGES / f"{name}.json")
+        shutil.copyfile(output / "summary.png", IMAGES / f"{name}.png")
+        before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        page.write_text(f"{before}{BEGIN}\n{content()}\n{END}{after}", encoding="utf-8")
+
+
+def study_block() -> str:
+    """Return the study page's block for the figures in docs/images/study.json."""
+    summary = json.loads((IMAGES / "study.json").read_text(encoding="utf-8"))
+    chart = "![Paired differences with their intervals](../images/study.png)"
+    return f"\n{quantization_study.to_markdown(summary)}\n{chart}\n"
 
 
 def block() -> str:

@@ -8,28 +8,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from compression_manager.checks import as_path
 from compression_manager.context import Context
-from compression_manager.deploy.conversion import Conversion, convert_copy
-from compression_manager.deploy.storage import save_converted
 from compression_manager.errors import CheckpointError, ConfigError
+from compression_manager.inspection import Inspection
 from compression_manager.lifecycle import Lifecycle
 from compression_manager.loading import register, required_hooks
-from compression_manager.loops import TrainingLoops
 from compression_manager.plugin import Plugin
 from compression_manager.position import Position
-from compression_manager.quantization.graph import QuantizationGraph
-from compression_manager.report import Report, build_report
-from compression_manager.sensitivity import Sensitivity, measure_sensitivity
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
 from compression_manager.state_checks import changed_options, check_kinds, check_model
 from compression_manager.training_state import TrainingState
 
 
-class CompressionManager(TrainingLoops):
+class CompressionManager(Inspection):
     """Sends each event of a training loop to the plugins; made by `prepare_compression`.
 
     The hooks are called in the order of the loop in `compression_manager.hookspecs`; a hook out
@@ -43,13 +36,7 @@ class CompressionManager(TrainingLoops):
         state = TrainingState(context, plugins, lifecycle)
         super().__init__(pluggy_manager.hook, context, lifecycle, state)
         self._plugins = tuple(plugins)
-        self._conversion: Conversion | None = None
         context.connect(Services(pluggy_manager), state.collect)
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that was given, shaped in place."""
-        return self._context.model
 
     @property
     def should_stop(self) -> bool:
@@ -191,123 +178,11 @@ class CompressionManager(TrainingLoops):
         self._lifecycle.check_before_training("load_state_dict")
         self._restore(copy.deepcopy(state))
 
-    # After training --------------------------------------------------------------------------
-
-    def convert(self, example_inputs: Any = None) -> nn.Module:
-        """Return a new eval-mode model with integer weights that computes what was trained.
-
-        Args:
-            example_inputs: a batch for the parity check; default: those given at prepare, or
-                the first training batch.
-
-        Raises:
-            ParityError: a converted layer computes something else; names the first one.
-            QuantizationError: a layer was never calibrated.
-            ConfigError: no plugin quantizes anything.
-            LifecycleError: the manager is closed, so that the model is the float model again.
-
-        The training model is left untouched.
-        """
-        return self._convert(example_inputs).model
-
-    def save_converted(self, directory: str | Path) -> Path:
-        """Write the model that `convert` returned last (converting now if it was not called).
-
-        Returns:
-            The directory: `model.safetensors`, `quantization.json` and `manifest.json`, read by
-            `compression_manager.deploy.load`.
-        """
-        folder = as_path("save_converted", directory)
-        return save_converted(self._conversion or self._convert(None), folder)
-
-    def report(self, example_inputs: Any = None, *, sensitivity: bool = False) -> Report:
-        """Return per layer: quantized how or why not, bytes, and signal-to-noise ratio.
-
-        Args:
-            example_inputs: a batch to measure noise on; default as in `convert`.
-            sensitivity: add what `sensitivity` measures, at a forward pass per layer.
-        """
-        self._lifecycle.check_open("report")
-        return build_report(
-            self.model,
-            self._context.skipped_layers,
-            self._context.folded_layers,
-            self._inputs_or_remembered(example_inputs),
-            None if self._conversion is None else self._conversion.parity,
-            self.sensitivity(example_inputs) if sensitivity else None,
-        )
-
-    def sensitivity(self, example_inputs: Any = None) -> Sensitivity:
-        """Return how much each layer's quantization alone disturbs the model's output.
-
-        Publishes `sensitivity/<layer>/output_sqnr_db` and `.../output_kl`, which TensorBoard
-        shows. Costs a forward pass per quantized layer.
-
-        Args:
-            example_inputs: a batch to measure on; default as in `convert`.
-
-        Raises:
-            ConfigError: there is no such batch, or no layer has a range to quantize with yet.
-        """
-        self._lifecycle.check_open("sensitivity")
-        inputs = self._inputs_or_remembered(example_inputs)
-        if inputs is None:
-            raise ConfigError(
-                "sensitivity needs a batch to measure on; pass example_inputs=..., which may also "
-                "be given to prepare_compression."
-            )
-        measured = measure_sensitivity(self.model, inputs)
-        for layer in measured.layers:
-            prefix = f"sensitivity/{layer.name}" if layer.name else "sensitivity"
-            self._context.metrics.scalar(f"{prefix}/output_sqnr_db", layer.output_sqnr_db)
-            if layer.output_kl is not None:
-                self._context.metrics.scalar(f"{prefix}/output_kl", layer.output_kl)
-        self._deliver_metrics()
-        return measured
-
-    def graph(self, example_inputs: Any = None) -> QuantizationGraph:
-        """Return the operations that the model runs in eval mode, one per line of `str(graph)`.
-
-        A copy of the model is called, so that nothing of the model changes. A fake quantizer is
-        listed even before it begins to quantize; `scale=auto` means that it has no range yet.
-
-        Args:
-            example_inputs: what the model is called with; default as in `convert`.
-
-        Raises:
-            ConfigError: there is no input yet, or the model does not take it.
-            QuantizationError: the model cannot be copied.
-            LifecycleError: the manager is closed, so that the model is the float model again.
-        """
-        self._lifecycle.check_open("graph")
-        inputs = self._inputs_or_remembered(example_inputs)
-        if inputs is None:
-            raise ConfigError(
-                "graph() needs an input to call the model with: pass example_inputs, here or to "
-                "prepare_compression, or call it after the first training step."
-            )
-        return QuantizationGraph.record(self.model, inputs)
-
     # Internals -------------------------------------------------------------------------------
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._state.apply(state)
         self._random_state = state["random"]
-
-    def _convert(self, example_inputs: Any) -> Conversion:
-        self._begin_call()
-        self._lifecycle.check_open("convert")
-        self._conversion = convert_copy(
-            self.model,
-            lambda conversion: self._hooks.convert_model(
-                context=self._context, conversion=conversion
-            ),
-            self._inputs_or_remembered(example_inputs),
-        )
-        return self._conversion
-
-    def _inputs_or_remembered(self, example_inputs: Any) -> Any:
-        return self._context.remembered_input if example_inputs is None else example_inputs
 
 
 def _has_content(directory: Path) -> bool:

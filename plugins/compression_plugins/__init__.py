@@ -1,4 +1,4 @@
-"""The built-in plugins' configs; each plugin is imported when its config is first used."""
+"""The built-in plugins' configs and helpers; each plugin is imported when first used."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compression_plugins.batch_norm import BatchNormReestimationConfig
     from compression_plugins.calibration import CalibrationConfig
     from compression_plugins.checkpoint import CheckpointConfig
     from compression_plugins.distillation import (
         DistillationConfig,
         KnowledgeDistillationLossConfig,
+        QuantizedTeacher,
     )
     from compression_plugins.early_stopping import EarlyStoppingConfig
-    from compression_plugins.fake_quant import LayerRule, QATConfig
+    from compression_plugins.fake_quant import LayerRule, PTQConfig, QATConfig
     from compression_plugins.fake_quant import QATConfig as QuantizationAwareTrainingConfig
+    from compression_plugins.learned_scale import LearnedScaleConfig
     from compression_plugins.progress import ProgressConfig
     from compression_plugins.tensorboard import TensorBoardConfig
 
 __all__ = [
     "DistillationConfig",
     "KnowledgeDistillationLossConfig",
+    "QuantizedTeacher",
     "QATConfig",
     "QuantizationAwareTrainingConfig",
+    "PTQConfig",
     "LayerRule",
+    "LearnedScaleConfig",
+    "BatchNormReestimationConfig",
     "CalibrationConfig",
     "CheckpointConfig",
     "EarlyStoppingConfig",
@@ -34,8 +41,12 @@ __all__ = [
 _HOMES = {
     "DistillationConfig": "distillation",
     "KnowledgeDistillationLossConfig": "distillation",
+    "QuantizedTeacher": "distillation",
     "QATConfig": "fake_quant",
+    "PTQConfig": "fake_quant",
     "LayerRule": "fake_quant",
+    "LearnedScaleConfig": "learned_scale",
+    "BatchNormReestimationConfig": "batch_norm",
     "CalibrationConfig": "calibration",
     "CheckpointConfig": "checkpoint",
     "EarlyStoppingConfig": "early_stopping",

@@ -22,6 +22,7 @@ from compression_manager import (
     ConfigError,
     LifecycleError,
     LossError,
+    deploy,
     prepare_compression,
 )
 from compression_manager.quantization import QuantizationScheme
@@ -207,6 +208,23 @@ def test_unreadable_or_foreign_checkpoint(
     assert "checkpoint" in str(error.value)
     after = sorted((p, p.read_bytes() if p.is_file() else b"") for p in tmp_path.rglob("*"))
     assert before == after
+
+
+@pytest.mark.parametrize("value", [None, 3, "", b"folder"])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("resume", lambda manager, value: manager.resume(value)),
+        ("load_weights", lambda manager, value: manager.load_weights(value)),
+        ("save_converted", lambda manager, value: manager.save_converted(value)),
+        ("deploy.load", lambda manager, value: deploy.load(value, toys.mlp())),
+    ],
+)
+def test_folder_that_is_no_path(model: nn.Module, name: str, call: Any, value: Any) -> None:
+    manager = prepare_compression(model, [QATConfig()])
+    with pytest.raises(ConfigError, match=rf"^{name} takes the path of a folder, got"):
+        call(manager, value)
+    manager.close()
 
 
 def test_checkpoint_directory_that_is_a_file(model: nn.Module, tmp_path: Path) -> None:

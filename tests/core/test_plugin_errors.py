@@ -52,7 +52,7 @@ def _failing(hook: str, error: BaseException) -> Any:
 
 
 def _observer() -> Any:
-    from compression_plugins.calibration.observers import MinMaxObserver
+    from compression_manager.quantization.observers import MinMaxObserver
 
     return MinMaxObserver(QuantizationScheme(), SITE)
 

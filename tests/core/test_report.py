@@ -240,6 +240,7 @@ def test_the_report_is_valid_json(value, plain):
         "bytes_after": 10,
         "parity": None,
         "sensitivity": None,
+        "graph": None,
     }  # fmt: skip
 
 

@@ -80,10 +80,13 @@ def test_nothing_is_left_changed():
     manager.close()
 
 
-def test_report_table_json_and_chart(tmp_path):
+def test_report_table_json_graph_and_chart(tmp_path):
     manager = trained()
     report = manager.report(torch.randn(4, 6), sensitivity=True)
     assert manager.report(torch.randn(4, 6)).sensitivity is None
+    listed = manager.report(torch.randn(4, 6), graph=True)
+    assert str(listed).endswith(str(listed.graph))
+    assert listed.to_dict()["graph"] == str(manager.graph(torch.randn(4, 6))).splitlines()
     assert "output SQNR dB" in str(report)
     rows = json.loads(json.dumps(report.to_dict()))["sensitivity"]["layers"]
     assert [row["name"] for row in rows] == [x.name for x in report.sensitivity.layers]
@@ -128,7 +131,7 @@ def test_a_layer_without_noise_and_outputs_that_are_no_logits():
 
 def test_refused_without_a_batch_or_a_range():
     manager = prepare_compression(toys.mlp(), [probe()])
-    with pytest.raises(ConfigError, match="needs a batch"):
+    with pytest.raises(ConfigError, match="needs an input"):
         manager.sensitivity()
     with pytest.raises(ConfigError, match="no layer of the model is quantized"):
         manager.sensitivity(torch.randn(2, 6))

@@ -10,8 +10,8 @@ import pytest
 import toys
 from compression_manager import ConfigError, PluginError, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
+from compression_manager.quantization.observers import MinMaxObserver, RangeObserver
 from compression_plugins import QATConfig
-from compression_plugins.calibration.observers import MinMaxObserver, RangeObserver
 from probes import probe
 
 SITE = QuantizationSite("0", "weight")

@@ -1,8 +1,29 @@
 """Schemes, arithmetic and the modules that quantize while a model trains."""
 
 from compression_manager.quantization.arithmetic import dequantize, fake_quantize, quantize
+from compression_manager.quantization.calibration import (
+    Calibration,
+    FixedRangeCalibration,
+    HistogramCalibration,
+    MinMaxCalibration,
+    MovingAverageCalibration,
+    PercentileCalibration,
+)
 from compression_manager.quantization.dynamic_quantizer import DynamicFakeQuantizer
+from compression_manager.quantization.graph import FakeQuantizeOp, QuantizationGraph
+from compression_manager.quantization.layers.functional import (
+    QuantizableAttention,
+    QuantizableMatmul,
+)
 from compression_manager.quantization.observer import Observer
+from compression_manager.quantization.observers import (
+    FixedRangeObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageObserver,
+    PercentileObserver,
+    RangeObserver,
+)
 from compression_manager.quantization.parameters import QuantizationParameters, choose_qparams
 from compression_manager.quantization.quantizer_module import (
     FakeQuantizer,
@@ -11,6 +32,7 @@ from compression_manager.quantization.quantizer_module import (
 )
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
+from compression_manager.quantization.storage import Quantizer, StorageReport
 
 __all__ = [
     "QuantizationScheme",
@@ -21,8 +43,26 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "Observer",
+    "RangeObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "PercentileObserver",
+    "HistogramObserver",
+    "FixedRangeObserver",
+    "Calibration",
+    "MinMaxCalibration",
+    "MovingAverageCalibration",
+    "PercentileCalibration",
+    "HistogramCalibration",
+    "FixedRangeCalibration",
+    "Quantizer",
+    "StorageReport",
     "FakeQuantizer",
     "ObservedFakeQuantizer",
     "DynamicFakeQuantizer",
     "Phase",
+    "QuantizableMatmul",
+    "QuantizableAttention",
+    "FakeQuantizeOp",
+    "QuantizationGraph",
 ]
