@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo study test check reference readme
+.PHONY: help venv demo study tables test check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -26,6 +26,9 @@ demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the fu
 study: $(STAMP)  ## compare ways to quantize over 3 seeds; DATA=<folder> for the full set
 	$(BIN)/python examples/quantization_study.py $(if $(DATA),--data "$(DATA)")
 
+tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo SEEDS=3`
+	$(BIN)/python examples/post_training_study.py
+
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
@@ -41,5 +44,5 @@ reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/python docs/generate_quantization.py
 
-readme: $(STAMP)  ## put the figures of the last demo and study into README.md and docs
+readme: $(STAMP)  ## put the figures of the last demo, study and tables into README.md and docs
 	$(BIN)/python docs/update_demo.py

@@ -11,14 +11,16 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_demo_block_comes_from_the_recorded_run() -> None:
+def test_figures_in_the_pages_are_the_recorded_ones() -> None:
     specification = importlib.util.spec_from_file_location(
         "update_demo", ROOT / "docs" / "update_demo.py"
     )
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    block = README.split(module.BEGIN)[1].split(module.END)[0]
-    assert block == f"\n{module.block()}\n", "run `make demo SEEDS=3 && make readme`"
+    blocks = module.blocks()
+    assert len(blocks) == 5
+    for (page, name), content in blocks.items():
+        assert module.block_in(page, name) == f"\n{content}\n", f"{page}, {name}: `make readme`"
 
 
 def test_recorded_run_has_three_seeds_and_meets_the_bar() -> None:

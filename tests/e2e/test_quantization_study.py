@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -68,12 +67,6 @@ def test_a_short_run_writes_everything(
         study.main([*arguments, "--judge-on", "validation"])
 
 
-def test_page_comes_from_the_recorded_run() -> None:
-    specification = importlib.util.spec_from_file_location("update_demo", DOCS / "update_demo.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    page = (DOCS / "explanation" / "quantization-study.md").read_text(encoding="utf-8")
-    block = page.split(module.BEGIN)[1].split(module.END)[0]
-    assert block == f"\n{module.study_block()}\n", "run `make study DATA=... && make readme`"
+def test_the_recorded_study_has_three_seeds() -> None:
     recorded = json.loads((DOCS / "images" / "study.json").read_text(encoding="utf-8"))
     assert len(recorded["seeds"]) == 3
