@@ -22,6 +22,7 @@ PUBLIC_MODULES = (
     "compression_manager",
     "compression_manager.quantization",
     "compression_manager.deploy",
+    "compression_manager.integrations.onnx_translation",
     "compression_plugins",
     "compression_plugins.distillation.losses",
 )

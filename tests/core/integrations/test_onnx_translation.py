@@ -54,7 +54,6 @@ def run(model, input):
     return [value.numpy() for value in model(input)], actual, {n.op_type for n in proto.graph.node}
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's exporter warns about its own internals
 @pytest.mark.parametrize("scheme", FORMULA, ids=str)
 def test_the_formula_gives_equal_numbers(scheme):
     input = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
@@ -65,7 +64,6 @@ def test_the_formula_gives_equal_numbers(scheme):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", LINEAR, ids=str)
 def test_whole_integer_types_become_linear_nodes(scheme):
     input = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0))
