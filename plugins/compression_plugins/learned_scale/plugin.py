@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
@@ -16,7 +16,11 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
-from compression_manager.quantization.layers import quantized_class, weight_identity
+from compression_manager.quantization.layers import (
+    QuantizedLayer,
+    quantized_class,
+    weight_identity,
+)
 from compression_plugins.learned_scale.config import LearnedScaleConfig
 from compression_plugins.learned_scale.quantizer import LearnedScaleQuantizer
 
@@ -89,13 +93,16 @@ class LearnedScalePlugin(Plugin[LearnedScaleConfig]):
 
     @hookimpl(trylast=True)
     def on_step_begin(self) -> None:
-        """Set the parameters of inputs that begin to be quantized, once phases are switched.
+        """Set the parameters of all that begins to be quantized, once phases are switched.
 
         Here and not in forward, so that a compiled one finds them set.
         """
         for quantizer in self._quantizers:
-            if quantizer.phase.quantizing and quantizer.site.role == "activation":
-                quantizer.start()
+            if not quantizer.phase.quantizing or quantizer.has_started:
+                continue
+            weight = self._weight_of(quantizer.site)
+            if weight is not None or quantizer.site.role == "activation":
+                quantizer.start(weight)
 
     # Internals -------------------------------------------------------------------------------
 
@@ -117,8 +124,13 @@ class LearnedScalePlugin(Plugin[LearnedScaleConfig]):
         modules = dict(self._context.model.named_modules())
         owner, _, part = site.layer.rpartition(".")
         for name, key in ((site.layer, ""), (owner, part)):
-            kind = quantized_class(type(modules[name])) if name in modules else None
+            kind = _quantized_class(modules[name]) if name in modules else None
             operand = None if kind is None else kind.operands_of(modules[name]).get(key)
             if operand is not None:
                 return operand.weight
         return None
+
+
+def _quantized_class(layer: nn.Module) -> type[QuantizedLayer] | None:
+    """Return the class that `layer` has, or is to have, in training; None for other modules."""
+    return type(layer) if isinstance(layer, QuantizedLayer) else quantized_class(type(layer))

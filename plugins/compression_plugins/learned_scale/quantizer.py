@@ -119,6 +119,11 @@ class LearnedScaleQuantizer(FakeQuantizer):
             self._calibrated = self.observer.has_observed()
         return self._calibrated
 
+    @property
+    def has_started(self) -> bool:
+        """Whether scale and zero point are set, so that training changes them."""
+        return self._started
+
     def start(self, weight: Tensor | None = None) -> None:
         """Set the parameters from `weight`, or from what was observed; the first call alone does.
 
@@ -143,7 +148,8 @@ class LearnedScaleQuantizer(FakeQuantizer):
             self._observe(input.detach())
         if not self._phase.quantizing or not self.is_calibrated():
             return input
-        if self.training and not self._started:
+        # Starting reads values back, which a compiled forward cannot.
+        if self.training and not self._started and not torch.compiler.is_compiling():
             self.start(input.detach())
         scale, zero_point = self._scale_and_zero_point(input)
         return learned_fake_quantize(
