@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from compression_manager.deploy.composite import ConvertedComposite
 from compression_manager.deploy.layers import LayerSpec
 from compression_manager.quantization.attention import ProjectedAttention
-from compression_manager.quantization.layers.attention import QuantizedMultiheadAttention
+from compression_manager.quantization.layers.attention import (
+    PROJECTIONS,
+    QuantizedMultiheadAttention,
+)
 
 
 class ConvertedMultiheadAttention(ProjectedAttention, ConvertedComposite):
@@ -36,6 +39,10 @@ class ConvertedMultiheadAttention(ProjectedAttention, ConvertedComposite):
             self.register_buffer(name, None if value is None else value.detach().clone())
         self.out_proj = attention.out_proj
 
-    def project(self, name: str, input: Tensor) -> Tensor:
-        """Return the projection `name` of `input`."""
-        return cast(Tensor, self.get_submodule(name)(input))
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the projections of query, key and value."""
+        q, k, v = (
+            cast(Tensor, self.get_submodule(name)(input))
+            for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
+        )
+        return q, k, v

@@ -89,8 +89,8 @@ class ProjectedAttention(nn.Module):
     bias_v: Tensor | None
 
     @abstractmethod
-    def project(self, name: str, input: Tensor) -> Tensor:
-        """Return the projection `name` (query, key or value) of `input`: (..., embed_dim)."""
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the projections, each (..., embed_dim) for an input (..., its width)."""
 
     def forward(
         self,
@@ -122,11 +122,8 @@ class ProjectedAttention(nn.Module):
         if any(item.is_nested for item in (query, key, value)):
             raise QuantizationError("quantized MultiheadAttention takes no nested tensors.")
         batched = query.dim() == 3
-        inputs = [self._length_first(item, batched) for item in (query, key, value)]
-        q, k, v = (
-            self.project(name, item)
-            for name, item in zip(("query", "key", "value"), inputs, strict=True)
-        )
+        # In the layout of the caller: what a quantizer takes for samples lies in dimension 0.
+        q, k, v = (self._length_first(item, batched) for item in self.project(query, key, value))
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         causal = is_causal and key_padding_mask is None and not need_weights
@@ -141,10 +138,11 @@ class ProjectedAttention(nn.Module):
             self.dropout if self.training else 0.0,
         )
         attended, weights = attend(q, k, v, call)
-        output = cast(Tensor, self.get_submodule("out_proj")(attended))
         if not batched:
-            return output.squeeze(1), None if weights is None else weights.squeeze(0)
-        return (output.transpose(0, 1) if self.batch_first else output), weights
+            attended, weights = attended.squeeze(1), None if weights is None else weights.squeeze(0)
+        elif self.batch_first:
+            attended = attended.transpose(0, 1)
+        return cast(Tensor, self.get_submodule("out_proj")(attended)), weights
 
     def _length_first(self, input: Tensor, batched: bool) -> Tensor:
         if not batched:

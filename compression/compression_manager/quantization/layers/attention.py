@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.attention import ProjectedAttention
-from compression_manager.quantization.layers.base import Operand, QuantizedLayer
+from compression_manager.quantization.layers.base import Operand, Part, QuantizedLayer
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -42,10 +42,18 @@ class QuantizedMultiheadAttention(ProjectedAttention, QuantizedLayer, nn.Multihe
             for name, operand in zip(PROJECTIONS, zip(weights, biases, strict=True), strict=True)
         }
 
-    def project(self, name: str, input: Tensor) -> Tensor:
-        """Return the projection `name` of `input` on fake-quantized operands."""
-        weight, bias, weight_quantizer, input_quantizer = self.parts()[name]
-        if input_quantizer is not None:
-            input = input_quantizer(input)
-        assert weight_quantizer is not None
-        return F.linear(input, weight_quantizer(weight), bias)
+    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the projections of query, key and value on fake-quantized operands."""
+        parts = self.parts()
+        q, k, v = (
+            _project(parts[name], input)
+            for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
+        )
+        return q, k, v
+
+
+def _project(part: Part, input: Tensor) -> Tensor:
+    assert part.weight_quantizer is not None
+    if part.input_quantizer is not None:
+        input = part.input_quantizer(input)
+    return F.linear(input, part.weight_quantizer(part.weight), part.bias)

@@ -227,3 +227,17 @@ def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.randn(2, WIDTH)], layout=torch.jagged)
     with pytest.raises(QuantizationError, match="no nested tensors"):
         layer(nested, nested, nested)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_quantizers_see_the_layout_of_the_caller(batch_first, batched):
+    """Learned scales count the values of one sample, which dimension 0 tells apart."""
+    layer = quantized(attention(batch_first=batch_first))
+    seen = []
+    readers = [layer.get_submodule(f"{part}_input_quantizer") for part in ("query", "key", "value")]
+    for module in (*readers, layer.out_proj):
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    tensors = inputs(layer, batched=batched)
+    layer(*tensors)
+    assert seen == [*(tensor.shape for tensor in tensors), tensors[0].shape]
