@@ -144,8 +144,9 @@ def _phases_restored(quantizers: list[FakeQuantizer]) -> Iterator[None]:
 
 
 def _switch(quantizers: list[FakeQuantizer], *, quantizing: bool) -> None:
+    """Leave observing as it is: nothing observes in eval mode, and where it ends ranges freeze."""
     for quantizer in quantizers:
-        quantizer.set_phase(observing=False, quantizing=quantizing)
+        quantizer.set_phase(observing=quantizer.phase.observing, quantizing=quantizing)
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch import nn
 import toys
 from compression_manager import ConfigError, prepare_compression
 from compression_manager.quantization import QuantizationScheme
-from compression_plugins import LayerRule, QATConfig
+from compression_plugins import LayerRule, LearnedScaleConfig, QATConfig
 from probes import probe
 
 FOUR_BITS = QuantizationScheme(4, granularity="channel")
@@ -135,3 +135,15 @@ def test_refused_without_a_batch_or_a_range():
         manager.sensitivity()
     with pytest.raises(ConfigError, match="no layer of the model is quantized"):
         manager.sensitivity(torch.randn(2, 6))
+
+
+def test_gradients_of_learned_scales_survive():
+    """Accumulated over several batches, they are still to come to the optimizer."""
+    manager = trained(LearnedScaleConfig(), activation=QATConfig().activation)
+    output = manager.model(torch.randn(8, 6))
+    output.square().mean().backward()
+    before = {name: value.grad.clone() for name, value in manager.model.named_parameters()}
+    manager.sensitivity(torch.randn(8, 6))
+    for name, value in manager.model.named_parameters():
+        assert value.requires_grad, name
+        assert torch.equal(value.grad, before[name]), name
