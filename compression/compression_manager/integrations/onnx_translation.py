@@ -18,7 +18,7 @@ import torch
 from onnxscript import opset18
 
 from compression_manager.quantization import operators
-from compression_manager.quantization.scheme import storage_dtype
+from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, storage_dtype
 
 # Its declared types are those of ONNX tensors, not of what the exporter hands over.
 op: Any = opset18
@@ -35,6 +35,8 @@ _ONNX_TYPES: dict[torch.dtype, int] = {
     torch.float64: 11,
     torch.bfloat16: 16,
 }
+_FLOAT, _DOUBLE = _ONNX_TYPES[torch.float32], _ONNX_TYPES[torch.float64]
+_WIDE_INTEGERS = (_ONNX_TYPES[torch.int32], _ONNX_TYPES[torch.int64])
 # 16-bit types would need opset 21; torch exports to 18 unless told otherwise.
 _LINEAR_RANGES = {(-128, 127): 3, (0, 255): 2}
 
@@ -68,10 +70,11 @@ def _fake_quantize(
         zero = op.Cast(zero_point, to=linear)
         integers = op.QuantizeLinear(input, scale, zero, axis=axis or 0)
         return op.DequantizeLinear(integers, scale, zero, axis=axis or 0)
-    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size)
-    return op.Mul(
-        op.Sub(_clipped(input, scale, zero_point, quant_min, quant_max), zero_point), scale
-    )
+    compute = _compute_type(input, quant_min, quant_max)
+    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size, compute)
+    code = _clipped(input, scale, zero_point, quant_min, quant_max, compute)
+    values = op.Mul(op.Sub(code, zero_point), _cast(scale, _FLOAT, compute))
+    return _cast(values, compute, int(input.dtype))
 
 
 def _quantize(
@@ -87,8 +90,9 @@ def _quantize(
     linear = _LINEAR_RANGES.get((quant_min, quant_max))
     if linear == target and _fits_linear(input, scale, axis, group_size):
         return op.QuantizeLinear(input, scale, op.Cast(zero_point, to=linear), axis=axis or 0)
-    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size)
-    return op.Cast(_clipped(input, scale, zero_point, quant_min, quant_max), to=target)
+    compute = _compute_type(input, quant_min, quant_max)
+    scale, zero_point = _shaped(input, scale, zero_point, axis, group_size, compute)
+    return op.Cast(_clipped(input, scale, zero_point, quant_min, quant_max, compute), to=target)
 
 
 def _dequantize(
@@ -97,39 +101,60 @@ def _dequantize(
     zero_point: Any,
     axis: int | None = None,
     group_size: int | None = None,
-    dtype: int = 1,
+    dtype: int = _FLOAT,
 ) -> Any:
-    is_linear = int(quantized.dtype) in _LINEAR_RANGES.values() and dtype == 1
+    is_linear = int(quantized.dtype) in _LINEAR_RANGES.values() and dtype == _FLOAT
     if is_linear and _has_linear_shape(scale, axis, group_size):
         zero = op.CastLike(zero_point, quantized)
         return op.DequantizeLinear(quantized, scale, zero, axis=axis or 0)
-    scale, zero_point = _shaped(quantized, scale, zero_point, axis, group_size)
-    steps = op.Sub(op.Cast(quantized, to=1), zero_point)
-    return op.Cast(op.Mul(steps, scale), to=dtype)
+    is_wide = dtype == _DOUBLE or int(quantized.dtype) in _WIDE_INTEGERS
+    compute = _DOUBLE if is_wide else _FLOAT
+    scale, zero_point = _shaped(quantized, scale, zero_point, axis, group_size, compute)
+    steps = op.Sub(op.Cast(quantized, to=compute), zero_point)
+    return _cast(op.Mul(steps, _cast(scale, _FLOAT, compute)), compute, dtype)
 
 
 def _fits_linear(input: Any, scale: Any, axis: int | None, group_size: int | None) -> bool:
-    return int(input.dtype) == 1 and _has_linear_shape(scale, axis, group_size)
+    return int(input.dtype) == _FLOAT and _has_linear_shape(scale, axis, group_size)
 
 
 def _has_linear_shape(scale: Any, axis: int | None, group_size: int | None) -> bool:
     return group_size is None and (axis is not None or len(scale.shape) == 0)
 
 
-def _clipped(input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int) -> Any:
-    steps = op.Round(op.Mul(input, op.Reciprocal(scale)))
+def _compute_type(input: Any, quant_min: int, quant_max: int) -> int:
+    """Return the type in which the formula is computed: that of `grid.compute_dtype`."""
+    is_wide = quant_max - quant_min >= 2**MAX_FLOAT32_BITS
+    return _DOUBLE if is_wide or int(input.dtype) == _DOUBLE else _FLOAT
+
+
+def _cast(value: Any, source: int, target: int) -> Any:
+    return value if source == target else op.Cast(value, to=target)
+
+
+def _clipped(
+    input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, compute: int
+) -> Any:
+    """Return the integers of `input` in the type `compute`, which `zero_point` has."""
+    inverse = _cast(op.Reciprocal(scale), _FLOAT, compute)
+    steps = op.Round(op.Mul(_cast(input, int(input.dtype), compute), inverse))
     shifted = op.Add(steps, zero_point)
     low, high = (
-        op.CastLike(op.Constant(value_float=float(v)), shifted) for v in (quant_min, quant_max)
+        op.Cast(op.Constant(value_int=value), to=compute) for value in (quant_min, quant_max)
     )
     return op.Clip(shifted, low, high)
 
 
 def _shaped(
-    input: Any, scale: Any, zero_point: Any, axis: int | None, group_size: int | None
+    input: Any,
+    scale: Any,
+    zero_point: Any,
+    axis: int | None,
+    group_size: int | None,
+    compute: int,
 ) -> tuple[Any, Any]:
-    """Return scale and zero point as floats that broadcast against `input`."""
-    zero_point = op.Cast(zero_point, to=1)
+    """Return scale (float) and zero point (of the type `compute`) to broadcast against `input`."""
+    zero_point = op.Cast(zero_point, to=compute)
     if group_size is not None:
         rows, groups = (int(size) for size in scale.shape)
         block = [rows, groups, group_size]

@@ -38,7 +38,8 @@ class Model(nn.Module):
         options = {"group_size": self.group_size}
         fake = fake_quantize(input, *arguments, *self.limits, **options)
         integers = quantize(input, *arguments, *self.limits, **options)
-        return fake, integers, dequantize(integers, *arguments, self.limits[-1], **options)
+        real = dequantize(integers, *arguments, self.limits[-1], input.dtype, **options)
+        return fake, integers, real
 
 
 def run(model, input):
@@ -59,6 +60,17 @@ def test_the_formula_gives_equal_numbers(scheme):
     input = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
     expected, actual, kinds = run(Model(scheme, input), input)
     assert "Round" in kinds
+    for one, other in zip(expected, actual, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("bits", [8, 30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_formula_is_computed_as_wide_as_by_torch(dtype, bits):
+    scheme = QuantizationScheme(bits)
+    input = torch.randn(20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected, actual, _ = run(Model(scheme, input), input)
     for one, other in zip(expected, actual, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
