@@ -25,6 +25,7 @@ class FixedRangeObserver(Observer):
         self, scheme: QuantizationScheme, site: QuantizationSite, minimum: float, maximum: float
     ) -> None:
         super().__init__()
+        self._site = site
         shape = site.range_shape(scheme)
         for name, value in (("minimum", minimum), ("maximum", maximum)):
             self.register_buffer(name, torch.full(shape, value, device=site.device))
@@ -50,7 +51,18 @@ class FixedRangeObserver(Observer):
         Raises:
             QuantizationError: it has another one, or is of another kind.
         """
-        if not isinstance(other, FixedRangeObserver) or not (
-            torch.equal(self.minimum, other.minimum) and torch.equal(self.maximum, other.maximum)
-        ):
-            raise QuantizationError("a fixed range merges only with the same fixed range.")
+        if not isinstance(other, FixedRangeObserver):
+            raise QuantizationError(
+                f"{self._site}: a FixedRangeObserver merges with its own kind only, got a "
+                f"{type(other).__name__}."
+            )
+        ends = ((self.minimum, other.minimum), (self.maximum, other.maximum))
+        if not all(torch.equal(own, its.to(own.device)) for own, its in ends):
+            raise QuantizationError(
+                f"{self._site}: cannot merge observers of different ranges: {self._described()} "
+                f"here, {other._described()} in the other."
+            )
+
+    def _described(self) -> str:
+        low, high = self.minimum.reshape(-1)[:1].tolist(), self.maximum.reshape(-1)[:1].tolist()
+        return f"{low + high} for scales of shape {tuple(self.minimum.shape)}"

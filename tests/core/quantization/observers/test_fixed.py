@@ -1,6 +1,7 @@
 """A range that is known beforehand."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -40,8 +41,11 @@ def test_has_the_shape_of_the_scales():
 def test_merges_with_the_same_range_only():
     make = FixedRangeCalibration(0.0, 1.0).make_observer
     make(SCHEME, SITE).merge(make(SCHEME, SITE))
-    for other in (FixedRangeCalibration(), MinMaxCalibration()):
-        with pytest.raises(QuantizationError, match="same fixed range"):
+    for other, reason in (
+        (FixedRangeCalibration(), r"\[0.0, 1.0\] .* here, \[-1.0, 1.0\]"),
+        (MinMaxCalibration(), "own kind only, got a MinMaxObserver"),
+    ):
+        with pytest.raises(QuantizationError, match=f"{re.escape(str(SITE))}: .*{reason}"):
             make(SCHEME, SITE).merge(other.make_observer(SCHEME, SITE))
 
 
