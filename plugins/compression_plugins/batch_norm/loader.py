@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import without_labels
 from compression_manager.tracking import is_stateful
 
 
@@ -39,19 +38,6 @@ def undisturbed(loader: Any) -> Iterator[None]:
             loader.load_state_dict(state)
         for generator, value in generators:
             generator.set_state(value)
-
-
-def inputs_of(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield what the model is called with for each batch.
-
-    A mapping without its labels; the first item of a list or tuple such as (inputs, targets);
-    else the batch itself.
-    """
-    for batch in batches:
-        if isinstance(batch, Mapping):
-            yield without_labels(batch)
-        else:
-            yield batch[0] if isinstance(batch, (list, tuple)) and batch else batch
 
 
 def _generators(loader: object) -> list[Any]:

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
+from compression_manager.batches import inputs_of
 from compression_manager.checks import require_integer
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
-from compression_plugins.batch_norm.loader import check_loader, inputs_of, undisturbed
+from compression_plugins.batch_norm.loader import check_loader, undisturbed
 from compression_plugins.batch_norm.reestimation import layers_with_statistics, reestimate
 
 
@@ -41,7 +42,7 @@ class BatchNormReestimationConfig(PluginConfig):
     get_inputs: Callable[[Any], Any] | None = field(
         default=None,
         metadata=option(
-            "Returns from a batch what the model is called with; null: the first item of a tuple, "
+            "Returns from a batch what the model is called with; null: of (inputs, targets) the first, "
             "a mapping without its labels, else the batch.",
             runtime=True,
         ),
@@ -112,8 +113,17 @@ class BatchNormReestimationPlugin(Plugin[BatchNormReestimationConfig]):
             unit="batch",
         )
         with bar:
-            get_inputs = self.config.get_inputs
-            yield from inputs_of(bar) if get_inputs is None else map(get_inputs, bar)
+            for batch in bar:
+                yield self._inputs_in(batch)
+
+    def _inputs_in(self, batch: Any) -> Any:
+        if self.config.get_inputs is not None:
+            return self.config.get_inputs(batch)
+        return inputs_of(
+            batch,
+            source=f"plugin '{self.name}'s data loader",
+            otherwise="BatchNormReestimationConfig(get_inputs=lambda batch: ...)",
+        )
 
 
 def _total(loader: Any, batches: int) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
+from compression_manager.batches import to_device_of
 from compression_manager.model_call import call_model, quiet_evaluation
 from compression_manager.model_hooks import ModelHooks
 
@@ -43,12 +42,11 @@ def reestimate(model: nn.Module, inputs: Iterable[Any]) -> int:
     """
     layers = layers_with_statistics(model)
     before = [_statistics(layer) for layer in layers]
-    device = next((value.device for value in model.parameters()), torch.device("cpu"))
     count = 0
     try:
         with quiet_evaluation(model), _averaging(layers):
             for value in inputs:
-                call_model(model, _moved(value, device))
+                call_model(model, to_device_of(model, value))
                 count += 1
     except BaseException:
         _put_back(layers, before)
@@ -86,7 +84,3 @@ def _put_back(layers: list[_BatchNorm], before: list[dict[str, Tensor]]) -> None
     for layer, statistics in zip(layers, before, strict=True):
         for name, value in statistics.items():
             layer.get_buffer(name).copy_(value)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from compression_manager.batches import inputs_of, to_device_of
 from compression_manager.errors import CompressionError, ConfigError
-from compression_manager.model_call import call_model, without_labels
+from compression_manager.model_call import call_model
 from compression_plugins.fake_quant.post_training_config import PTQConfig
 
 Item = TypeVar("Item")
@@ -90,7 +90,12 @@ class CalibrationData:
             if self.forward is not None:
                 self.forward(model, batch)
             else:
-                call_model(model, _move(_inputs_of(batch), _device_of(model)))
+                inputs = inputs_of(
+                    batch,
+                    source="calibration_data",
+                    otherwise="calibration_forward=lambda model, batch: ...",
+                )
+                call_model(model, to_device_of(model, inputs))
         except CompressionError:
             raise
         except Exception as error:
@@ -128,34 +133,3 @@ class _Bar(_BarBase):
     """A bar without tqdm's thread, which redraws slow bars."""
 
     monitor_interval = 0
-
-
-def _inputs_of(batch: Any) -> Any:
-    if isinstance(batch, (tuple, list)):
-        if not 1 <= len(batch) <= 2:
-            raise ConfigError(
-                f"a batch of calibration_data has {len(batch)} parts, so that it is unclear which "
-                "of them are inputs; valid are a tensor, a mapping and (inputs, targets), with a "
-                "tuple of inputs for several. For another form pass calibration_forward=lambda "
-                "model, batch: ..."
-            )
-        batch = batch[0]
-    return dict(without_labels(batch)) if isinstance(batch, Mapping) else batch
-
-
-def _move(value: Any, device: torch.device | None) -> Any:
-    if device is None:
-        return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: _move(item, device) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_move(item, device) for item in value)
-    return value
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """Return the device of all parameters, or None if there are several or none."""
-    devices = {parameter.device for parameter in model.parameters()}
-    return devices.pop() if len(devices) == 1 else None

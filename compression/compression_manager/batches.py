@@ -1,0 +1,47 @@
+"""What a model is called with, found in the batches of a data loader."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from compression_manager.errors import ConfigError
+from compression_manager.model_call import without_labels
+
+
+def inputs_of(batch: Any, *, source: str, otherwise: str) -> Any:
+    """Return the inputs in `batch`: what `model_call.call_model` takes.
+
+    A tensor is the input itself; a mapping loses its labels; of `(inputs, targets)` or `(inputs,)`
+    the inputs are taken, which may be a tuple.
+
+    Args:
+        batch: one item of a loader.
+        source: where it comes from, for the message.
+        otherwise: option that handles batches of another form, for the message.
+
+    Raises:
+        ConfigError: a list or tuple of another length, of which it is unclear what the inputs are.
+    """
+    if isinstance(batch, (tuple, list)):
+        if not 1 <= len(batch) <= 2:
+            raise ConfigError(
+                f"a batch of {source} has {len(batch)} parts, so that it is unclear which of them "
+                "are inputs; valid are a tensor, a mapping and (inputs, targets), with a tuple of "
+                f"inputs for several. For another form pass {otherwise}."
+            )
+        batch = batch[0]
+    return dict(without_labels(batch)) if isinstance(batch, Mapping) else batch
+
+
+def to_device_of(model: nn.Module, value: Any) -> Any:
+    """Return `value` with its tensors moved to the model's device, if that is a single one."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        return value
+    device: torch.device = devices.pop()
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
