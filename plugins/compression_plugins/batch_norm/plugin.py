@@ -42,7 +42,7 @@ class BatchNormReestimationConfig(PluginConfig):
     get_inputs: Callable[[Any], Any] | None = field(
         default=None,
         metadata=option(
-            "Returns from a batch what the model is called with; null: of (inputs, targets) the first, "
+            "Returns from a batch what the model is called with; null: the first of a pair, "
             "a mapping without its labels, else the batch.",
             runtime=True,
         ),
