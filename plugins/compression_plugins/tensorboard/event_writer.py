@@ -18,10 +18,10 @@ class EventWriter:
     Args:
         directory: folder of the run; created if needed.
         first_step: points at this step and later, from earlier event files in the folder, are
-            hidden by TensorBoard.
+            hidden by TensorBoard; None hides nothing.
     """
 
-    def __init__(self, directory: str | Path, *, first_step: int) -> None:
+    def __init__(self, directory: str | Path, *, first_step: int | None) -> None:
         # The import takes a second, which only those who train with this plugin should pay.
         from torch.utils.tensorboard import SummaryWriter
 

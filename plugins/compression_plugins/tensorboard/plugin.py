@@ -93,9 +93,7 @@ class TensorBoardPlugin(Plugin[TensorBoardConfig]):
         # continued run writes its first point one step later.
         first = context.global_step + 1 if context.global_step else 0
         self._writer = EventWriter(self.config.directory, first_step=first)
-        if not self._closes_with_manager:
-            self._closes_with_manager = True
-            context.add_cleanup(self._close, owner=self.name)
+        self._close_with_manager(context)
         if context.global_step == 0:
             self._write_pending(self._writer, 0)
         self._pending = {}
@@ -138,7 +136,12 @@ class TensorBoardPlugin(Plugin[TensorBoardConfig]):
 
     @hookimpl
     def consume_metrics(self, context: Context, metrics: Sequence[Metric]) -> None:
-        """Write what was published; before training begins, keep it until the file is open."""
+        """Write what was published; before training begins, keep it until the file is open.
+
+        Without training, for example after post-training quantization, closing the manager
+        writes it.
+        """
+        self._close_with_manager(context)
         for metric in metrics:
             if metric.kind == "scalar":
                 self._pending.setdefault(metric.name, []).append(metric)
@@ -156,6 +159,19 @@ class TensorBoardPlugin(Plugin[TensorBoardConfig]):
             writer.scalar(name, mean, step)
             if name.startswith("eval/"):
                 self._evaluation[name] = mean
+
+    def _close_with_manager(self, context: Context) -> None:
+        if not self._closes_with_manager:
+            self._closes_with_manager = True
+            context.add_cleanup(lambda: self._finish(context), owner=self.name)
+
+    def _finish(self, context: Context) -> None:
+        if self._writer is None and self._pending:
+            # What other runs wrote into the folder is not this one's to supersede.
+            self._writer = EventWriter(self.config.directory, first_step=None)
+            self._write_pending(self._writer, context.global_step)
+        self._pending = {}
+        self._close()
 
     def _close(self) -> None:
         writer, self._writer = self._writer, None

@@ -16,6 +16,7 @@ import toys
 from compression_manager import prepare_compression
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
+from compression_plugins import PTQConfig
 from compression_plugins.tensorboard import TensorBoardConfig, TensorBoardPlugin
 from probes import run_step
 
@@ -341,3 +342,21 @@ def test_importing_the_plugin_does_not_import_tensorboard() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_without_training_closing_writes_and_supersedes_nothing(tmp_path: Path) -> None:
+    """Post-training quantization calls no training hook."""
+    earlier = Loop(tmp_path)
+    earlier.begin()
+    earlier.step([1.0])
+    earlier.plugin.on_train_end(context=earlier.context)
+    assert earlier.context.run_cleanup() == []
+    inputs = torch.randn(4, 6)
+    ptq = PTQConfig(calibration_data=[inputs])
+    with prepare_compression(toys.mlp(), [ptq, TensorBoardConfig(tmp_path)]) as manager:
+        measured = manager.sensitivity(inputs)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for layer in measured.layers:
+        (point,) = events.Scalars(f"sensitivity/{layer.name}/output_sqnr_db")
+        assert point.value == pytest.approx(layer.output_sqnr_db, rel=1e-6)
+    assert len(events.Scalars("loss/total")) == 1
