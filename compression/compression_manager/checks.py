@@ -82,6 +82,22 @@ def as_path(call: str, value: object) -> Path:
     return Path(value)
 
 
+def write_text(call: str, path: Path, text: str) -> Path:
+    """Write `text`, the result of `call`, to `path`, replacing a file that is there.
+
+    Raises:
+        ConfigError: the file cannot be written, for example because its folder does not exist.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{call} cannot write {path}: {reason}; pass a file's path in a folder that exists."
+        ) from error
+    return path
+
+
 def require_writable_folder(directory: str | Path) -> None:
     """Raise ConfigError unless `directory` is a folder, or can become one, and files fit into it.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.checks import write_text
 from compression_manager.errors import ConfigError
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization.layers import QuantizedLayer
@@ -82,13 +83,12 @@ class Sensitivity:
         """Write the bar chart as SVG, which every browser shows.
 
         Raises:
-            ConfigError: the name does not end in .svg.
+            ConfigError: the name does not end in .svg, or the file cannot be written.
         """
         target = Path(path)
         if target.suffix != ".svg":
             raise ConfigError(f"the chart is an SVG file; name it *.svg, got {str(path)!r}.")
-        target.write_text(self.to_svg(), encoding="utf-8")
-        return target
+        return write_text("save_chart", target, self.to_svg())
 
     def _noise_share(self, layer: LayerSensitivity) -> float:
         """Return the length of a layer's bar, 0 to 1: linear in decibels."""

@@ -95,6 +95,8 @@ def test_report_table_json_graph_and_chart(tmp_path):
     assert {"0", "2"} <= set(texts)
     with pytest.raises(ConfigError, match=r"name it \*\.svg"):
         report.sensitivity.save_chart(tmp_path / "chart.png")
+    with pytest.raises(ConfigError, match=r"save_chart cannot write .*missing.*folder that exists"):
+        report.sensitivity.save_chart(tmp_path / "missing" / "chart.svg")
     manager.close()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from compression_manager.checks import write_text
 from compression_manager.quantization.graph.fake_quantize_op import FakeQuantizeOp
 from compression_manager.quantization.graph.operations import Operation
 from compression_manager.quantization.graph.svg import draw
@@ -85,10 +86,12 @@ class QuantizationGraph:
         return draw(self._operations, self._output_ids)
 
     def save_svg(self, path: str | Path) -> Path:
-        """Write the picture to `path`, replacing a file that is there; return the path."""
-        path = Path(path)
-        path.write_text(self.to_svg(), encoding="utf-8")
-        return path
+        """Write the picture to `path`, replacing a file that is there; return the path.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        return write_text("save_svg", Path(path), self.to_svg())
 
     def __getitem__(self, index: int) -> Operation:
         return self._operations[index]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from compression_manager import ConfigError
 from compression_manager.quantization import FakeQuantizeOp, QuantizationGraph
 from compression_manager.quantization.graph import TensorOp
 from compression_manager.quantization.graph.layout import Layout, arrange
@@ -137,6 +138,8 @@ def test_saving(tmp_path: Path) -> None:
     graph = QuantizationGraph.record(mlp(), torch.randn(2, 6))
     path = graph.save_svg(tmp_path / "graph.svg")
     assert path.read_text(encoding="utf-8") == graph.to_svg()
+    with pytest.raises(ConfigError, match=r"save_svg cannot write .*missing.*folder that exists"):
+        graph.save_svg(tmp_path / "missing" / "graph.svg")
 
 
 # The layout of any graph -------------------------------------------------------------------------
