@@ -108,7 +108,7 @@ def measure_sensitivity(model: nn.Module, example_inputs: Any) -> Sensitivity:
 
     Raises:
         ConfigError: no layer has a range to quantize with yet, or the model does not take
-            `example_inputs`.
+            `example_inputs`, or returns nothing finite for them.
     """
     layers = {
         name: [quantizer for quantizer in module.quantizers() if quantizer.is_calibrated()]
@@ -125,6 +125,7 @@ def measure_sensitivity(model: nn.Module, example_inputs: Any) -> Sensitivity:
     with quiet_evaluation(model), _phases_restored(quantizers):
         _switch(quantizers, quantizing=False)
         expected = _outputs(model, example_inputs)
+        _check_measurable(expected)
         for name, own in layers.items():
             _switch(own, quantizing=True)
             actual = _outputs(model, example_inputs)
@@ -152,6 +153,19 @@ def _switch(quantizers: list[FakeQuantizer], *, quantizing: bool) -> None:
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     outputs = tensors_in(call_with_examples(model, inputs))
     return [tensor.double() for tensor in outputs if tensor.is_floating_point()]
+
+
+def _check_measurable(outputs: list[Tensor]) -> None:
+    if not any(tensor.numel() for tensor in outputs):
+        problem = "no floating-point value"
+    elif not all(bool(tensor.isfinite().all()) for tensor in outputs):
+        problem = "NaN or infinity"
+    else:
+        return
+    raise ConfigError(
+        f"sensitivity() compares the model's outputs, but for the example inputs the unquantized "
+        f"model returns {problem}; pass a batch for which it returns finite numbers."
+    )
 
 
 def _sqnr(expected: list[Tensor], actual: list[Tensor]) -> float:

@@ -149,3 +149,17 @@ def test_gradients_of_learned_scales_survive():
     for name, value in manager.model.named_parameters():
         assert value.requires_grad, name
         assert torch.equal(value.grad, before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("inputs", "problem"),
+    [
+        (torch.full((2, 6), math.nan), "NaN or infinity"),
+        (torch.empty(0, 6), "no floating-point value"),
+    ],
+)
+def test_refused_where_there_is_nothing_to_compare(inputs, problem):
+    manager = prepare_compression(toys.mlp(), [QATConfig(activation=None)])
+    with pytest.raises(ConfigError, match=f"returns {problem}; pass a batch"):
+        manager.sensitivity(inputs)
+    manager.close()
