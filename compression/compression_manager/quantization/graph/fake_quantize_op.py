@@ -134,7 +134,7 @@ class FakeQuantizeOp(Operation):
             return self
         try:
             scale, zero_point = choose_qparams(
-                torch.as_tensor(minimum), torch.as_tensor(maximum), self.scheme
+                _range_end(minimum), _range_end(maximum), self.scheme
             )
         except QuantizationError as error:
             raise self.error(str(error)) from error
@@ -206,12 +206,14 @@ class FakeQuantizeOp(Operation):
             return
         for value in _extremes(self.scale):
             if not math.isfinite(value) or value <= 0:
-                raise self.error(f"the scale {value} is not finite and positive.")
+                shown = repr(self.scale) if math.isnan(value) else value
+                raise self.error(f"the scale {shown} is not finite and positive.")
 
     def _check_zero_point(self, scheme: QuantizationScheme) -> None:
         for value in _extremes(self.zero_point):
             if not math.isfinite(value) or value != int(value):
-                raise self.error(f"the zero point {value} is not an integer.")
+                shown = repr(self.zero_point) if math.isnan(value) else value
+                raise self.error(f"the zero point {shown} is not an integer.")
             if not scheme.quant_min <= value <= scheme.quant_max:
                 raise self.error(
                     f"the zero point {int(value)} lies outside of the integers, "
@@ -246,13 +248,23 @@ def _short(value: float) -> str:
 
 
 def _extremes(value: float | Sequence[float] | Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest number; NaN if there is any."""
+    """Return the smallest and the largest number; NaN if there is any, or no number."""
     if isinstance(value, (int, float)):
         return value, value
-    numbers = torch.as_tensor(value).detach().double()
+    try:
+        numbers = torch.as_tensor(value).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan, math.nan
     if numbers.numel() == 0:
         return math.nan, math.nan
     return numbers.min().item(), numbers.max().item()
+
+
+def _range_end(value: float | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise QuantizationError(f"a range ends at numbers, got {value!r}.") from error
 
 
 def _plain(value: Tensor) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from compression_manager.checks import write_text
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.graph.fake_quantize_op import FakeQuantizeOp
 from compression_manager.quantization.graph.operations import Operation
 from compression_manager.quantization.graph.svg import draw
@@ -21,12 +22,21 @@ class QuantizationGraph:
     Args:
         operations: in the order in which they run.
         output_ids: numbers of the tensors that the model returns.
+
+    Raises:
+        QuantizationError: an item is no operation.
     """
 
     def __init__(
         self, operations: Iterable[Operation] = (), output_ids: Iterable[int] = ()
     ) -> None:
         self._operations = tuple(operations)
+        for number, item in enumerate(self._operations, 1):
+            if not isinstance(item, Operation):
+                raise QuantizationError(
+                    f"line {number} of a QuantizationGraph is {item!r}; valid are FakeQuantizeOp "
+                    "and TensorOp."
+                )
         self._output_ids = tuple(output_ids)
 
     @classmethod

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compression_manager import QuantizationError
-from compression_manager.quantization import FakeQuantizeOp, QuantizationScheme
+from compression_manager.quantization import FakeQuantizeOp, QuantizationGraph, QuantizationScheme
 
 
 def test_line() -> None:
@@ -182,3 +182,19 @@ def test_refused(options: dict[str, Any], reason: str) -> None:
         op.validate()
     assert str(op) in str(caught.value)
     assert reason in str(caught.value)
+
+
+def test_what_is_no_number_is_named() -> None:
+    for options, message in (
+        ({"scale": "wide"}, "the scale 'wide' is not finite"),
+        ({"zero_point": "low"}, "the zero point 'low' is not an integer"),
+    ):
+        with pytest.raises(QuantizationError, match=message):
+            FakeQuantizeOp(0, 1, (2, 3), **options).validate()
+    with pytest.raises(QuantizationError, match=r"t1 = .* ends at numbers, got 'low'"):
+        FakeQuantizeOp(0, 1, (2, 3)).with_range("low", 1.0)
+
+
+def test_a_line_that_is_no_operation_is_refused() -> None:
+    with pytest.raises(QuantizationError, match="line 2 of a QuantizationGraph is 'relu'"):
+        QuantizationGraph([FakeQuantizeOp(0, 1, (2,)), "relu"])
