@@ -72,6 +72,10 @@ def _extremes(
     input: Tensor, scheme: QuantizationScheme, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     if scheme.granularity == "tensor":
+        if torch.compiler.is_exporting():
+            # torch's ONNX exporter knows neither aminmax nor amin without a dimension.
+            flat = input.reshape(-1)
+            return flat.amin(0), flat.amax(0)
         low, high = torch.aminmax(input)
         return low, high
     # One pass each is many times faster than torch.aminmax along a dimension.

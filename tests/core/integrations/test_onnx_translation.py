@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from compression_manager.integrations.onnx_translation import onnx_translation_table
-from compression_manager.quantization import QuantizationScheme, dequantize, fake_quantize, quantize
+from compression_manager.quantization import (
+    DynamicFakeQuantizer,
+    QuantizationScheme,
+    QuantizationSite,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 from compression_manager.quantization.parameters import choose_qparams
 from compression_manager.quantization.ranges import tensor_range
 
@@ -90,3 +97,14 @@ def test_whole_integer_types_become_linear_nodes(scheme):
         difference = np.abs(one.astype(np.float64) - other)
         assert difference.max() <= limit
         assert (difference > 1e-6).mean() <= 0.001
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_ranges_at_run_time(granularity):
+    scheme = QuantizationScheme(4, False, granularity, dynamic=True, signed=False)
+    model = DynamicFakeQuantizer(scheme, QuantizationSite("fc", "activation"))
+    model.set_phase(observing=True, quantizing=True)
+    input = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
+    expected, actual, _ = run(nn.Sequential(model), input)
+    np.testing.assert_allclose(actual[0], np.stack(expected), rtol=1e-6)
