@@ -250,8 +250,8 @@ class LearnedScaleQuantizer(FakeQuantizer):
         self.magnitude.add_(torch.where(finite, change, 0.0))
 
     def _gradient_factor(self, input: Tensor) -> float:
-        if not self.gradient_scaling:
-            return 1.0
+        if not self.gradient_scaling or torch.compiler.is_exporting():
+            return 1.0  # nothing is trained there, and sqrt would fix the size of a batch
         scheme = self.scheme
         if self._is_weight:
             count = input.numel() / max(self.log_scale.numel(), 1)

@@ -285,3 +285,6 @@ def test_compiled_and_exported():
     listed = [str(node.target) for node in exported.graph.nodes]
     assert listed.count("compression_manager.fake_quantize.default") == 4
     assert torch.equal(exported.module()(input), model(input))
+    dynamic = ({0: torch.export.Dim("batch", min=2)},)
+    exported = torch.export.export(model, (input,), dynamic_shapes=dynamic)
+    assert torch.equal(exported.module()(input[:3]), model(input[:3]))
