@@ -137,6 +137,7 @@ class Quantizer:
 
     def _store(self, model: nn.Module, encode: Callable[[FoundParameter], Encoded]) -> nn.Module:
         require_type("Quantizer", "model", model, nn.Module)
+        _refuse_compiled(model)
         _refuse_quantized(model)
         found = find_parameters(model, self.skip)
         chosen = [item for item in found if item.reason is None]
@@ -218,6 +219,16 @@ class Quantizer:
         )
         weight_format = WeightFormat(self.scheme, tuple(weight.shape))
         return StoredWeight(weight_format, weight.dtype, requires_grad, channels_last)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            where = f"layer '{name}'" if name else "the model"
+            raise QuantizationError(
+                f"{where} is a TorchScript module, whose code is fixed; quantize the module that "
+                "it was made from."
+            )
 
 
 def _refuse_quantized(model: nn.Module) -> None:

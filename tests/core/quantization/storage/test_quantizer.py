@@ -129,6 +129,13 @@ def test_a_model_in_training_with_fake_quantizers():
     refused(Quantizer(INT8), nn.Sequential(layer), "layer '0' is prepared for quantization-aware")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_has_fixed_code():
+    scripted = torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3))
+    with pytest.raises(QuantizationError, match="layer '1' is a TorchScript module"):
+        Quantizer(QuantizationScheme()).quantize_weights(nn.Sequential(nn.ReLU(), scripted))
+
+
 def test_nothing_to_quantize():
     refused(Quantizer(INT8), nn.BatchNorm1d(3), "nothing to quantize.*weight: .*two dimensions")
     refused(Quantizer(INT8), nn.ReLU(), "it has no parameters")
