@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import kernels, operators
-from compression_manager.quantization.grid import as_tensor
+from compression_manager.quantization.grid import as_tensor, check_numbers
 from compression_manager.quantization.overridable import overridable
 
 
@@ -139,6 +139,8 @@ def fake_quantize(
 def _as_tensors(
     scale: Tensor | float, zero_point: Tensor | int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling():
+        check_numbers(scale, zero_point)
     return (
         as_tensor(scale, torch.float32, like.device),
         as_tensor(zero_point, torch.int64, like.device),

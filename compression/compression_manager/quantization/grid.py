@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,17 @@ def make_grid(
         _broadcast("scale", scale, input, axis, group_size).to(dtype),
         _broadcast("zero_point", zero_point, input, axis, group_size).to(dtype),
     )
+
+
+def check_numbers(scale: Tensor | float, zero_point: Tensor | int) -> None:
+    """Raise QuantizationError for Python numbers that are no scale or zero point.
+
+    Tensors are not looked at: an accelerator would have to wait for it.
+    """
+    if not isinstance(scale, Tensor) and not (math.isfinite(scale) and scale > 0):
+        raise QuantizationError(f"scale is positive and finite, got {scale}.")
+    if not isinstance(zero_point, Tensor) and zero_point != int(zero_point):
+        raise QuantizationError(f"zero_point is an integer, got {zero_point}.")
 
 
 def as_tensor(value: Tensor | float, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -278,3 +278,14 @@ def test_arguments_are_left_alone():
 def test_refused(call, message):
     with pytest.raises(QuantizationError, match=message):
         call()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, float("nan"), float("inf")])
+def test_a_number_that_is_no_scale(scale):
+    with pytest.raises(QuantizationError, match="scale is positive and finite, got"):
+        fake_quantize(torch.ones(2), scale, 0, -8, 7)
+
+
+def test_a_number_that_is_no_zero_point():
+    with pytest.raises(QuantizationError, match=r"zero_point is an integer, got 0\.5"):
+        quantize(torch.ones(2), 0.1, 0.5, -8, 7)
