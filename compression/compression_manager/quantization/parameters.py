@@ -39,7 +39,7 @@ class QuantizationParameters:
 
 
 def choose_qparams(
-    minimum: Tensor, maximum: Tensor, scheme: QuantizationScheme
+    minimum: Tensor | float, maximum: Tensor | float, scheme: QuantizationScheme
 ) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point that map a range onto the integers of `scheme`.
 
@@ -51,7 +51,8 @@ def choose_qparams(
     bits).
 
     Args:
-        minimum: smallest values, floating point; any shape, for example (channels,).
+        minimum: smallest values, floating point; any shape, for example (channels,), or a
+            number.
         maximum: largest values, same shape and device.
 
     Returns:
@@ -64,6 +65,10 @@ def choose_qparams(
             checked only on the CPU and outside of torch.compile, because reading the values
             would make an accelerator wait.
     """
+    minimum, maximum = (
+        limit if isinstance(limit, Tensor) else torch.tensor(limit, dtype=torch.float64)
+        for limit in (minimum, maximum)
+    )
     if minimum.shape != maximum.shape:
         raise QuantizationError(
             f"minimum and maximum have shapes {tuple(minimum.shape)} and {tuple(maximum.shape)}; "

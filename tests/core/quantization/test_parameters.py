@@ -64,6 +64,13 @@ def test_equals_numpy_bit_for_bit(limits, scheme):
     assert zero_point.dtype == (torch.int64 if scheme.bits > 24 else torch.int32)
 
 
+@pytest.mark.parametrize("bits", [8, 28])
+def test_a_range_of_plain_numbers(bits):
+    scheme = QuantizationScheme(bits, False)
+    scale, zero_point = choose_qparams(-1.0, 2, scheme)
+    assert (scale.item(), zero_point.item()) == reference(-1.0, 2.0, scheme)
+
+
 @pytest.mark.parametrize("bits", [2, 8, 28])
 def test_the_widest_range_has_a_finite_scale(bits):
     scheme = QuantizationScheme(bits, False)
