@@ -38,13 +38,13 @@ def require_integer(
 def require_positive(owner: object, field: str, value: object) -> None:
     """Raise ConfigError unless `value` is a finite number above 0."""
     if not (_is_number(value) and value > 0):  # type: ignore[operator]  # _is_number narrows
-        raise _error(owner, field, "a number above 0", value)
+        raise _error(owner, field, "a finite number above 0", value)
 
 
 def require_not_negative(owner: object, field: str, value: object) -> None:
     """Raise ConfigError unless `value` is a finite number of at least 0."""
     if not (_is_number(value) and value >= 0):  # type: ignore[operator]  # _is_number narrows
-        raise _error(owner, field, "a number of at least 0", value)
+        raise _error(owner, field, "a finite number of at least 0", value)
 
 
 def require_fraction(owner: object, field: str, value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,8 @@ def check_loader(loader: object, *, plugin: str) -> None:
             f"plugin '{plugin}' got a {type(loader).__name__}, which yields its batches once; "
             "give the data loader itself."
         )
+    if isinstance(loader, Sized) and len(loader) == 0:
+        raise ConfigError(f"plugin '{plugin}': the {type(loader).__name__} holds no batch.")
 
 
 @contextmanager

@@ -72,8 +72,8 @@ class CalibrationData:
             for batch in batches:
                 self._call(model, batch, count)
                 count += 1
-        if count == 0:
-            raise ConfigError("calibration_data holds no batch; pass an iterable of batches.")
+            if count == 0:
+                raise ConfigError("calibration_data holds no batch; pass an iterable of batches.")
 
     def _taken(self) -> Iterator[Any]:
         return itertools.islice(self.batches, self.limit)

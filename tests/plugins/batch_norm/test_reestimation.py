@@ -165,8 +165,22 @@ def test_its_own_loader_comes_before_the_tracked_one() -> None:
     assert [len(value) for value in seen["bn1"]] == [4]
 
 
+class Unsized:
+    """A loader of unknown length that turns out to be empty."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def test_a_loader_that_is_known_to_be_empty_is_refused_before_training() -> None:
+    manager = prepare_compression(toys.ConvNet(), [BatchNormReestimationConfig(dataloader=[])])
+    with pytest.raises(ConfigError, match="the list holds no batch"):
+        manager.on_train_begin()
+
+
 def test_failures_leave_the_statistics_of_training() -> None:
-    for batches, error in (([], ConfigError), ([torch.randn(4, 1, 8, 8), "no batch"], PluginError)):
+    unusable = [torch.randn(4, 1, 8, 8), "no batch"]
+    for batches, error in ((Unsized(), ConfigError), (unusable, PluginError)):
         model = toys.ConvNet().eval()
         manager = prepare_compression(model, [BatchNormReestimationConfig(dataloader=batches)])
         with torch.no_grad():

@@ -106,8 +106,14 @@ def test_a_list_with_nothing_to_learn_is_refused():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"minimum_scale": 0.0}, r"LearnedScaleConfig.minimum_scale must be a number above 0"),
-        ({"learning_rate_factor": -1.0}, "learning_rate_factor must be a number of at least 0"),
+        (
+            {"minimum_scale": 0.0},
+            r"LearnedScaleConfig.minimum_scale must be a finite number above 0",
+        ),
+        (
+            {"learning_rate_factor": -1.0},
+            "learning_rate_factor must be a finite number of at least 0",
+        ),
         ({"gradient_scaling": 1}, "gradient_scaling must be of type bool"),
         ({"weights": "all"}, "weights must be of type bool"),
     ],

@@ -168,6 +168,8 @@ class FakeQuantizeOp(Operation):
                 zero point outside of the range of the integers; names the line.
         """
         super().validate()
+        if self.input_id == self.output_id:
+            raise self.error("it reads its own result.")
         if isinstance(self.num_bits, bool) or not isinstance(self.num_bits, int):
             raise self.error(f"bits={self.num_bits!r} is not an integer.")
         if not MIN_BITS <= self.num_bits <= MAX_BITS:

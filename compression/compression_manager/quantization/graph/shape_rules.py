@@ -74,6 +74,13 @@ def _linear(operation: Operation, inputs: Sequence[Operation]) -> None:
         )
     if operation.shape and len(weight.shape) == 2 and _differ(operation.shape[-1], weight.shape[0]):
         raise operation.error(f"the weight {_describe(weight)} gives {weight.shape[0]} features.")
+    _check_bias(operation, inputs[2:], weight.shape[0])
+
+
+def _check_bias(operation: Operation, bias: Sequence[Operation], length: int | None) -> None:
+    for item in bias:
+        if item.shape and _differ(item.shape[-1], length):
+            raise operation.error(f"the bias {_describe(item)} is to have {length} values.")
 
 
 def _convolution(operation: Operation, inputs: Sequence[Operation]) -> None:
@@ -90,6 +97,7 @@ def _convolution(operation: Operation, inputs: Sequence[Operation]) -> None:
             f"{channels} channels of {_describe(source)}, but the weight {_describe(weight)} with "
             f"groups={groups} reads {per_group * groups}."
         )
+    _check_bias(operation, inputs[2:], weight.shape[0])
     expected = _output_lengths(operation, source, spatial, kernel)
     _check_output(operation, (weight.shape[0], *expected))
 
@@ -189,7 +197,8 @@ def _per_dimension(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
 SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(("FakeQuantize", "Quantize", "Dequantize", "Relu", "Cast"), _same_shape),
     **dict.fromkeys(
-        ("Reshape", "Flatten", "Transpose", "Permute", "Squeeze", "Unsqueeze"), _preserves_elements
+        ("Reshape", "View", "Flatten", "Transpose", "Permute", "Squeeze", "Unsqueeze"),
+        _preserves_elements,
     ),
     **dict.fromkeys(("Conv1d", "Conv2d", "Conv3d"), _convolution),
     **dict.fromkeys(

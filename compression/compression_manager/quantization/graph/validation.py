@@ -33,6 +33,7 @@ _UNARY = [
     "Rsqrt",
     "Dropout",
     "Reshape",
+    "View",
     "Flatten",
     "Transpose",
     "Permute",

@@ -67,6 +67,8 @@ def test_an_id_used_before_it_is_defined() -> None:
 
 def test_an_operation_does_not_define_its_own_input() -> None:
     refused(QuantizationGraph([TensorOp("Relu", (0,), 0, (2,))]), "t0 is used before")
+    with pytest.raises(QuantizationError, match="reads its own result"):
+        FakeQuantizeOp(0, 0, (2,)).validate()
 
 
 def test_an_output_that_no_line_defines() -> None:
@@ -157,6 +159,18 @@ def test_inner_dimensions_are_named() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "weight", "shape"),
+    [("Linear", (5, 4), (3, 5)), ("Conv1d", (5, 4, 1), (3, 5, 7))],
+)
+def test_a_bias_has_a_value_for_each_output_channel(
+    kind: str, weight: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    input = (3, 4, *shape[2:])
+    graph_of(kind, [input, weight, (5,)], shape).validate()
+    refused(graph_of(kind, [input, weight, (6,)], shape), "bias t2 [6] is to have 5 values")
+
+
 # Convolutions ------------------------------------------------------------------------------------
 
 
@@ -228,7 +242,7 @@ def test_transposed_convolutions() -> None:
 # Shapes that must agree --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["Reshape", "Flatten", "Transpose", "Permute", "Squeeze"])
+@pytest.mark.parametrize("kind", ["Reshape", "View", "Flatten", "Transpose", "Permute", "Squeeze"])
 def test_elements_are_preserved(kind: str) -> None:
     graph_of(kind, [(2, 3, 4)], (6, 4)).validate()
     graph_of(kind, [(None, 3, 4)], (None, 12)).validate()
