@@ -173,9 +173,10 @@ class Unsized:
 
 
 def test_a_loader_that_is_known_to_be_empty_is_refused_before_training() -> None:
-    manager = prepare_compression(toys.ConvNet(), [BatchNormReestimationConfig(dataloader=[])])
     with pytest.raises(ConfigError, match="the list holds no batch"):
-        manager.on_train_begin()
+        prepare_compression(
+            toys.ConvNet(), [BatchNormReestimationConfig(dataloader=[])]
+        ).on_train_begin()
 
 
 def test_failures_leave_the_statistics_of_training() -> None:
