@@ -51,7 +51,7 @@ class Conversion:
         """Put every replaced module back."""
         while self._swaps:
             parent, child, old = self._swaps.pop()
-            setattr(parent, child, old)
+            _set_child(parent, child, old)
         self.replacements.clear()
 
     def _swap(self, name: str, new: nn.Module) -> None:
@@ -61,8 +61,15 @@ class Conversion:
             return
         for parent in list(self.model.modules()):
             for child in [key for key, value in parent._modules.items() if value is old]:
-                setattr(parent, child, new)
+                _set_child(parent, child, new)
                 self._swaps.append((parent, child, old))
+
+
+def _set_child(parent: nn.Module, name: str, child: nn.Module) -> None:
+    setattr(parent, name, child)
+    if name == "_orig_mod" and hasattr(parent, "_initialize"):
+        # What torch.compile returns holds on to the call of the module that it was made for.
+        cast(Any, parent)._initialize()
 
 
 def convert_copy(

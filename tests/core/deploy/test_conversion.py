@@ -13,6 +13,7 @@ from torch import nn
 import toys
 from compression_manager import prepare_compression
 from compression_manager.deploy import ConvertedEmbedding, ConvertedLayer, ConvertedLinear
+from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import ParityError, QuantizationError
 from compression_manager.model_hooks import _DetachableHook
 from compression_manager.quantization import FakeQuantizer
@@ -324,3 +325,15 @@ def test_a_deep_copy_of_the_converted_model_works():
     manager, _, inputs = built("conv")
     converted = manager.convert()
     assert torch.equal(copy.deepcopy(converted)(inputs), converted(inputs))
+
+
+def test_what_torch_compile_returned_calls_the_new_layer():
+    wrapped = torch.compile(nn.Linear(6, 4), backend="eager")
+    conversion = Conversion(nn.Sequential(wrapped))
+    old, new = wrapped._orig_mod, trained(nn.Linear(6, 4), VECTORS).convert()
+    assert isinstance(new, ConvertedLayer)
+    with torch.no_grad():
+        conversion.replace("0._orig_mod", new)
+        assert torch.equal(conversion.model(VECTORS), new(VECTORS))
+        conversion.undo()
+        assert torch.equal(conversion.model(VECTORS), old(VECTORS))
