@@ -20,8 +20,8 @@ HOW_TO = ROOT / "docs" / "how-to"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import demo_summary  # noqa: E402  (lies beside the example, which is no package)
-import post_training_study  # noqa: E402
-import quantization_study  # noqa: E402
+import post_training_study  # noqa: E402  (likewise)
+import quantization_study  # noqa: E402  (likewise)
 
 
 def main() -> None:

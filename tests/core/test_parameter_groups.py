@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -102,7 +103,7 @@ def test_another_optimizer_under_the_same_name_takes_over() -> None:
 def test_of_several_optimizers_the_one_that_has_them_or_the_one_named_optimizer() -> None:
     for build_first in (True, False):
         model = toys.mlp()
-        build = lambda: torch.optim.SGD(model[2].parameters(), 0.1)  # noqa: B023
+        build = functools.partial(torch.optim.SGD, list(model[2].parameters()), 0.1)
         usual = build() if build_first else None
         manager = prepare_compression(model, [creator()])
         usual = usual or build()

@@ -156,6 +156,7 @@ def _order(rows: list[list[Place]], above: _Neighbours, below: _Neighbours) -> N
             for position, place in enumerate(row):
                 joined = [(index[id(item)], 1.0) for item, _ in neighbours.get(id(place), ())]
                 wanted[id(place)] = _mean(joined, position)
+            # The default keeps this row's dict; mypy cannot infer such a lambda.
             row.sort(key=lambda place, wanted=wanted: wanted[id(place)])  # type: ignore[misc]
             index.update((id(place), float(position)) for position, place in enumerate(row))
 

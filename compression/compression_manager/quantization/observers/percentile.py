@@ -24,9 +24,10 @@ class PercentileObserver(BinnedObserver):
     `PercentileCalibrater`. A percentile is that of `numpy.quantile` with its default method,
     linear interpolation.
 
-    Activations: from a histogram, within half the width of a bin of the percentile of all that
-    was observed, and exact where it is an extreme value; a width is below 2 / (bins - 1) of the
-    observed range, with zero included. Weights: from the values themselves, exact.
+    Activations: from a histogram, within the width of a bin of the percentile of all that was
+    observed (affine schemes: half of it), and exact where it is an extreme value; a width is below
+    2 / (bins - 1) of the observed range, with zero included. Weights: from the values themselves,
+    exact.
 
     Args:
         percentile: percentage of the values to contain, above 0 and at most 100; taken to six

@@ -29,9 +29,10 @@ def search_range(
 
     Both ends are first drawn in together, by factors from 1 to 1/256 in half octaves, and those of
     an affine scheme then in turn. Halved steps around the best refine it to a thirty-second of
-    an octave. Without the ripple of rounding, the error is convex in the ends; measured on
-    histograms of six distributions with 1 to 8 bits, it is at most 0.1 percent above that of an
-    exhaustive search over both ends. Of equal errors the wider range is taken.
+    an octave. Without the ripple of rounding, the error is convex in the ends, so that the least
+    one is found; a histogram has hardly any ripple. In a short row of a weight with 8 bits the
+    ripple is large, and an exhaustive search finds ranges with an error of a tenth less. Of equal
+    errors the wider range is taken.
 
     Args:
         minimum: smallest values, float32 (rows,).

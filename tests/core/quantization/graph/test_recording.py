@@ -230,7 +230,7 @@ def test_inputs_are_named() -> None:
         return {"logits": ids + mask}
 
     model = nn.Module()
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward  # type: ignore[method-assign]  # on this object alone
     graph = QuantizationGraph.record(model, {"mask": torch.ones(2), "ids": torch.zeros(2)})
     assert [str(item).split(" : ")[0] for item in graph] == [
         "t0 = Input(mask)",
