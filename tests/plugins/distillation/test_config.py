@@ -137,7 +137,7 @@ def test_recipe_and_python_give_the_same_configuration(tmp_path):
         (["criterion: {loss_types: [LK, CE]}"], r"loss_types\[0\] got 'LK'; did you mean 'KL'"),
         (["criterion: {loss_types: [CE, LK]}"], r"loss 'LK'; did you mean 'KL'\? Valid: CE, KL, M"),
         (["criterion: {loss_weights: [1, 2, 3]}"], r"criterion\.loss_weights: expected a list of"),
-        (["criterion: {loss_weights: [-1, 2]}"], r"criterion: .*loss_weights\[0\] must be a finite"),
+        (["criterion: {loss_weights: [-1, 2]}"], r"criterion: .*loss_weights\[0\] must be a finit"),
         (["criterion: {loss_options: {beta: 2}}"], "'CE' has no option 'beta'"),
         (["output: [a]"], r"output: expected str or int or null"),
         (["teacher_outputs: calller"], r"teacher_outputs: .*did you mean 'caller'"),
