@@ -2,7 +2,7 @@
 
     make demo SEEDS=3 && make tables
 
-Reads the students that the demo trained alone; takes about two minutes. Results:
+Reads the students that the demo trained alone; takes less than a minute. Results:
 runs/tables/summary.json, from which the tables of docs/how-to are written.
 """
 

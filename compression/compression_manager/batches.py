@@ -38,6 +38,15 @@ def inputs_of(batch: Any, *, source: str, otherwise: str) -> Any:
     return dict(without_labels(batch)) if isinstance(batch, Mapping) else batch
 
 
+def number_of_batches(batches: Any, limit: int | None) -> int | None:
+    """Return how many batches there are, at most `limit`; the limit itself if that is unknown."""
+    try:
+        length = len(batches)
+    except (TypeError, NotImplementedError):  # it has no length, or an iterable data set
+        return limit
+    return length if limit is None else min(length, limit)
+
+
 def to_device_of(model: nn.Module, value: Any) -> Any:
     """Return `value` with its tensors moved to the model's device, if that is a single one."""
     devices = {parameter.device for parameter in model.parameters()}

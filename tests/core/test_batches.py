@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compression_manager import ConfigError
-from compression_manager.batches import inputs_of, to_device_of
+from compression_manager.batches import inputs_of, number_of_batches, to_device_of
 
 INPUT, TARGET = torch.randn(2, 3), torch.zeros(2)
 
@@ -42,3 +42,17 @@ def test_everything_moves_to_the_models_device():
     assert moved["x"][1] == 3
     spread = nn.Sequential(model, nn.Linear(2, 2))
     assert to_device_of(spread, INPUT) is INPUT
+
+
+@pytest.mark.parametrize(
+    ("batches", "limit", "expected"),
+    [
+        ([1, 2, 3], None, 3),
+        ([1, 2, 3], 2, 2),
+        ([1, 2, 3], 5, 3),
+        (iter([1]), 5, 5),
+        (iter([]), None, None),
+    ],
+)
+def test_number_of_batches(batches, limit, expected):
+    assert number_of_batches(batches, limit) == expected

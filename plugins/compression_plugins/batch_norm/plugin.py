@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from compression_manager.batches import inputs_of
+from compression_manager.batches import inputs_of, number_of_batches
 from compression_manager.checks import require_integer
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
@@ -104,7 +104,7 @@ class BatchNormReestimationPlugin(Plugin[BatchNormReestimationConfig]):
     def _inputs(self) -> Iterator[Any]:
         bar = tqdm(
             itertools.islice(self._loader, self.config.batches),
-            total=_total(self._loader, self.config.batches),
+            total=number_of_batches(self._loader, self.config.batches),
             desc="BatchNorm statistics",
             disable=None,
             file=sys.stderr,
@@ -124,10 +124,3 @@ class BatchNormReestimationPlugin(Plugin[BatchNormReestimationConfig]):
             source=f"plugin '{self.name}'s data loader",
             otherwise="BatchNormReestimationConfig(get_inputs=lambda batch: ...)",
         )
-
-
-def _total(loader: Any, batches: int) -> int:
-    try:
-        return min(len(loader), batches)
-    except (TypeError, NotImplementedError):
-        return batches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 from tqdm import tqdm
 
-from compression_manager.batches import inputs_of, to_device_of
+from compression_manager.batches import inputs_of, number_of_batches, to_device_of
 from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.model_call import call_model
 from compression_plugins.fake_quant.post_training_config import PTQConfig
@@ -67,7 +67,8 @@ class CalibrationData:
         taken = self._taken()
         shown: AbstractContextManager[Iterable[Any]] = nullcontext(taken)
         if bar is not None:
-            shown = progress(taken, bar, self._length(), "batch")
+            total = number_of_batches(self.batches, self.limit)
+            shown = progress(taken, bar, total, "batch")
         with shown as batches:
             for batch in batches:
                 self._call(model, batch, count)
@@ -77,13 +78,6 @@ class CalibrationData:
 
     def _taken(self) -> Iterator[Any]:
         return itertools.islice(self.batches, self.limit)
-
-    def _length(self) -> int | None:
-        try:
-            length = len(self.batches)  # type: ignore[arg-type]  # raises, caught
-        except (TypeError, NotImplementedError):
-            return self.limit
-        return length if self.limit is None else min(length, self.limit)
 
     def _call(self, model: nn.Module, batch: Any, index: int) -> None:
         try:
