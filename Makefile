@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo study tables test check reference readme
+.PHONY: help venv demo study tables test test-cuda check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -31,6 +31,9 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
+
+test-cuda: $(STAMP)  ## the tests that need a GPU; install a CUDA build of torch first
+	$(BIN)/python -m pytest tests/cuda
 
 # The blocks of a page build on one another, so that they run in one process.
 check: $(STAMP)  ## lint, types, direction of imports, code blocks of the documentation

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def check_parity(
         ConfigError: the trained model does not take `example_inputs`.
     """
     # Each run starts from the same random state.
-    with ExitStack() as stack, quiet_evaluation(trained):
+    with full_precision(), ExitStack() as stack, quiet_evaluation(trained):
         comparisons = _watch_layers(stack, trained, replacements)
         expected = list(tensors_in(call_with_examples(trained, example_inputs)))
     for layer, (error, tolerance) in comparisons.items():
@@ -102,9 +102,28 @@ def check_parity(
     return Parity({layer: error for layer, (error, _) in comparisons.items()}, error)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Keep cuDNN from rounding float32 operands of convolutions to TF32, which is its default.
+
+    A convolution that absorbed a BatchNorm multiplies other numbers, whose rounding to ten bits
+    would be the largest difference by far.
+    """
+    kinds: list[Any] = [getattr(torch.backends.cudnn, name) for name in ("conv", "rnn")]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        # Both, because torch refuses to answer whether TF32 is on where they differ.
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
 def _run_converted(model: nn.Module, inputs: Any) -> list[Tensor]:
     try:
-        with quiet_evaluation(model):
+        with full_precision(), quiet_evaluation(model):
             return list(tensors_in(call_model(model, inputs)))
     except Exception as error:
         raise ParityError(

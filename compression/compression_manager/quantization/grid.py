@@ -120,7 +120,8 @@ def _expand_groups(name: str, value: Tensor, input: Tensor, group_size: int) -> 
     if tuple(value.shape) != expected:
         raise _misfit(name, value, input, f"groups of {group_size} in", expected)
     rows, groups = expected
-    flat = value.unsqueeze(-1).expand(rows, groups, group_size).reshape(rows, -1)
+    spread = value.unsqueeze(-1).expand(rows, groups, group_size)
+    flat = spread.reshape(rows, groups * group_size)
     return flat[:, : input.shape[1:].numel()].reshape(input.shape)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
@@ -95,5 +94,6 @@ def _in_groups(input: Tensor, group_size: int, shape: tuple[int, ...]) -> Tensor
     flat = input.reshape(rows, -1)
     missing = groups * group_size - flat.shape[1]
     if missing:
-        flat = F.pad(flat, (0, missing), mode="replicate")
+        # Not F.pad: CUDA's kernel for replicating takes a limited number of rows.
+        flat = torch.cat([flat, flat[:, -1:].expand(-1, missing)], 1)
     return flat.reshape(rows, groups, group_size)

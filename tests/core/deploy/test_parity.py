@@ -202,3 +202,18 @@ def test_convert_runs_the_check():
     )
     with pytest.raises(ParityError, match="layer 'conv2'"):
         manager.convert()
+
+
+def test_convolutions_are_compared_in_full_precision():
+    """cuDNN rounds to TF32 by default, in which a folded BatchNorm computes something else."""
+    manager, cudnn, seen = trained(toys.ConvNet(), IMAGES), torch.backends.cudnn, []
+
+    def look(module, args):
+        seen.append((cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision))
+
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.allow_tf32
+    manager.model.fc.register_forward_pre_hook(look)
+    manager.convert()
+    assert seen
+    assert set(seen) == {("ieee", "ieee")}
+    assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cudnn.allow_tf32) == before

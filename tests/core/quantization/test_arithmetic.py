@@ -223,6 +223,17 @@ def test_any_memory_layout(view, gradient, axis):
         assert real.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0), (0,), (0, 0)])
+def test_empty_tensors_in_groups(shape):
+    x = torch.ones(shape, requires_grad=True)
+    groups = -(-x.shape[1:].numel() // 4)
+    scale, zero_point = torch.ones(shape[0], groups), torch.zeros(shape[0], groups)
+    integers = quantize(x, scale, zero_point, -8, 7, group_size=4)
+    assert integers.shape == dequantize(integers, scale, zero_point, group_size=4).shape == shape
+    fake_quantize(x, scale, zero_point, -8, 7, group_size=4).sum().backward()
+    assert x.grad.shape == shape
+
+
 def test_arguments_are_left_alone():
     x, scale, zero_point = torch.randn(8), torch.tensor([0.5]), torch.tensor([3])
     before = x.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.quantization.observers.bins import Layout, fold
@@ -80,8 +81,20 @@ class _Sums(NamedTuple):
         magnitudes = torch.cat([magnitudes[:, 1:2], magnitudes[:, 1:]], 1)
         counts = magnitudes.to(torch.float64)
         terms = (counts, (magnitudes > 0).to(torch.float64), torch.xlogy(counts, counts))
-        start = counts.new_zeros(counts.shape[0], 1)
-        return cls(*(torch.cat([start, term.cumsum(1)], 1) for term in terms))
+        return cls(*(_sums_before(term) for term in terms))
+
+
+def _sums_before(values: Tensor) -> Tensor:
+    """Return the sums of the first 0, 1, ... n values of each row, (rows, n + 1).
+
+    Not `cumsum`, which in floating point has no deterministic CUDA kernel. The order of these
+    additions is the same on every device.
+    """
+    total, reach = F.pad(values, (1, 0)), 1
+    while reach < total.shape[1]:
+        total = total + F.pad(total[:, :-reach], (reach, 0))
+        reach *= 2
+    return total
 
 
 def _divergence(sums: _Sums, candidates: Tensor, levels: Tensor, most: int) -> Tensor:
