@@ -153,7 +153,7 @@ def test_every_operation_is_deterministic(kind, name, device, deterministic):
     assert_same_state(there.state_dict(), here.state_dict())
 
 
-@pytest.mark.parametrize("kind", (*reference.BINNED, "min_max", "moving_average"))
+@pytest.mark.parametrize("kind", [*reference.BINNED, "min_max", "moving_average"])
 def test_merges_with_an_observer_on_another_device(kind, device):
     there, here = (make(kind, SCHEMES["tensor affine"], at) for at in (device, "cpu"))
     whole = make(kind, SCHEMES["tensor affine"], "cpu")

@@ -76,7 +76,8 @@ def dequantize(
         scale: shapes as for `quantize`; rounded to float32.
         zero_point: integer of real zero, shape as `scale`.
         axis: channel axis (may be negative), or None.
-        dtype: floating-point type of the result; narrower ones are computed in float32.
+        dtype: floating-point type of the result; narrower ones are computed in float32, and
+            what exceeds their largest number becomes it.
         group_size: consecutive values within a row that share a scale, or None.
 
     Raises:
@@ -124,7 +125,8 @@ def fake_quantize(
 
     Returns:
         Shape, dtype and memory format of `input`. NaN stays NaN (its gradient is zero unless
-        all pass), infinities become the ends of the range.
+        all pass), infinities become the ends of the range. A level that float16 or bfloat16 cannot
+        hold becomes their largest number: min-max ranges may end half a step beyond their values.
 
     Raises:
         QuantizationError: a dtype, shape or range that does not fit.

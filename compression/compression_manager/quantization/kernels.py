@@ -42,7 +42,7 @@ def dequantize(
     wide = dtype == torch.float64 or quantized.dtype in (torch.int32, torch.int64)
     compute = torch.float64 if wide else torch.float32
     grid = make_grid(quantized, scale, zero_point, axis, group_size, compute)
-    return _values(quantized.to(compute), grid).to(dtype)
+    return _rounded(_values(quantized.to(compute), grid), dtype)
 
 
 def fake_quantize(
@@ -65,7 +65,7 @@ def fake_quantize(
         )
         return output
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
-    return _values(code, grid).to(input.dtype)
+    return _rounded(_values(code, grid), input.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -87,7 +87,7 @@ class _StraightThrough(torch.autograd.Function):
         else:
             code = unclipped.clamp(quant_min, quant_max)
             ctx.save_for_backward(unclipped != code)
-        return _values(code, grid).to(input.dtype)
+        return _rounded(_values(code, grid), input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,3 +123,13 @@ def _steps(input: Tensor, grid: Grid) -> Tensor:
 def _values(code: Tensor, grid: Grid) -> Tensor:
     """Turn integers held in floating point into real numbers, in place of them."""
     return code.sub_(grid.zero_point).mul_(grid.scale)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `values` in `dtype`, cut to its largest number; they are changed in place."""
+    if dtype == values.dtype:
+        return values
+    largest = torch.finfo(dtype).max
+    if largest < torch.finfo(values.dtype).max:
+        values = values.clamp_(-largest, largest)
+    return values.to(dtype)

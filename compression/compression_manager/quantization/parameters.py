@@ -15,6 +15,10 @@ MIN_SCALE = torch.finfo(torch.float32).eps
 # Above 24 bits it would cut off the digits that the bits are for; this one has an inverse too.
 MIN_WIDE_SCALE = torch.finfo(torch.float32).tiny
 
+# What the outermost integers may stand for: float32's maximum, less what rounding the scale and
+# its product with an integer can add.
+_MAX_LEVEL = torch.finfo(torch.float32).max * (1 - 2**-22)
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizationParameters:
@@ -50,6 +54,9 @@ def choose_qparams(
     scale). All as in torch's `UniformQuantizationObserverBase`, in float32 (float64 above 24
     bits).
 
+    Every integer stands for a finite float32: where the outermost one would exceed its maximum,
+    the scale is the largest with which it does not. The range is then cut by at most one step.
+
     Args:
         minimum: smallest values, floating point; any shape, for example (channels,), or a
             number.
@@ -82,25 +89,46 @@ def choose_qparams(
 def compute_qparams(
     minimum: Tensor, maximum: Tensor, scheme: QuantizationScheme
 ) -> tuple[Tensor, Tensor]:
-    """Return what `choose_qparams` does, without looking at the values (for training steps)."""
+    """Return what `choose_qparams` does, without looking at the values (for training steps).
+
+    The scale of a range that is not finite is not a number.
+    """
     dtype = torch.float64 if scheme.bits > MAX_FLOAT32_BITS else torch.float32
     index_dtype = zero_point_dtype(scheme)
     # Zero is inside of every range, or padding and ReLU's zeros would not be exact.
     low = minimum.detach().to(dtype).clamp(max=0.0)
     high = maximum.detach().to(dtype).clamp(min=0.0)
+    # Their signs differ, so that this is zero for every finite range, and otherwise not a number.
+    nothing = (low + high) * 0.0
     if scheme.symmetric:
-        steps = max((scheme.quant_max - scheme.quant_min) / 2, 1)
-        scale = _divide(torch.maximum(-low, high), steps, scheme)
+        scale = _divide(torch.maximum(-low, high) + nothing, _symmetric_steps(scheme), scheme)
+        scale = scale.clamp(max=_MAX_LEVEL / _farthest_symmetric_level(scheme))
         return scale, torch.full_like(scale, scheme.symmetric_zero_point, dtype=index_dtype)
-    extent = (high - low).clamp(max=torch.finfo(torch.float32).max)
-    scale = _divide(extent, scheme.quant_max - scheme.quant_min, scheme)
+    # Halves, because the extent may exceed float32; the quotient is the same to the last bit.
+    half_extent = high * 0.5 - low * 0.5 + nothing
+    scale = _divide(half_extent, (scheme.quant_max - scheme.quant_min) / 2, scheme)
     zero_point = scheme.quant_min - torch.round(low / scale)
-    return scale, zero_point.clamp(scheme.quant_min, scheme.quant_max).to(index_dtype)
+    zero_point = zero_point.clamp(scheme.quant_min, scheme.quant_max)
+    # Rounding the zero point moves one end of the range outwards, by up to half a step.
+    farthest = torch.maximum(scheme.quant_max - zero_point, zero_point - scheme.quant_min)
+    scale = torch.minimum(scale, (_MAX_LEVEL / farthest).to(torch.float32))
+    return scale, zero_point.to(index_dtype)
 
 
 def zero_point_dtype(scheme: QuantizationScheme) -> torch.dtype:
     """Return int32, or int64 above 24 bits."""
     return torch.int64 if scheme.bits > MAX_FLOAT32_BITS else torch.int32
+
+
+def _symmetric_steps(scheme: QuantizationScheme) -> float:
+    """Return by how many steps the end of a symmetric range is away from zero."""
+    return max((scheme.quant_max - scheme.quant_min) / 2, 1)
+
+
+def _farthest_symmetric_level(scheme: QuantizationScheme) -> int:
+    """Return by how many steps the outermost integer is away from zero."""
+    zero_point = scheme.symmetric_zero_point
+    return max(scheme.quant_max - zero_point, zero_point - scheme.quant_min)
 
 
 def _divide(extent: Tensor, steps: float, scheme: QuantizationScheme) -> Tensor:

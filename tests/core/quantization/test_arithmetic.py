@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import dequantize, fake_quantize, quantize
+from compression_manager.quantization import (
+    QuantizationScheme,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+    quantize,
+)
 
 RANGES = [(-127, 127), (-128, 127), (0, 255), (1, 255), (-1, 1), (0, 15), (-32768, 32767)]
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
@@ -221,6 +227,36 @@ def test_any_memory_layout(view, gradient, axis):
         assert code.is_contiguous(memory_format=torch.channels_last)
         real = dequantize(code, scale, zero_point, axis)
         assert real.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 8, 28])
+@pytest.mark.parametrize("symmetric", [True, False])
+@settings(deadline=None, max_examples=30)
+@given(share=st.floats(0, 1, width=32))
+def test_finite_values_stay_finite_in_narrow_types(share, symmetric, bits, dtype):
+    """The level that the zero point's rounding moved past the largest number becomes it."""
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([largest, -largest * share, 0.0, 1.0], dtype=dtype, requires_grad=True)
+    scheme = QuantizationScheme(bits, symmetric)
+    scale, zero_point = choose_qparams(x.min(), x.max(), scheme)
+    y = fake_quantize(x, scale, zero_point, scheme.quant_min, scheme.quant_max)
+    assert y.isfinite().all()
+    integers = quantize(x, scale, zero_point, scheme.quant_min, scheme.quant_max)
+    assert torch.equal(dequantize(integers, scale, zero_point, dtype=dtype), y)
+    exact = dequantize(integers, scale, zero_point, dtype=torch.float64)
+    assert torch.equal(y, exact.clamp(-largest, largest).to(dtype))
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_not_a_number_and_infinities_in_narrow_types(dtype):
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    largest = torch.finfo(dtype).max
+    y = fake_quantize(x, largest / 100, 0, -128, 127)
+    assert y[0].isnan()
+    assert y[1:].tolist() == [largest, -largest]
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 0), (0,), (0, 0)])

@@ -7,11 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import QuantizationScheme, choose_qparams
+from compression_manager.quantization import (
+    QuantizationScheme,
+    choose_qparams,
+    dequantize,
+    fake_quantize,
+)
 from compression_manager.quantization.parameters import check_range, compute_qparams
 
 EPS = np.finfo(np.float32).eps
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+# What the outermost integer may stand for: the maximum, with room for rounding.
+MAX_LEVEL = FLOAT32_MAX * (1 - 2.0**-22)
 finite = st.floats(-1e6, 1e6, width=32) | st.floats(
     -FLOAT32_MAX, FLOAT32_MAX, width=32, allow_nan=False
 )
@@ -38,18 +45,21 @@ def reference(low, high, scheme):
     levels = 2**scheme.bits
     if scheme.symmetric:
         if scheme.bits == 1:
-            return max(np.float32(max(-low, high)), floor(scheme)), 0
-        steps = levels // 2 - 1 if scheme.narrow_range in (None, True) else (levels - 1) / 2
-        scale = max(-low, high) / real(steps)
-        return max(np.float32(scale), floor(scheme)), 0 if scheme.signed else levels // 2
+            scale = max(np.float32(max(-low, high)), floor(scheme))
+            return min(scale, np.float32(MAX_LEVEL)), 0
+        narrow = scheme.narrow_range in (None, True)
+        steps, farthest = (levels // 2 - 1,) * 2 if narrow else ((levels - 1) / 2, levels // 2)
+        scale = max(np.float32(max(-low, high) / real(steps)), floor(scheme))
+        return min(scale, np.float32(MAX_LEVEL / farthest)), 0 if scheme.signed else levels // 2
     first = -(levels // 2) if scheme.signed else 0
     last = first + levels - 1
     first += bool(scheme.narrow_range)
-    with np.errstate(over="ignore"):
-        extent = min(high - low, real(np.finfo(np.float32).max))
-    scale = max(np.float32(extent / real(last - first)), floor(scheme))
-    zero_point = first - int(np.rint(low / real(scale)))
-    return scale, min(max(zero_point, first), last)
+    # Twice the quotient, because twice the half of an extent may exceed float32.
+    scale = np.float32((high / real(2) - low / real(2)) / real((last - first) / 2))
+    scale = max(scale, floor(scheme))
+    zero_point = min(max(first - int(np.rint(low / real(scale))), first), last)
+    farthest = real(max(last - zero_point, zero_point - first))
+    return min(scale, np.float32(real(1) / farthest * real(MAX_LEVEL))), zero_point
 
 
 @settings(deadline=None, max_examples=300)
@@ -90,12 +100,12 @@ def test_range_is_covered_and_zero_is_exact(limits, scheme):
     )
     assert scale > 0
     assert scheme.quant_min <= zero_point <= scheme.quant_max
-    if high - low > FLOAT32_MAX:
-        return
     # Half a step at each end, for the rounding of the zero point, and float32's own rounding.
     slack = 0.51 * scale + 1e-6 * max(abs(low), abs(high))
+    if max(abs(low), abs(high)) + 1.01 * scale > FLOAT32_MAX:
+        slack += 0.51 * scale
     if scheme.symmetric and scheme.bits == 1:
-        assert scale == pytest.approx(max(abs(low), abs(high), EPS))
+        assert scale == pytest.approx(max(abs(low), abs(high), EPS), rel=1e-6)
         return
     assert (scheme.quant_min - zero_point) * scale <= min(low, 0.0) + slack
     assert (scheme.quant_max - zero_point) * scale >= max(high, 0.0) - slack
@@ -136,6 +146,46 @@ def test_equals_torch_observers(symmetric):
         scale, zero_point = choose_qparams(low, high, scheme)
         torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0)
         assert torch.equal(zero_point.long(), expected_zero_point.long())
+
+
+extreme = st.sampled_from([0.0, 1.0, 0.25, 0.5, 0.999, 1 - 2**-24]).map(
+    lambda share: float(np.float32(share * FLOAT32_MAX))
+)
+extreme_ranges = ranges | st.tuples(extreme.map(lambda x: -x), extreme | finite).map(sorted)
+
+
+@settings(deadline=None, max_examples=500)
+@given(extreme_ranges, schemes, st.lists(finite | extreme, max_size=4))
+def test_nothing_overflows(limits, scheme, others):
+    """Values are off by half a step, at the ends by one; beyond them, as far as they were cut."""
+    low, high = limits
+    scale, zero_point = choose_qparams(torch.tensor(low), torch.tensor(high), scheme)
+    values = torch.tensor([0.0, low, high, FLOAT32_MAX, -FLOAT32_MAX, *others])
+    quantized = fake_quantize(values, scale, zero_point, scheme.quant_min, scheme.quant_max)
+    assert quantized.isfinite().all()
+    assert quantized[0] == 0.0
+    levels = torch.tensor([scheme.quant_min, scheme.quant_max])
+    bottom, top = dequantize(levels, scale, zero_point).double()
+    assert bottom.isfinite()
+    assert top.isfinite()
+    exact, step = values.double(), scale.double()
+    inside = exact.clamp(bottom, top)
+    rounding = 2.0**-21 * exact.abs()
+    assert ((quantized.double() - inside).abs() <= 0.5 * step + rounding).all()
+    if scheme.bits > 1 or not scheme.symmetric:
+        ends = exact[1:3]
+        assert ((ends - ends.clamp(bottom, top)).abs() <= step + rounding[1:3]).all()
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 28])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("limits", [(-1.0, np.inf), (-np.inf, 1.0), (-np.inf, np.inf)])
+def test_an_infinite_range_has_no_scale(bits, symmetric, limits):
+    scheme = QuantizationScheme(bits, symmetric)
+    scale, zero_point = compute_qparams(*(torch.tensor(limit) for limit in limits), scheme)
+    assert scale.isnan()
+    x = torch.tensor([1.0, *limits])
+    assert fake_quantize(x, scale, zero_point, scheme.quant_min, scheme.quant_max).isnan().all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30])
