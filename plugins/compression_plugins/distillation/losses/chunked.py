@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from compression_manager.errors import ConfigError
 from compression_plugins.distillation.losses.common import Temperature, per_class
 from compression_plugins.distillation.losses.distributions import Divergence
 
@@ -22,8 +22,8 @@ def chunked_divergence(
 ) -> Tensor:
     """Return (*) divergences between logits (*, classes); extra memory O(positions * chunk_size).
 
-    Backward computes the slices again and adds the one buffer of the student's gradient. It can
-    not be differentiated once more: that raises RuntimeError.
+    Backward computes the slices again and adds the one buffer of the student's gradient. It
+    cannot be differentiated once more: `create_graph=True` raises ConfigError.
     """
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     result: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]  # torch's
@@ -57,8 +57,12 @@ class _ChunkedDivergence(torch.autograd.Function):
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: the slices would count as constants.
+            raise ConfigError(
+                "a loss with chunk_size cannot be differentiated twice (create_graph=True); leave "
+                "chunk_size out."
+            )
         student, teacher, *normalizers, total_slope = context.saved_tensors
         of_student, of_teacher = tuple(normalizers[:2]), tuple(normalizers[2:])
         slices, divergence = context.slices, context.divergence

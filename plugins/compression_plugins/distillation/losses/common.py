@@ -63,8 +63,7 @@ def checked_temperature(temperature: Temperature, logits: Tensor) -> Temperature
     Reading the values of a tensor makes the host wait for the device once.
     """
     if not isinstance(temperature, Tensor):
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ConfigError(f"temperature must be a finite number above 0, got {temperature}.")
+        check_one_temperature(temperature)
         return temperature
     if temperature.shape != logits.shape[:-1]:
         raise ConfigError(
@@ -76,6 +75,17 @@ def checked_temperature(temperature: Temperature, logits: Tensor) -> Temperature
         wrong = temperature[~valid].flatten()[0].item()
         raise ConfigError(f"temperature must be a finite number above 0, got {wrong}.")
     return temperature.detach().to(logits.dtype)
+
+
+def check_one_temperature(temperature: float) -> None:
+    """Refuse anything but a finite number above 0."""
+    if isinstance(temperature, Tensor):
+        raise ConfigError(
+            "temperature is a tensor; this loss compares samples with one another, so that it "
+            "must be one number for all."
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ConfigError(f"temperature must be a finite number above 0, got {temperature}.")
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compression_manager.errors import ConfigError
 from compression_plugins.distillation.losses.common import (
+    check_one_temperature,
     check_same_features,
     check_same_samples,
-    checked_temperature,
     matmul,
     promoted,
     unit,
@@ -43,9 +42,7 @@ def contrastive_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0)
     """
     check_same_samples(student, teacher)
     check_same_features(student, teacher)
-    if isinstance(temperature, Tensor):
-        raise ConfigError("the temperature of contrastive_loss must be one number.")
-    checked_temperature(temperature, student)
+    check_one_temperature(temperature)
     student, teacher = (unit(item.flatten(1)) for item in promoted(student, teacher))
     similarities = matmul(student, teacher.T) / temperature
     return F.cross_entropy(similarities, torch.arange(len(student), device=student.device))

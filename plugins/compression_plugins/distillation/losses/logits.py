@@ -11,6 +11,7 @@ from compression_plugins.distillation.losses.common import (
     batch_mean,
     check_label_smoothing,
     check_logits,
+    check_one_temperature,
     checked_temperature,
     promoted,
     unit,
@@ -112,6 +113,7 @@ def dist_loss(
     Raises:
         ConfigError: as for `kd_loss`.
     """
+    check_one_temperature(temperature)
     log_student, log_teacher, _ = log_probabilities(student, teacher, temperature)
     of_student, of_teacher = (item.exp().flatten(0, -2) for item in (log_student, log_teacher))
     inter = 1 - _pearson(of_student, of_teacher).mean()
