@@ -34,10 +34,8 @@ def peak_bytes(function, folder):
 
 def step_bytes(loss, classes, chunk_size, folder):
     """Return the peak of forward and backward, the student's gradient included."""
-    student, teacher = (
-        torch.randn(TOKENS, classes, requires_grad=True),
-        torch.randn(TOKENS, classes),
-    )
+    student, teacher = torch.randn(2, TOKENS, classes).unbind()
+    student.requires_grad_()
     peak = peak_bytes(lambda: loss(student, teacher, chunk_size=chunk_size).backward(), folder)
     assert student.grad.count_nonzero() > 0
     return peak
@@ -54,7 +52,9 @@ def test_the_measure_sees_what_lives_at_once(tmp_path):
 
 
 # The figures of the docstring of `token_kl_loss`; one slice is 1 MiB, the gradient 32 MiB.
-@pytest.mark.parametrize(("loss", "chunked", "at_once"), zip(LOSSES, (39, 40, 41), (160, 160, 416)))
+@pytest.mark.parametrize(
+    ("loss", "chunked", "at_once"), list(zip(LOSSES, (39, 40, 41), (160, 160, 416), strict=True))
+)
 def test_a_step_holds_a_few_slices_beside_the_gradient(loss, chunked, at_once, tmp_path):
     peak = step_bytes(loss, 32768, 1024, tmp_path) / MEBIBYTE
     assert 33 < peak < chunked + 0.1

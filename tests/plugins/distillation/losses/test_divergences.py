@@ -99,13 +99,15 @@ def test_dist_stays_within_its_bounds(pair, temperature):
     assert leaf.grad.isfinite().all()
 
 
-def test_dist_of_a_constant_row_counts_as_uncorrelated():
-    student, teacher = torch.zeros(4, 3, dtype=torch.float64), torch.randn(4, 3).double()
-    student.requires_grad_()
-    value = dist_loss(student, teacher)
-    value.backward()
-    assert value.item() == 2.0
-    assert student.grad.count_nonzero() == 0
+def test_dist_of_rows_and_columns_that_are_constant_up_to_rounding_is_uncorrelated():
+    # In float32 the mean of ten times 1/10, and of eleven equal probabilities, is rounded.
+    uniform, same = torch.zeros(4, 10), torch.randn(1, 6).repeat(11, 1)
+    for student, weights in ((uniform, (1, 1)), (same, (0, 1))):
+        student.requires_grad_()
+        value = dist_loss(student, torch.randn(student.shape), *weights)
+        value.backward()
+        assert value.item() == sum(weights)
+        assert student.grad.count_nonzero() == 0
 
 
 def test_dist_weighs_both_relations_and_defaults_to_one():
