@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import multiprocessing
 import runpy
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,7 +26,10 @@ def on_ranks(function: Callable[[int], Any], folder: Path, ranks: int = 2) -> li
         folder: empty; the ranks meet there and leave their results.
         ranks: number of processes, with one thread each.
     """
-    mp.spawn(_run, (inspect.getfile(function), function.__name__, folder, ranks), nprocs=ranks)
+    # One process imports torch, once; every rank is a copy of it.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch"])
+    arguments = (inspect.getfile(function), function.__name__, folder, ranks)
+    mp.start_processes(_run, arguments, nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
 
 
