@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import toys
 from compression_manager import StartAt, prepare_compression
 from compression_manager.quantization import HistogramCalibration, QuantizationScheme
-from compression_plugins import CalibrationConfig, LearnedScaleConfig, QATConfig
+from compression_plugins import CalibrationConfig, CheckpointConfig, LearnedScaleConfig, QATConfig
 from rank_runs import on_ranks
 
 SCHEMES = {
@@ -109,6 +111,41 @@ def run(rank: int | None) -> dict[str, dict[str, Any]]:
     return results
 
 
+def interrupted(rank: int, folder: Path, stop_after: int | None) -> tuple[dict[str, Tensor], int]:
+    """Train with dropout on, and a folder of checkpoints for each rank."""
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, toys.CLASSES))
+    checkpoints = CheckpointConfig(folder / f"rank-{rank}", save_every_steps=1)
+    manager = prepare_compression(model, [*configs("min_max", learned=True), checkpoints])
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    manager.track(optimizer=optimizer)
+    begins = manager.resume(checkpoints.directory, missing_ok=True).global_step
+    called = DistributedDataParallel(model)
+    for _ in manager.epochs(1):
+        for _, (inputs, targets) in manager.steps(batches(rank)):
+            output = called(inputs)
+            loss = manager.on_after_compute_loss(inputs, output, F.cross_entropy(output, targets))
+            loss.backward()
+            manager.on_before_optimizer_step()
+            optimizer.step()
+            manager.on_after_optimizer_step()
+            optimizer.zero_grad()
+            if manager.position.global_step == stop_after:
+                break
+        if stop_after is not None:
+            break
+    manager.close()
+    return dict(model.state_dict()), begins
+
+
+def resume(rank: int) -> tuple[Any, ...]:
+    """What an uninterrupted training and an interrupted one end with, and where that began anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, _ = interrupted(rank, Path(folder, "whole"), None)
+        interrupted(rank, Path(folder, "parts"), FREEZE + 1)
+        return whole, *interrupted(rank, Path(folder, "parts"), None)
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return on_ranks(run, tmp_path_factory.mktemp("ranks"))
@@ -167,3 +204,11 @@ def test_optimizers_take_as_many_steps_with_scales_as_in_one_process(ranks, sing
     assert sorted(set(expected)) == [FREEZE - 1, STEPS - 1]
     for rank in ranks:
         assert rank["adam"]["steps_of_scales"] == expected
+
+
+def test_every_rank_resumes_from_checkpoints_of_its_own_with_the_same_bits(tmp_path):
+    first, second = on_ranks(resume, tmp_path)
+    for whole, resumed, begins in (first, second):
+        assert 0 < begins < STEPS
+        toys.assert_identical(resumed, whole)
+    toys.assert_identical(second, first)

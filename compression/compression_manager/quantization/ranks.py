@@ -24,8 +24,8 @@ def maximum_of_ranks(values: Tensor) -> Tensor:
     """Overwrite `values` by the elementwise maximum over all ranks, and return it.
 
     Args:
-        values: equal shape and dtype on all ranks, contiguous and without NaN, whose maximum
-            depends on the backend.
+        values: equal shape and dtype on all ranks, contiguous. What NaN gives depends on the
+            backend; elements beside it are not affected.
     """
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values

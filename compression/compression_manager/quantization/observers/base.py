@@ -155,8 +155,7 @@ class RangeObserver(Observer):
             low, high = self._extremes(input)
             ends = torch.cat([-low.reshape(-1), high.reshape(-1)])
             is_bad = ends.isfinite().all().logical_not().reshape(1).to(ends.dtype)
-            # The maximum of NaN and a number is undefined.
-            ends = torch.where(is_bad > 0, -torch.inf, ends)
+        # A flag says what the ends cannot: the maximum of NaN and a number is undefined.
         reduced = maximum_of_ranks(torch.cat([ends, is_bad]))
         skipped = reduced[-1] > 0
         # Without any value the ends are infinite still.
