@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from compression_manager.composition import (
     PluginSpec,
@@ -57,6 +58,11 @@ def prepare_compression(
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"prepare_compression takes a torch.nn.Module as model, got {type(model).__name__}."
+        )
+    if isinstance(model, nn.DataParallel | DistributedDataParallel):
+        raise ConfigError(
+            f"prepare_compression takes the model before {type(model).__name__} wraps it, which "
+            "would not know what plugins add; prepare first, then wrap manager.model."
         )
     _check_seed(seed)
     if isinstance(configs, (str, Path)):

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import toys
 from compression_manager import ConfigError, PluginError, prepare_compression
 from compression_manager.state import capture_random_state
 from compression_plugins import DistillationConfig, LayerRule, QATConfig
 from probes import probe
+from rank_runs import process_group
 
 
 def _snapshot(model: nn.Module) -> Any:
@@ -163,3 +165,12 @@ def test_unfit_seed(seed: Any) -> None:
     with pytest.raises(ConfigError, match="seed takes a whole number from 0"):
         prepare_compression(model, [QATConfig()], seed=seed)
     assert torch.equal(before, capture_random_state()["torch"])
+
+
+def test_a_wrapped_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"before DataParallel wraps it.*then wrap"):
+        prepare_compression(nn.DataParallel(toys.mlp()), [QATConfig()])
+    with process_group(tmp_path):
+        wrapped = DistributedDataParallel(toys.mlp())
+        with pytest.raises(ConfigError, match=r"before DistributedDataParallel wraps it"):
+            prepare_compression(wrapped, [QATConfig()])

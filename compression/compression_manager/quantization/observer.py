@@ -16,7 +16,14 @@ class Observer(Float32Buffers, ABC):
     All state is held in buffers that have their final shape from construction on and are
     updated in place, so that checkpoints, DDP and torch.compile see them. float32 buffers
     keep their dtype when the model is cast.
+
+    Attributes:
+        synchronize: whether a batch is made of the tensors that all ranks of torch.distributed
+            observe, which all have to do then. False until a plugin sets it; an observer that
+            takes no notice follows each rank's own data.
     """
+
+    synchronize: bool = False
 
     @abstractmethod
     def observe(self, input: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError, suggest
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import Calibration, MovingAverageCalibration
@@ -24,7 +25,8 @@ class CalibrationConfig(PluginConfig):
     `observer: {type: histogram, objective: kl_divergence}`.
 
     Raises:
-        ConfigError: an unknown observer, or a constant outside of (0, 1].
+        ConfigError: an unknown observer, a constant outside of (0, 1], or an option of a wrong
+            type.
     """
 
     plugin: ClassVar[str] = "calibration"
@@ -43,6 +45,13 @@ class CalibrationConfig(PluginConfig):
             "Share of a new batch in a moving average chosen by name, above 0 and at most 1."
         ),
     )
+    synchronize: bool = field(
+        default=True,
+        metadata=option(
+            "Where torch.distributed is initialized, ranges are those of all ranks' batches; "
+            "false for a rank that trains or calibrates a model of its own."
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name in ("observer", "weight_observer"):
@@ -54,6 +63,7 @@ class CalibrationConfig(PluginConfig):
                     f"{suggest(str(value), CALIBRATIONS)}"
                 )
         check_averaging_constant(self.averaging_constant, "calibration")
+        require_type(self, "synchronize", self.synchronize, bool)
 
     def calibration(self, option: str) -> Calibration:
         """Return what `observer` or `weight_observer` stands for."""

@@ -31,6 +31,7 @@ class CalibrationPlugin(Plugin[CalibrationConfig]):
         option = "weight_observer" if site.role == "weight" else "observer"
         with blame_option(option):
             observer = self.config.calibration(option).make_observer(scheme, site)
+        observer.synchronize = self.config.synchronize
         if isinstance(observer, RangeObserver):
             self._watched.append((site, observer))
         return observer

@@ -189,3 +189,19 @@ class IntegerZeroPoint(torch.autograd.Function):
         low, high = fraction <= 0.0, fraction >= 1.0
         stuck = (low & (grad_output > 0)) | (high & (grad_output < 0))
         return torch.where(stuck, 0.0, grad_output * ctx.levels), None, None
+
+
+class ZeroGradient(torch.autograd.Function):
+    """The first argument itself, with a gradient of zero for all others."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, *parameters: Tensor | None) -> Tensor:
+        """Return `input`."""
+        # Not the parameters, which `start` may set before backward.
+        ctx.save_for_backward(*(None if p is None else torch.zeros_like(p) for p in parameters))
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of `input` as it is, and zeros."""
+        return grad_output, *ctx.saved_tensors

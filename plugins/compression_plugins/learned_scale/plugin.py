@@ -104,6 +104,12 @@ class LearnedScalePlugin(Plugin[LearnedScaleConfig]):
             if weight is not None or quantizer.site.role == "activation":
                 quantizer.start(weight)
 
+    @hookimpl
+    def on_before_optimizer_step(self) -> None:
+        """Keep the optimizer away from parameters that have no part in training now."""
+        for quantizer in self._quantizers:
+            quantizer.drop_idle_gradients()
+
     # Internals -------------------------------------------------------------------------------
 
     def _learned(self, answer: ObservedFakeQuantizer) -> LearnedScaleQuantizer:

@@ -18,13 +18,19 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
-from compression_manager.quantization.parameters import check_range, compute_qparams
+from compression_manager.quantization.parameters import check_range
+from compression_manager.quantization.ranks import has_other_ranks, is_distributed
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
 from compression_plugins.learned_scale.arithmetic import (
     IntegerZeroPoint,
     PositiveScale,
+    ZeroGradient,
     learned_fake_quantize,
-    sum_per_scale,
+)
+from compression_plugins.learned_scale.start import (
+    mean_magnitude,
+    mean_magnitude_of_ranks,
+    start_values,
 )
 
 
@@ -37,6 +43,12 @@ class LearnedScaleQuantizer(FakeQuantizer):
     LSQ's value would leave most integers unused. The zero point starts at the observed range's.
     From then on observers are not asked again. Where the phase ends observing, an activation's
     parameters are frozen.
+
+    Where torch.distributed is initialized, parameters that have no part in the output get a
+    gradient of zero and keep `requires_grad`, because DistributedDataParallel settles at its
+    construction which parameters it waits for; `drop_idle_gradients` takes it away before an
+    optimizer's momentum sees it. What an activation's parameters start from is what all ranks
+    observed, if its observer synchronizes.
 
     Parameters: `log_scale`, and for affine schemes `zero_fraction`, float32 in the shape of the
     scheme's scales. Buffers: `observing`, `quantizing`, `started` (bool); an activation's
@@ -147,14 +159,21 @@ class LearnedScaleQuantizer(FakeQuantizer):
         if self.training and self._phase.observing and not (self._started or self._is_weight):
             self._observe(input.detach())
         if not self._phase.quantizing or not self.is_calibrated():
-            return input
+            return self._with_parameters(input)
         # Starting reads values back, which a compiled forward cannot.
         if self.training and not self._started and not torch.compiler.is_compiling():
             self.start(input.detach())
         scale, zero_point = self._scale_and_zero_point(input)
-        return learned_fake_quantize(
+        output = learned_fake_quantize(
             input, scale, zero_point, self.scheme, gradient_factor=self._gradient_factor(input)
         )
+        return self._with_parameters(output)
+
+    def drop_idle_gradients(self) -> None:
+        """Remove the gradients of parameters that have no part in the output, if there are any."""
+        if self._is_idle:
+            for parameter in self.parameters(recurse=False):
+                parameter.grad = None
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes now, as tensors of their own.
@@ -209,6 +228,9 @@ class LearnedScaleQuantizer(FakeQuantizer):
         zero_fraction: Tensor | None = self.zero_fraction
         if not self._started:
             log_scale, zero_fraction = self._first_values(input)
+        elif self._is_frozen:
+            log_scale = log_scale.detach()
+            zero_fraction = None if zero_fraction is None else zero_fraction.detach()
         # Function.apply is untyped in torch.
         scale: Tensor = PositiveScale.apply(log_scale, self.minimum_scale)  # type: ignore[no-untyped-call]
         scheme = self.scheme
@@ -225,29 +247,36 @@ class LearnedScaleQuantizer(FakeQuantizer):
         scheme = self.scheme
         if self._is_weight and input is not None:
             low, high = self.observer.compute_range(input)
-            magnitude = _mean_magnitude(input, scheme)
+            magnitude = mean_magnitude(input, scheme)
         else:
             low, high = self.observer.observed_range()
             magnitude = self.magnitude
-        scale, zero_point = compute_qparams(low, high, scheme)
-        steps = torch.maximum(zero_point - scheme.quant_min, scheme.quant_max - zero_point)
-        scale = torch.minimum(scale, 2 * magnitude / steps.sqrt())
-        log_scale = scale.clamp(min=self.minimum_scale).log()
-        if scheme.symmetric:
-            return log_scale, None
-        levels = scheme.quant_max - scheme.quant_min
-        return log_scale, ((zero_point.double() - scheme.quant_min) / levels).to(torch.float32)
+        return start_values(low, high, magnitude, scheme, self.minimum_scale)
 
     def _observe(self, input: Tensor) -> None:
         self.observer.observe(input)
-        if input.numel() == 0:
+        if self.observer.synchronize and has_other_ranks():
+            magnitude = mean_magnitude_of_ranks(input, self.scheme, self.magnitude.shape)
+        elif input.numel() == 0:
             return
-        magnitude = _mean_magnitude(input, self.scheme)
+        else:
+            magnitude = mean_magnitude(input, self.scheme)
         finite = magnitude.isfinite().all()
         # The mean of the means of all finite batches; no value is read back.
         self.batches.add_(finite)
         change = (magnitude - self.magnitude) / self.batches.clamp(min=1)
         self.magnitude.add_(torch.where(finite, change, 0.0))
+
+    def _with_parameters(self, output: Tensor) -> Tensor:
+        """Return `output`, from which parameters without part in it get a gradient of zero."""
+        wanted = self._is_idle and torch.is_grad_enabled() and is_distributed()
+        if not wanted or torch.compiler.is_exporting():
+            return output
+        # Function.apply is untyped in torch.
+        attached: Tensor = ZeroGradient.apply(  # type: ignore[no-untyped-call]
+            output, self.log_scale, self.zero_fraction
+        )
+        return attached
 
     def _gradient_factor(self, input: Tensor) -> float:
         if not self.gradient_scaling or torch.compiler.is_exporting():
@@ -262,13 +291,22 @@ class LearnedScaleQuantizer(FakeQuantizer):
         return 1.0 / math.sqrt(max(count, 1.0) * (scheme.quant_max - lowest))
 
     def _freeze_or_train(self) -> None:
-        observing, quantizing = self._phase
-        frozen = self._started and quantizing and not observing and not self._is_weight
+        frozen = self._is_frozen
         for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(not frozen)
+            parameter.requires_grad_(not frozen or is_distributed())
             if frozen:
                 # Momentum moves whatever has a gradient, even one of zero.
                 parameter.grad = None
+
+    @property
+    def _is_frozen(self) -> bool:
+        observing, quantizing = self._phase
+        return self._started and quantizing and not observing and not self._is_weight
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the parameters have no part in the output, or none that is trained."""
+        return not (self._started and self._phase.quantizing) or self._is_frozen
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: value.data for name, value in self.named_parameters(recurse=False)}
@@ -277,12 +315,6 @@ class LearnedScaleQuantizer(FakeQuantizer):
             if parameter.dtype != torch.float32:
                 parameter.data = before[name].to(parameter.device)
         return self
-
-
-def _mean_magnitude(input: Tensor, scheme: QuantizationScheme) -> Tensor:
-    """Return the means of |v| over what shares a scale: float32, in the scales' shape."""
-    magnitudes = input.detach().abs().to(torch.float32)
-    return sum_per_scale(magnitudes, scheme) / sum_per_scale(torch.ones_like(magnitudes), scheme)
 
 
 def _refresh(module: nn.Module, incompatible_keys: object) -> None:

@@ -27,6 +27,7 @@ def test_defaults():
     assert config.observer == "moving_average"
     assert config.weight_observer == "min_max"
     assert config.averaging_constant == 0.01
+    assert config.synchronize is True
 
 
 def test_every_option_has_a_help_line():
@@ -49,6 +50,7 @@ def test_every_option_has_a_help_line():
         ({"averaging_constant": float("nan")}, r"above 0 and at most 1, got nan"),
         ({"averaging_constant": "0.1"}, r"averaging_constant is a number, got '0.1'"),
         ({"averaging_constant": True}, r"averaging_constant is a number, got True"),
+        ({"synchronize": "no"}, r"synchronize.*bool.*no"),
     ],
 )
 def test_refused(options, message):

@@ -74,3 +74,10 @@ def test_skipped_batches_are_reported_once_per_layer(event):
     second.observe(bad)
     with pytest.warns(UserWarning, match=r"layer 'conv2' \(1\)"):
         getattr(plugin, event)()
+
+
+@pytest.mark.parametrize("synchronize", [True, False])
+def test_every_observer_learns_whether_ranks_synchronize(synchronize):
+    plugin = CalibrationPlugin(CalibrationConfig(synchronize=synchronize))
+    for site in (ACTIVATION, WEIGHT):
+        assert plugin.make_observer(SCHEME, site).synchronize is synchronize

@@ -11,6 +11,7 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.ranges import range_shape, tensor_range
+from compression_manager.quantization.ranks import has_other_ranks, maximum_of_ranks
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
@@ -20,6 +21,11 @@ class RangeObserver(Observer):
 
     A batch with any NaN or infinity is left out as a whole and counted; an empty tensor is no
     batch. All updates are in place and never wait for an accelerator.
+
+    With `synchronize`, and where torch.distributed has more than one rank, a batch is what all
+    ranks observe in one call: the state is then that of one observer of the concatenated tensors,
+    equal on all ranks. A batch that is not finite on one rank is left out on all; a rank whose
+    tensor is empty takes part as well.
 
     Attributes:
         minimum, maximum: float32, in the shape of the scales; zeros before the first batch.
@@ -47,14 +53,18 @@ class RangeObserver(Observer):
         Raises:
             QuantizationError: the channel axis is missing or has another length.
         """
-        if input.numel() == 0:
-            return
         input = input.detach()
-        low, high = self._extremes(input)
-        finite = low.isfinite().all() & high.isfinite().all()
+        if self._spans_ranks():
+            low, high, finite, skipped = self._extremes_of_ranks(input)
+        elif input.numel() == 0:
+            return
+        else:
+            low, high = self._extremes(input)
+            finite = low.isfinite().all() & high.isfinite().all()
+            skipped = finite.logical_not()
         self._take(input, low, high, finite)
         self.batches_observed.add_(finite)
-        self.batches_skipped.add_(finite.logical_not())
+        self.batches_skipped.add_(skipped)
 
     def compute_range(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return (minimum, maximum) of `input` alone: float32, in the shape of the scales.
@@ -104,8 +114,8 @@ class RangeObserver(Observer):
         """Update the state by a batch, unless `finite` (bool ()) is false.
 
         Args:
-            input: the batch, not empty.
-            low: its smallest values, float32 in the shape of the scales.
+            input: the batch, or this rank's part of it, which alone may be empty.
+            low: the batch's smallest values, float32 in the shape of the scales.
             high: its largest values.
             finite: whether the whole batch is finite; not to be read back.
         """
@@ -129,6 +139,29 @@ class RangeObserver(Observer):
         largest = torch.where(first, high, torch.maximum(self.maximum, high))
         self.minimum.copy_(torch.where(valid, smallest, self.minimum))
         self.maximum.copy_(torch.where(valid, largest, self.maximum))
+
+    def _spans_ranks(self) -> bool:
+        return self.synchronize and has_other_ranks()
+
+    def _extremes_of_ranks(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return (low, high, finite, skipped) of all ranks' tensors together.
+
+        finite: whether there is a value and all are finite. skipped: whether one is not.
+        """
+        if input.numel() == 0:
+            ends = torch.full_like(self.minimum, -torch.inf).reshape(-1).repeat(2)
+            is_bad = torch.zeros_like(ends[:1])
+        else:
+            low, high = self._extremes(input)
+            ends = torch.cat([-low.reshape(-1), high.reshape(-1)])
+            is_bad = ends.isfinite().all().logical_not().reshape(1).to(ends.dtype)
+        # A flag says what the ends cannot: the maximum of NaN and a number is undefined.
+        reduced = maximum_of_ranks(torch.cat([ends, is_bad]))
+        skipped = reduced[-1] > 0
+        # Without any value the ends are infinite still.
+        finite = reduced.isfinite().all() & skipped.logical_not()
+        low, high = reduced[:-1].reshape(2, *self.minimum.shape).unbind()
+        return -low, high, finite, skipped
 
     def _extremes(self, input: Tensor) -> tuple[Tensor, Tensor]:
         self._check_shape(input)

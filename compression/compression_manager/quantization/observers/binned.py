@@ -12,6 +12,7 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization.observers.base import RangeObserver
 from compression_manager.quantization.observers.bins import Layout, make_layout, rebin, tally
 from compression_manager.quantization.observers.rows import as_rows
+from compression_manager.quantization.ranks import sum_of_ranks
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
@@ -85,7 +86,10 @@ class BinnedObserver(RangeObserver):
         self._widen(low, high, finite)
         after = self._layout()
         counts = rebin(self._rows_of_counts(), before, after)
-        tally(counts, as_rows(input, self._scheme), after, finite)
+        added = torch.zeros_like(counts)
+        if input.numel() > 0:
+            tally(added, as_rows(input, self._scheme), after, finite)
+        counts += sum_of_ranks(added) if self._spans_ranks() else added
         self.counts.copy_(counts.reshape(self.counts.shape))
 
     def _merge(self, other: Self) -> None:
