@@ -58,6 +58,8 @@ def test_the_loss_of_distillation_equals_the_cpus(device):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False], ids=["dynamic", "fixed"])
 @pytest.mark.filterwarnings("ignore:QuantizedTeacher clipped:UserWarning")
+# torch's own, of the thread that runs the backward pass.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA")
 def test_quantized_logits(bits, symmetric, dynamic, device):
     model = toys.mlp().to(device)
     teacher = QuantizedTeacher(model, bits, symmetric=symmetric, dynamic=dynamic)

@@ -117,6 +117,7 @@ def test_every_layer_converts_with_parity_and_loads_on_the_cpu(
     build, inputs = matrix.LAYERS[layer]
     model, inputs = matrix.First(build()).to(device), moved(inputs, device)
     manager = prepare_compression(model, [QATConfig()], example_inputs=inputs)
+    model.to(device)  # a model without parameters says not where it will be called
     matrix._train(manager, inputs)
     converted = manager.convert()
     manager.save_converted(tmp_path / "converted")

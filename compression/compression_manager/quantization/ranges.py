@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -71,7 +72,7 @@ def _extremes(
     input: Tensor, scheme: QuantizationScheme, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     if scheme.granularity == "tensor":
-        if torch.compiler.is_exporting():
+        if is_exporting():
             # torch's ONNX exporter knows neither aminmax nor amin without a dimension.
             flat = input.reshape(-1)
             return flat.amin(0), flat.amax(0)

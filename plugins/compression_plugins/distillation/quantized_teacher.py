@@ -18,6 +18,7 @@ from compression_manager.quantization import (
     choose_qparams,
     fake_quantize,
 )
+from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.parameters import zero_point_dtype
 from compression_manager.quantization.precision import Float32Buffers
 from compression_plugins.distillation.distortion import TeacherDistortion, measure_distortion
@@ -220,7 +221,7 @@ class QuantizedTeacher(Float32Buffers):
     def _quantize(self, logits: Tensor) -> Tensor:
         scheme = self.scheme
         if self.scale is None or self.zero_point is None:
-            if torch.compiler.is_exporting():
+            if is_exporting():
                 _raise_not_exportable()
             scale, zero_point = choose_qparams(*finite_range(logits, scheme), scheme)
         else:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.quantization import QuantizationScheme, fake_quantize
+from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.grid import compute_dtype, make_grid
 
 
@@ -53,7 +54,7 @@ def learned_fake_quantize(
     Returns:
         Shape and dtype of `input`. NaN stays NaN and contributes to no gradient.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+    if not torch.is_grad_enabled() or is_exporting():
         return _quantized(input, scale, zero_point, scheme)
     # Function.apply is untyped in torch.
     output: Tensor = _LearnedScale.apply(  # type: ignore[no-untyped-call]

@@ -18,6 +18,7 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
+from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.parameters import check_range
 from compression_manager.quantization.ranks import has_other_ranks, is_distributed
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
@@ -270,7 +271,7 @@ class LearnedScaleQuantizer(FakeQuantizer):
     def _with_parameters(self, output: Tensor) -> Tensor:
         """Return `output`, from which parameters without part in it get a gradient of zero."""
         wanted = self._is_idle and torch.is_grad_enabled() and is_distributed()
-        if not wanted or torch.compiler.is_exporting():
+        if not wanted or is_exporting():
             return output
         # Function.apply is untyped in torch.
         attached: Tensor = ZeroGradient.apply(  # type: ignore[no-untyped-call]
@@ -279,7 +280,7 @@ class LearnedScaleQuantizer(FakeQuantizer):
         return attached
 
     def _gradient_factor(self, input: Tensor) -> float:
-        if not self.gradient_scaling or torch.compiler.is_exporting():
+        if not self.gradient_scaling or is_exporting():
             return 1.0  # nothing is trained there, and sqrt would fix the size of a batch
         scheme = self.scheme
         if self._is_weight:
