@@ -155,19 +155,29 @@ class _Conversion:
             return None
         if isinstance(node, str) and str in members:
             return node
+        scalars = [
+            member
+            for member in members
+            if not _is_structure(member) and not self._is_registered(member)
+        ]
+        others = [member for member in scalars if member is not types.NoneType]
         for member in members:
             if _container(member) is not None:
                 if isinstance(node, _NODE_OF[_container(member)]):
                     return self._container(member, node)
-            elif self.registry is not None and member not in (types.NoneType, str):
+            elif self._is_registered(member) and (isinstance(node, Mapping) or not others):
                 return self._registered(node)
             elif dataclasses.is_dataclass(member) and isinstance(node, Mapping):
                 return self._dataclass(typing.cast(type, member), node)
             elif member in (Any, object):
                 return node
-        scalars = [member for member in members if not _is_structure(member)]
         expected = " or ".join(_show_type(member) for member in members)
         return convert_scalar(scalars, node, str(self.place), expected)
+
+    def _is_registered(self, member: Any) -> bool:
+        """Return whether some class of the registry is a `member`."""
+        registered = (self.registry or {}).values()
+        return isinstance(member, type) and any(issubclass(kind, member) for kind in registered)
 
     def _container(self, hint: Any, node: Any) -> Any:
         kind, arguments = _container(hint), typing.get_args(hint)

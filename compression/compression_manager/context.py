@@ -35,6 +35,7 @@ class Context:
         step_cache: plugins share results of one loss call here; emptied after each call.
         skipped_layers: layer name -> why it is not quantized; shown by `manager.report()`.
         folded_layers: layer name -> name of the layer that does its work after conversion.
+        notes: plugin -> what `manager.report()` says about it.
         should_stop: whether a plugin asked to stop, and `stop_reason` says why.
         details_requested: whether `publish_details` runs at the end of this step.
     """
@@ -54,6 +55,7 @@ class Context:
         self.step_cache: dict[Any, Any] = {}
         self.skipped_layers: dict[str, str] = {}
         self.folded_layers: dict[str, str] = {}
+        self.notes: dict[str, str] = {}
         self.should_stop = False
         self.stop_reason: str | None = None
         self.details_requested = False
@@ -102,7 +104,7 @@ class Context:
         owner: str,
         learning_rate_factor: float = 1.0,
         weight_decay: float = 0.0,
-    ) -> None:
+    ) -> Callable[[], None]:
         """Have parameters that a plugin created trained by the tracked optimizer.
 
         They become a group of their own with the options of the optimizer's first group, named
@@ -116,11 +118,16 @@ class Context:
             learning_rate_factor: the group's learning rate, as a factor of the first group's.
             weight_decay: of the group; the first group's is not taken over.
 
+        Returns:
+            What takes them away again before the manager closes.
+
         Raises:
             ConfigError: the tracked optimizer cannot take them.
         """
         group = ParameterGroup(owner, dict(parameters), learning_rate_factor, weight_decay)
-        self.add_cleanup(self.parameter_groups.add(group), owner=owner)
+        take_away = self.parameter_groups.add(group)
+        self.add_cleanup(take_away, owner=owner)
+        return take_away
 
     # Loss ------------------------------------------------------------------------------------
 
@@ -149,6 +156,10 @@ class Context:
         """Ask the training loop to end after this epoch; `manager.should_stop` turns true."""
         self.should_stop = True
         self.stop_reason = reason
+
+    def note(self, owner: str, text: str) -> None:
+        """Have `manager.report()` say `text` about the plugin `owner`; replaces its last note."""
+        self.notes[owner] = text
 
     def request_details(self) -> None:
         """Have every plugin publish its costly metrics at the end of the present step."""

@@ -206,8 +206,12 @@ def make_fake_quantizer(scheme: QuantizationScheme, site: QuantizationSite) -> n
 @hookspec(firstresult=True)
 def make_distillation_loss(
     name: str, options: Mapping[str, Any]
-) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """Service: return `loss(student_logits, teacher_logits) -> scalar` for `name`, or None.
+) -> Callable[..., Tensor] | None:
+    """Service: return `loss(student, teacher) -> scalar` for `name`, or None.
 
-    `options` holds at least `temperature`; the returned loss includes its factor T^2.
+    Both are logits, or the features of a layer. A loss whose signature names `target`, `mask` or
+    `num_items` is given what the loop passed to `on_after_compute_loss`. `options` holds the
+    user's options, and `temperature` unless a schedule changes it; one that names `temperature`
+    in its signature is then given the present value, a number or a tensor with one for each
+    position. A loss of logits includes its factor T^2.
     """

@@ -79,6 +79,7 @@ class Inspection(TrainingLoops):
             parity=None if self._conversion is None else self._conversion.parity,
             sensitivity=self.sensitivity(example_inputs) if sensitivity else None,
             graph=self.graph(example_inputs) if graph else None,
+            notes=dict(self._context.notes),
         )
 
     def sensitivity(self, example_inputs: Any = None) -> Sensitivity:

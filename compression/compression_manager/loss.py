@@ -20,12 +20,12 @@ class LossTerm:
     Attributes:
         name: unique within a step, for example `task` or `distillation/KL`.
         value: unweighted scalar tensor.
-        weight: factor.
+        weight: factor, a number or a scalar tensor.
     """
 
     name: str
     value: Tensor
-    weight: float
+    weight: float | Tensor
 
 
 class LossTerms:
@@ -40,13 +40,13 @@ class LossTerms:
         check_scalar(TASK_TERM, task_loss)
         self._terms = {TASK_TERM: LossTerm(TASK_TERM, task_loss, task_weight)}
 
-    def add(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+    def add(self, name: str, value: Tensor, weight: float | Tensor = 1.0) -> None:
         """Add the term `weight * value`.
 
         Args:
             name: unique name of the term within this loss call.
             value: floating-point tensor with one element.
-            weight: factor.
+            weight: factor, a number or a scalar tensor.
 
         Raises:
             ConfigError: the name is taken.
@@ -75,7 +75,7 @@ class LossTerms:
             total = total + _weighted(term)
         if not torch.isfinite(total.detach()):
             values = ", ".join(
-                f"{term.name} = {float(term.value.detach()):g} (weight {term.weight:g})"
+                f"{term.name} = {float(term.value.detach()):g} (weight {float(term.weight):g})"
                 for term in self
             )
             raise LossError(
@@ -87,7 +87,8 @@ class LossTerms:
 
 def _weighted(term: LossTerm) -> Tensor:
     value = term.value.reshape(())
-    return value if term.weight == 1.0 else term.weight * value
+    is_one = not isinstance(term.weight, Tensor) and term.weight == 1.0
+    return value if is_one else term.weight * value
 
 
 def check_scalar(name: str, value: object) -> None:

@@ -61,7 +61,7 @@ class ParameterGroups:
         """Have `group` join the tracked optimizer, now or when one is tracked.
 
         Returns:
-            What takes it away again.
+            What takes it away again; a second call does nothing.
 
         Raises:
             ConfigError: the tracked optimizer cannot take it.
@@ -73,8 +73,9 @@ class ParameterGroups:
         self._groups.append(group)
 
         def take_away() -> None:
-            self._groups.remove(group)
-            _leave(group, self._tracked)
+            if group in self._groups:
+                self._groups.remove(group)
+                _leave(group, self._tracked)
 
         return take_away
 

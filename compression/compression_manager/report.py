@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -57,12 +57,14 @@ class Report:
         parity: how close the last `convert` came to the trained model; None before it.
         sensitivity: what each layer's quantization does to the output, if it was asked for.
         graph: the operations of the model, if they were asked for.
+        notes: plugin -> what it has to say.
     """
 
     layers: tuple[LayerReport, ...]
     parity: Parity | None = None
     sensitivity: Sensitivity | None = None
     graph: QuantizationGraph | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -85,6 +87,7 @@ class Report:
             "parity": None if self.parity is None else asdict(self.parity),
             "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
             "graph": None if self.graph is None else str(self.graph).splitlines(),
+            "notes": dict(self.notes),
         }
 
     def __str__(self) -> str:
@@ -116,6 +119,7 @@ class Report:
         ]
         if self.parity is not None:
             lines.append(str(self.parity))
+        lines += [f"{plugin}: {note}" for plugin, note in self.notes.items()]
         lines += [str(part) for part in (self.sensitivity, self.graph) if part is not None]
         return "\n".join(lines)
 

@@ -52,8 +52,8 @@ class Services:
 
     def make_distillation_loss(
         self, name: str, options: Mapping[str, Any]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return `loss(student_logits, teacher_logits) -> scalar` for `name`.
+    ) -> Callable[..., Tensor]:
+        """Return `loss(student, teacher) -> scalar` for `name`; the hook says what it is given.
 
         Raises:
             ConfigError: no plugin offers a loss of that name.
@@ -61,7 +61,7 @@ class Services:
         """
         answer = self._hook.make_distillation_loss(name=name, options=options)
         answered = _answered("make_distillation_loss", answer, f"the loss '{name}'")
-        return cast(Callable[[Tensor, Tensor], Tensor], answered)
+        return cast(Callable[..., Tensor], answered)
 
 
 def _answered(service: str, answer: object, purpose: str) -> object:

@@ -1,17 +1,35 @@
-"""Knowledge distillation from a teacher's outputs."""
+"""Knowledge distillation from a teacher's outputs or layers, or from the student itself."""
 
-from compression_plugins.distillation.config import (
-    DistillationConfig,
+from compression_plugins.distillation.config import DistillationConfig
+from compression_plugins.distillation.criteria import (
+    IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
+    SelfKnowledgeDistillationLossConfig,
+    TokenDistillationLossConfig,
 )
 from compression_plugins.distillation.distortion import TeacherDistortion
 from compression_plugins.distillation.plugin import DistillationPlugin
 from compression_plugins.distillation.quantized_teacher import QuantizedTeacher
+from compression_plugins.distillation.schedules import (
+    AdaptiveSchedule,
+    CosineSchedule,
+    CurriculumSchedule,
+    LinearSchedule,
+    Schedule,
+)
 
 __all__ = [
+    "AdaptiveSchedule",
+    "CosineSchedule",
+    "CurriculumSchedule",
     "DistillationConfig",
     "DistillationPlugin",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
     "KnowledgeDistillationLossConfig",
+    "LinearSchedule",
     "QuantizedTeacher",
+    "Schedule",
+    "SelfKnowledgeDistillationLossConfig",
     "TeacherDistortion",
+    "TokenDistillationLossConfig",
 ]

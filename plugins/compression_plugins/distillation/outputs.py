@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -77,3 +77,33 @@ def _names(output: Any) -> list[str]:
         return [str(key) for key in output]
     fields = getattr(output, "_fields", None) or getattr(output, "__dict__", {})
     return [name for name in fields if not name.startswith("_")]
+
+
+def pick_feature(output: Any, key: int | str | Callable[[Any], Any] | None, *, where: str) -> Tensor:
+    """Return the feature in what a layer returned.
+
+    Args:
+        output: a tensor, a tuple or list, a mapping, or an object with attributes.
+        key: index, name or function that picks; None takes a tensor itself, and the first element
+            of a tuple or list.
+        where: the layer, for messages.
+
+    Raises:
+        ConfigError: nothing fits, or what fits is no floating-point tensor.
+    """
+    if callable(key):
+        found = key(output)
+    elif key is None and not isinstance(output, (Tensor, tuple, list)):
+        raise ConfigError(
+            f"the {where} returned {type(output).__name__}; say which part is meant: [layer, "
+            f"output]; {suggest('', _names(output))}"
+        )
+    else:
+        found = _pick(output, key, where, "output", "[layer, output]")
+    if isinstance(found, Tensor) and found.is_floating_point():
+        return found
+    what = f"a tensor of dtype {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+    raise ConfigError(
+        f"the {where} gives {what}, which is no feature; pick a floating-point tensor with the "
+        "index, key or function of the output: [layer, output]."
+    )

@@ -1,4 +1,4 @@
-"""The distillation plugin: one teacher, one criterion, one loss term."""
+"""The distillation plugin: one source of teacher outputs, one criterion."""
 
 from __future__ import annotations
 
@@ -9,84 +9,79 @@ from torch import Tensor
 
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
-from compression_manager.errors import (
-    CheckpointMismatchError,
-    ConfigError,
-    blame_option,
-    suggest,
-)
+from compression_manager.errors import blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.model_call import call_model, quiet_evaluation
-from compression_plugins.distillation import losses as loss_functions
+from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_plugins.distillation import preflight
+from compression_plugins.distillation.batch import Batch
+from compression_plugins.distillation.catalog import NamedLoss, make_loss
 from compression_plugins.distillation.config import DistillationConfig
+from compression_plugins.distillation.criteria import Comparison, Surroundings
 from compression_plugins.distillation.outputs import pick_logits
-from compression_plugins.distillation.teacher import Teacher, check_distinct
-
-LogitLoss = Callable[[Tensor, Tensor], Tensor]
-
-LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "CE": loss_functions.soft_cross_entropy,
-    "KL": loss_functions.kd_loss,
-    "MSE": loss_functions.mse_loss,
-}
+from compression_plugins.distillation.sources import TeacherSource, make_source
 
 
 class DistillationPlugin(Plugin[DistillationConfig]):
-    """Adds the loss term `<instance>/<D>`; several instances with one teacher run it once."""
+    """Adds loss terms `<instance>/...`; several instances with one teacher run it once."""
 
     config_class = DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config)
-        self._teacher = (
-            None
-            if config.teacher_model is None
-            else Teacher(config.teacher_model, config.teacher_forward)
-        )
-        self._loss: LogitLoss | None = None
-        self._teacher_hash: str | None = None
+        self._context: Context | None = None
+        self._source: TeacherSource | None = None
+        self._comparison: Comparison | None = None
+        self._is_checked = False
+        self._take_parameters_away: Callable[[], None] | None = None
+        self._trained: dict[str, Any] = {}
+
+    def required_hooks(self) -> frozenset[str]:
+        """Return the hook at which a moving average follows the student."""
+        averages = self.config.teacher_outputs == "ema"
+        return frozenset({"on_after_optimizer_step"} if averages else ())
 
     @hookimpl
     def validate_composition(self, context: Context) -> None:
         """Refuse a teacher that is the student, or shares with it what training changes."""
-        if self._teacher is not None:
-            with blame_option("teacher_model"):
-                check_distinct(self._teacher.model, context.model)
+        self._context = context
+        self._source = make_source(self.config, context.model)
 
     @hookimpl
     def prepare_model(self, context: Context) -> None:
-        """Freeze the teacher; with example inputs, compare the logits' shapes."""
-        criterion = self.config.criterion
+        """Freeze the teacher, watch layers; with example inputs, compare the outputs' shapes."""
+        criterion, source = self.config.criterion, self._teacher_source
         with blame_option("criterion.loss_weights[0]"):
-            context.set_task_weight(self.name, criterion.loss_weights[0])
-        # Only the plugin that offers the loss knows its options.
-        with blame_option("criterion" if criterion.loss_options else "criterion.loss_types[1]"):
-            self._loss = context.services.make_distillation_loss(
-                criterion.loss_types[1],
-                {"temperature": criterion.temperature, **criterion.loss_options},
+            context.set_task_weight(self.name, criterion.task_weight)
+        source.prepare(context, self.name)
+        if source.model is not None and criterion.needs_teacher_layers:
+            # torch's fused inference paths call no layer that could be watched.
+            context.add_cleanup(disable_fused_paths(source.model), owner=self.name)
+        with blame_option("criterion"):
+            self._comparison = criterion.compare(
+                Surroundings(
+                    student=context.model,
+                    teacher=source.model,
+                    hooks=context.model_hooks,
+                    make_loss=self._make_loss,
+                    student_logits=self._student_logits,
+                    teacher_logits=self._teacher_logits,
+                )
             )
-        if self._teacher is None:
-            return
-        self._teacher.freeze(context, self.name)
-        if context.example_inputs is not None:
-            self._check_example(context, self._teacher)
+        if context.example_inputs is not None and not self._takes_from_loop:
+            self._check_example(context)
 
     @hookimpl(trylast=True)
-    def make_distillation_loss(self, name: str, options: Mapping[str, Any]) -> LogitLoss:
-        """Answer the service for `CE`, `KL` and `MSE`."""
-        if name not in LOSSES:
-            raise ConfigError(
-                f"no plugin offers the distillation loss '{name}'; {suggest(name, LOSSES)}"
-            )
-        known = {"temperature"}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            raise ConfigError(
-                f"the distillation loss '{name}' has no option '{unknown[0]}'; "
-                f"{suggest(unknown[0], known)}"
-            )
-        function, temperature = LOSSES[name], options["temperature"]
-        return lambda student, teacher: function(student, teacher, temperature)
+    def make_distillation_loss(
+        self, name: str, options: Mapping[str, Any]
+    ) -> Callable[..., Tensor]:
+        """Answer the service for the built-in losses."""
+        return make_loss(name, options)
+
+    @hookimpl
+    def on_step_begin(self) -> None:
+        """Keep features from here on."""
+        self._running.start()
 
     @hookimpl
     def on_after_compute_loss(
@@ -96,70 +91,131 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         input: Any,
         student_output: Any,
         teacher_output: Any,
+        target: Tensor | None,
+        mask: Tensor | None,
+        num_items: int | Tensor | None,
     ) -> None:
-        """Add the weighted comparison of both logits."""
-        config = self.config
-        if self._teacher is not None:
-            teacher_output = self._run_teacher(context, self._teacher, input)
-        elif teacher_output is None:
-            raise ConfigError(
-                f"plugin '{self.name}' has teacher_outputs='caller', but on_after_compute_loss got "
-                "no teacher_output; pass it as the fourth argument."
-            )
-        student = pick_logits(student_output, config.output, where="student", option="output")
-        teacher = pick_logits(
-            teacher_output, config.teacher_output, where="teacher", option="teacher_output"
+        """Add the weighted comparison of both models."""
+        batch = Batch(
+            input,
+            student_output,
+            self._teacher_source.outputs(context, input, teacher_output),
+            target,
+            mask,
+            num_items,
+            context.global_step,
         )
-        check_same_logits(student, teacher)
-        assert self._loss is not None  # set by prepare_model
-        name, weight = config.criterion.loss_types[1], config.criterion.loss_weights[1]
-        losses.add(f"{self.name}/{name}", self._loss(student, teacher.detach()), weight)
+        comparison = self._running
+        try:
+            if not self._is_checked:
+                comparison.check(batch)
+                self._train_parameters(context)
+                self._look_ahead(context, batch)
+                self._is_checked = True
+            comparison.add_terms(batch, losses, self.name)
+        finally:
+            comparison.clear()
+
+    @hookimpl
+    def on_after_optimizer_step(self, context: Context) -> None:
+        """Let a moving average follow."""
+        self._teacher_source.follow(context.model)
+
+    @hookimpl
+    def on_step_end(self) -> None:
+        """Let go of features."""
+        self._running.stop()
+
+    @hookimpl
+    def on_exception(self) -> None:
+        """Let go of features."""
+        self._running.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the hash of the teacher's weights; the weights themselves are never saved."""
-        if self._teacher is None:
-            return {}
-        if self._teacher_hash is None:
-            self._teacher_hash = self._teacher.weights_hash()
-        return {"teacher_sha256": self._teacher_hash}
+        """Return the teacher's hash (its weights are never saved) and what the criterion trains."""
+        state = self._teacher_source.state_dict()
+        trained = self._running.state_dict()
+        return {**state, "criterion": trained} if trained else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that the teacher is the one that the checkpoint was trained with.
+        """Check that the teacher is the same, and restore what the criterion trains.
 
         Raises:
-            CheckpointMismatchError: it is another one.
+            CheckpointMismatchError: it is another teacher or criterion.
         """
-        own = self.state_dict()
-        if dict(state) != own:
-            raise CheckpointMismatchError(
-                f"plugin '{self.name}': the checkpoint was trained with another teacher "
-                f"(weights {state.get('teacher_sha256')}, here {own.get('teacher_sha256')})."
+        source = {key: value for key, value in state.items() if key != "criterion"}
+        self._teacher_source.load_state_dict(source)
+        self._running.load_state_dict(state.get("criterion", {}))
+        if self._context is not None:
+            self._train_parameters(self._context)
+
+    # Internals -------------------------------------------------------------------------------
+
+    @property
+    def _teacher_source(self) -> TeacherSource:
+        assert self._source is not None  # set by validate_composition
+        return self._source
+
+    @property
+    def _running(self) -> Comparison:
+        assert self._comparison is not None  # set by prepare_model
+        return self._comparison
+
+    @property
+    def _takes_from_loop(self) -> bool:
+        return self.config.criterion.needs_teacher and self.config.teacher_outputs == "caller"
+
+    def _make_loss(self, name: str, options: Mapping[str, Any], chosen_by: str) -> NamedLoss:
+        assert self._context is not None  # set by validate_composition
+        with blame_option(chosen_by):
+            function = self._context.services.make_distillation_loss(name, options)
+        return NamedLoss(name, function)
+
+    def _student_logits(self, output: Any) -> Tensor:
+        return pick_logits(output, self.config.output, where="student", option="output")
+
+    def _teacher_logits(self, output: Any) -> Tensor:
+        key = self.config.teacher_output
+        return pick_logits(output, key, where="teacher", option="teacher_output")
+
+    def _check_example(self, context: Context) -> None:
+        inputs, source, comparison = context.example_inputs, self._teacher_source, self._running
+        models = [model for model in (context.model, source.model) if model is not None]
+        comparison.start()
+        try:
+            with quiet_evaluation(*models):
+                student_output = call_model(context.model, inputs)
+                teacher_output = source.outputs(context, inputs, None)
+                comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
+        finally:
+            comparison.stop()
+            context.step_cache.clear()
+        self._train_parameters(context)
+
+    def _train_parameters(self, context: Context) -> None:
+        """Have the optimizer train exactly what the comparison consists of now."""
+        parameters = dict(self._running.parameters())
+        if {id(value) for value in parameters.values()} == {id(v) for v in self._trained.values()}:
+            return
+        if self._take_parameters_away is not None:
+            self._take_parameters_away()
+            self._take_parameters_away = None
+        self._trained = parameters
+        if parameters:
+            self._take_parameters_away = context.add_parameters(parameters, owner=self.name)
+
+    def _look_ahead(self, context: Context, batch: Batch) -> None:
+        teacher = self._teacher_source.model
+        if teacher is None:
+            return
+        context.note(
+            self.name,
+            preflight.describe_memory(context.model, teacher, self._running.feature_bytes()),
+        )
+        if self.config.teacher_outputs == "model" and batch.target is not None:
+            preflight.warn_if_worse(
+                batch.target,
+                student=lambda: self._student_logits(batch.student_output),
+                teacher=lambda: self._teacher_logits(batch.teacher_output),
+                plugin=self.name,
             )
-
-    def _run_teacher(self, context: Context, teacher: Teacher, input: Any) -> Any:
-        key = ("teacher", id(teacher.model), id(self.config.teacher_forward))
-        if key not in context.step_cache:
-            context.step_cache[key] = teacher.run(input)
-        return context.step_cache[key]
-
-    def _check_example(self, context: Context, teacher: Teacher) -> None:
-        config = self.config
-        with quiet_evaluation(context.model, teacher.model):
-            student_output = call_model(context.model, context.example_inputs)
-            teacher_output = teacher.run(context.example_inputs)
-        check_same_logits(
-            pick_logits(student_output, config.output, where="student", option="output"),
-            pick_logits(
-                teacher_output, config.teacher_output, where="teacher", option="teacher_output"
-            ),
-        )
-
-
-def check_same_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raise ConfigError unless both logits have the same shape."""
-    if student.shape != teacher.shape:
-        what = "classes" if student.shape[:-1] == teacher.shape[:-1] else "shapes"
-        raise ConfigError(
-            f"student and teacher logits differ in their {what}: {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}; both models must predict the same classes for the same batch."
-        )

@@ -1,0 +1,114 @@
+"""What every criterion is made of: its options, and the comparison that they describe."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from compression_manager.errors import CheckpointMismatchError
+from compression_manager.loss import LossTerms
+from compression_manager.model_hooks import ModelHooks
+from compression_plugins.distillation.batch import Batch
+from compression_plugins.distillation.catalog import NamedLoss
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a comparison may use of the manager that it works in.
+
+    Attributes:
+        student: the model that is trained.
+        teacher: the teacher that is run, or None.
+        hooks: places forward hooks that close and conversion remove.
+        make_loss: `make_loss(name, options, option)` returns the loss that some plugin offers;
+            `option` is the criterion's option that chose it, for errors.
+        student_logits: the logits in what the student returned.
+        teacher_logits: the logits in what the teacher returned.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None
+    hooks: ModelHooks
+    make_loss: Callable[[str, Mapping[str, Any], str], NamedLoss]
+    student_logits: Callable[[Any], Tensor]
+    teacher_logits: Callable[[Any], Tensor]
+
+
+class Comparison(ABC):
+    """A criterion at work: compares student and teacher in every loss call.
+
+    Those that need no features and train nothing implement `check` and `add_terms` only.
+    """
+
+    def start(self) -> None:
+        """A step begins: features may be kept from here on."""
+
+    def clear(self) -> None:
+        """The loss is computed: let go of features."""
+
+    def stop(self) -> None:
+        """The step is over: let go of features, and keep no more."""
+
+    @abstractmethod
+    def check(self, batch: Batch) -> None:
+        """Refuse outputs that cannot be compared, and create what has to be trained.
+
+        Called once, with the first outputs that there are.
+
+        Raises:
+            ConfigError: says what does not fit.
+        """
+
+    @abstractmethod
+    def add_terms(self, batch: Batch, losses: LossTerms, prefix: str) -> None:
+        """Add the weighted terms of this batch; their names begin with `prefix`."""
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return what `check` or `load_state_dict` created and the optimizer has to train."""
+        return {}
+
+    def feature_bytes(self) -> int:
+        """Return the bytes of the features that are kept at present."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointMismatchError: it belongs to another criterion.
+        """
+        if state:
+            raise CheckpointMismatchError(
+                f"the criterion keeps no state, but the checkpoint holds {', '.join(sorted(state))}."
+            )
+
+
+@dataclass(frozen=True)
+class CriterionConfig(ABC):
+    """Base of all criteria's options."""
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether there has to be somebody else to learn from."""
+    needs_teacher_layers: ClassVar[bool] = False
+    """Whether the teacher has to be run here, because its layers are watched."""
+
+    @property
+    @abstractmethod
+    def task_weight(self) -> float:
+        """Factor of the task's own loss."""
+
+    @abstractmethod
+    def compare(self, surroundings: Surroundings) -> Comparison:
+        """Return the comparison that the options describe, with its hooks placed.
+
+        Raises:
+            ConfigError: a layer or loss does not exist.
+        """

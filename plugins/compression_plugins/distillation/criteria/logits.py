@@ -1,0 +1,181 @@
+"""Soft targets: the two models' logits are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from compression_manager.checks import require_choice, require_not_negative, require_type
+from compression_manager.errors import ConfigError, blame_option
+from compression_manager.loss import LossTerms
+from compression_manager.plugin import option
+from compression_plugins.distillation.batch import Batch
+from compression_plugins.distillation.catalog import NamedLoss
+from compression_plugins.distillation.criteria.base import (
+    Comparison,
+    CriterionConfig,
+    Surroundings,
+)
+from compression_plugins.distillation.schedules import (
+    SCHEDULES,
+    Schedule,
+    require_temperature,
+    require_weight,
+    value_at,
+    weight_at,
+)
+
+TASK_LOSS_TYPES = ("CE", "KL", "MSE")
+
+
+@dataclass(frozen=True)
+class KnowledgeDistillationLossConfig(CriterionConfig):
+    """Soft targets: `w0 * task_loss + w1 * T^2 * D(student / T, teacher / T)`.
+
+    The names and the order of the pairs are Neural Compressor's. Unlike there, D is a mean over
+    the batch and not over the elements.
+    """
+
+    temperature: float | Schedule = field(
+        default=1.0,
+        metadata={
+            **option("T: divides both logits; 1 leaves them as they are. Or a schedule."),
+            "registry": SCHEDULES,
+        },
+    )
+    loss_types: tuple[str, str] = field(
+        default=("CE", "CE"),
+        metadata=option(
+            "The task's own loss (computed by the loop; only named here), and D: 'CE' is soft "
+            "cross-entropy, 'KL' divergence, 'MSE' on logits, 'DKD', 'DIST', 'reverse_KL', 'JS', "
+            "or a loss that a plugin offers."
+        ),
+    )
+    loss_weights: tuple[float, float | Schedule] = field(
+        default=(0.5, 0.5),
+        metadata={
+            **option("w0 and w1: weights of the task's loss and of D; w1 may be a schedule."),
+            "registry": SCHEDULES,
+        },
+    )
+    loss_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=option("Further options of D, for example {alpha: 1, beta: 8} of 'DKD'."),
+    )
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        require_temperature(owner, "temperature", self.temperature)
+        for name in ("loss_types", "loss_weights"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise ConfigError(f"{owner}.{name} must be a list of two entries, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        require_choice(owner, "loss_types[0]", self.loss_types[0], TASK_LOSS_TYPES)
+        require_type(owner, "loss_types[1]", self.loss_types[1], str)
+        require_not_negative(owner, "loss_weights[0]", self.loss_weights[0])
+        require_weight(owner, "loss_weights[1]", self.loss_weights[1])
+        check_loss_options(self, self.loss_options)
+
+    @property
+    def task_weight(self) -> float:
+        """Factor of the task's own loss."""
+        return self.loss_weights[0]
+
+    def compare(self, surroundings: Surroundings) -> LogitComparison:
+        """Return the comparison of both models' logits."""
+        # Only the plugin that offers the loss knows its options.
+        chosen_by = "" if self.loss_options else ".loss_types[1]"
+        loss = named_loss(
+            surroundings, self.loss_types[1], self.temperature, self.loss_options, chosen_by
+        )
+        return LogitComparison(loss, self.temperature, self.loss_weights[1], surroundings)
+
+
+class LogitComparison(Comparison):
+    """Adds the term `<prefix>/<D>`."""
+
+    def __init__(
+        self,
+        loss: NamedLoss,
+        temperature: float | Schedule,
+        weight: float | Schedule,
+        surroundings: Surroundings,
+    ) -> None:
+        self._loss = loss
+        self._temperature = temperature
+        self._weight = weight
+        self._surroundings = surroundings
+
+    def check(self, batch: Batch) -> None:
+        """Refuse logits of different shape."""
+        self._logits(batch)
+
+    def add_terms(self, batch: Batch, losses: LossTerms, prefix: str) -> None:
+        """Add the weighted comparison of both logits."""
+        student, teacher = self._logits(batch)
+        temperature = scheduled(self._temperature, batch, teacher)
+        value = self._loss(student, teacher, batch, temperature)
+        weight = weight_at(self._weight, batch.global_step, teacher)
+        losses.add(f"{prefix}/{self._loss.name}", value, weight)
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        student = self._surroundings.student_logits(batch.student_output)
+        teacher = self._surroundings.teacher_logits(batch.teacher_output)
+        check_same_logits(student, teacher)
+        return student, teacher
+
+
+def scheduled(
+    temperature: float | Schedule, batch: Batch, teacher: Tensor | None
+) -> float | Tensor | None:
+    """Return the present value of a schedule; None where the temperature is fixed."""
+    if not isinstance(temperature, Schedule):
+        return None
+    return value_at(temperature, batch.global_step, teacher)
+
+
+def named_loss(
+    surroundings: Surroundings,
+    name: str,
+    temperature: float | Schedule,
+    options: Mapping[str, Any],
+    chosen_by: str,
+) -> NamedLoss:
+    """Return the loss `name`, made with the temperature if that is fixed.
+
+    Raises:
+        ConfigError: nobody offers it, it lacks an option, or its temperature cannot be scheduled.
+    """
+    is_scheduled = isinstance(temperature, Schedule)
+    fixed = {} if is_scheduled else {"temperature": temperature}
+    loss = surroundings.make_loss(name, {**fixed, **options}, f"criterion{chosen_by}")
+    if is_scheduled and not loss.takes_temperature:
+        with blame_option("criterion.temperature"):
+            raise ConfigError(
+                f"the distillation loss '{name}' takes no temperature at each call, so that it "
+                "cannot follow a schedule; give a number."
+            )
+    return loss
+
+
+def check_loss_options(owner: object, options: object) -> None:
+    """Check the field `loss_options` of a criterion, and give it a copy of its own."""
+    require_type(owner, "loss_options", options, Mapping)
+    object.__setattr__(owner, "loss_options", dict(options))  # type: ignore[call-overload]  # a Mapping
+    if "temperature" in dict(options):  # type: ignore[call-overload]  # a Mapping
+        name = type(owner).__name__
+        raise ConfigError(f"{name}.loss_options holds 'temperature'; use {name}.temperature.")
+
+
+def check_same_logits(student: Tensor, teacher: Tensor) -> None:
+    """Raise ConfigError unless both logits have the same shape."""
+    if student.shape != teacher.shape:
+        what = "classes" if student.shape[:-1] == teacher.shape[:-1] else "shapes"
+        raise ConfigError(
+            f"student and teacher logits differ in their {what}: {tuple(student.shape)} and "
+            f"{tuple(teacher.shape)}; both models must predict the same classes for the same batch."
+        )

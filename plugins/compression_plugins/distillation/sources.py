@@ -1,0 +1,170 @@
+"""Where the teacher's outputs come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.context import Context
+from compression_manager.deploy.copying import copy_model
+from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
+from compression_plugins.distillation.config import DistillationConfig
+from compression_plugins.distillation.teacher import Teacher, check_distinct
+
+
+class TeacherSource(ABC):
+    """Answers what the teacher says to a batch.
+
+    Attributes:
+        model: the module that is run here, whose layers can be watched; None if none is.
+    """
+
+    model: nn.Module | None = None
+
+    def prepare(self, context: Context, owner: str) -> None:
+        """Change what has to be changed of the teacher until the manager closes."""
+
+    @abstractmethod
+    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+        """Return the teacher's output for a batch.
+
+        Args:
+            context: of the manager.
+            input: what the student was called with.
+            teacher_output: what the loop passed.
+        """
+
+    def follow(self, student: nn.Module) -> None:
+        """The student was updated."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what must survive a restart; never a teacher's weights."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class LiveTeacher(TeacherSource):
+    """Runs a model; several plugin instances with the same one run it once per loss."""
+
+    def __init__(self, config: DistillationConfig, model: nn.Module) -> None:
+        self.model: nn.Module = model
+        self._forward = config.teacher_forward
+        self._teacher = Teacher(model, config.teacher_forward)
+        self._hash: str | None = None
+
+    def prepare(self, context: Context, owner: str) -> None:
+        """Freeze the teacher."""
+        self._teacher.freeze(context, owner)
+
+    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+        """Return what the model says, whatever the loop passed."""
+        key = ("teacher", id(self.model), id(self._forward))
+        if key not in context.step_cache:
+            context.step_cache[key] = self._teacher.run(input)
+        return context.step_cache[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hash of the teacher's weights."""
+        if self._hash is None:
+            self._hash = self._teacher.weights_hash()
+        return {"teacher_sha256": self._hash}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that the teacher is the one that the checkpoint was trained with.
+
+        Raises:
+            CheckpointMismatchError: it is another one.
+        """
+        own = self.state_dict()
+        if dict(state) != own:
+            raise CheckpointMismatchError(
+                f"the checkpoint was trained with another teacher (weights "
+                f"{state.get('teacher_sha256')}, here {own['teacher_sha256']})."
+            )
+
+
+class CallerTeacher(TeacherSource):
+    """Takes what the loop passes."""
+
+    def __init__(self, *, is_optional: bool) -> None:
+        self._is_optional = is_optional
+
+    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+        """Return what the loop passed.
+
+        Raises:
+            ConfigError: it passed nothing, and the criterion needs it.
+        """
+        if teacher_output is None and not self._is_optional:
+            raise ConfigError(
+                "teacher_outputs='caller', but on_after_compute_loss got no teacher_output; pass "
+                "it as the fourth argument."
+            )
+        return teacher_output
+
+
+class AveragedStudent(LiveTeacher):
+    """An exponential moving average of the student's weights: the mean teacher.
+
+    average = d * average + (1 - d) * weights after every optimizer step, with
+    d = min(decay, n / (n + 1)) at update n, so that the first ones are a plain mean (Tarvainen,
+    Valpola 2017, "Mean teachers are better role models", section 2 and their code). Buffers, such as
+    BatchNorm's statistics, are copied. It is a float model, whatever the student becomes.
+    """
+
+    def __init__(self, config: DistillationConfig, student: nn.Module) -> None:
+        super().__init__(config, copy_model(student, keep_user_hooks=False))
+        self._decay = config.ema_decay
+        self._updates = 0
+
+    @torch.no_grad()
+    def follow(self, student: nn.Module) -> None:
+        """Average the student's weights in."""
+        decay = min(self._decay, self._updates / (self._updates + 1))
+        self._updates += 1
+        own, theirs = dict(self.model.named_parameters()), dict(student.named_parameters())
+        for name, average in own.items():
+            average.lerp_(theirs[name].to(average.device, average.dtype), 1.0 - decay)
+        own_buffers, buffers = dict(self.model.named_buffers()), dict(student.named_buffers())
+        for name in own_buffers.keys() & buffers.keys():
+            own_buffers[name].copy_(buffers[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average and the number of its updates: it cannot be had elsewhere."""
+        average = {name: value for name, value in self.model.state_dict().items()}
+        return {"updates": self._updates, "average": average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the average.
+
+        Raises:
+            CheckpointMismatchError: the checkpoint holds none.
+        """
+        if set(state) != {"updates", "average"}:
+            raise CheckpointMismatchError(
+                "the checkpoint holds no moving average of the student; it was written with "
+                "another choice of teacher_outputs."
+            )
+        self.model.load_state_dict(dict(state["average"]))
+        self._updates = state["updates"]
+
+
+def make_source(config: DistillationConfig, student: nn.Module) -> TeacherSource:
+    """Return the source that `config` names; `student` is still as the user gave it.
+
+    Raises:
+        ConfigError: the teacher is the student, or shares with it what training changes.
+    """
+    if config.teacher_outputs == "ema":
+        return AveragedStudent(config, student)
+    if config.teacher_model is not None:
+        with blame_option("teacher_model"):
+            check_distinct(config.teacher_model, student)
+        return LiveTeacher(config, config.teacher_model)
+    return CallerTeacher(is_optional=not config.criterion.needs_teacher)
