@@ -204,9 +204,7 @@ def make_fake_quantizer(scheme: QuantizationScheme, site: QuantizationSite) -> n
 
 
 @hookspec(firstresult=True)
-def make_distillation_loss(
-    name: str, options: Mapping[str, Any]
-) -> Callable[..., Tensor] | None:
+def make_distillation_loss(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor] | None:
     """Service: return `loss(student, teacher) -> scalar` for `name`, or None.
 
     Both are logits, or the features of a layer. A loss whose signature names `target`, `mask` or

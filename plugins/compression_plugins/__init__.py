@@ -10,9 +10,16 @@ if TYPE_CHECKING:
     from compression_plugins.calibration import CalibrationConfig
     from compression_plugins.checkpoint import CheckpointConfig
     from compression_plugins.distillation import (
+        AdaptiveSchedule,
+        CosineSchedule,
+        CurriculumSchedule,
         DistillationConfig,
+        IntermediateLayersKnowledgeDistillationLossConfig,
         KnowledgeDistillationLossConfig,
+        LinearSchedule,
         QuantizedTeacher,
+        SelfKnowledgeDistillationLossConfig,
+        TokenDistillationLossConfig,
     )
     from compression_plugins.early_stopping import EarlyStoppingConfig
     from compression_plugins.fake_quant import LayerRule, PTQConfig, QATConfig
@@ -24,6 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "DistillationConfig",
     "KnowledgeDistillationLossConfig",
+    "IntermediateLayersKnowledgeDistillationLossConfig",
+    "SelfKnowledgeDistillationLossConfig",
+    "TokenDistillationLossConfig",
+    "LinearSchedule",
+    "CosineSchedule",
+    "CurriculumSchedule",
+    "AdaptiveSchedule",
     "QuantizedTeacher",
     "QATConfig",
     "QuantizationAwareTrainingConfig",
@@ -41,6 +55,13 @@ __all__ = [
 _HOMES = {
     "DistillationConfig": "distillation",
     "KnowledgeDistillationLossConfig": "distillation",
+    "IntermediateLayersKnowledgeDistillationLossConfig": "distillation",
+    "SelfKnowledgeDistillationLossConfig": "distillation",
+    "TokenDistillationLossConfig": "distillation",
+    "LinearSchedule": "distillation",
+    "CosineSchedule": "distillation",
+    "CurriculumSchedule": "distillation",
+    "AdaptiveSchedule": "distillation",
     "QuantizedTeacher": "distillation",
     "QATConfig": "fake_quant",
     "PTQConfig": "fake_quant",

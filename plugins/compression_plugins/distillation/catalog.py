@@ -112,7 +112,9 @@ class NamedLoss:
         Raises:
             ConfigError: the loop left out an argument that the loss needs.
         """
-        further = {name: batch.require(name, self.name) for name in _FROM_BATCH if name in self._takes}
+        further = {
+            name: batch.require(name, self.name) for name in _FROM_BATCH if name in self._takes
+        }
         if temperature is not None and "temperature" in self._takes:
             further["temperature"] = temperature
         return self._function(student, teacher.detach(), **further)

@@ -66,7 +66,8 @@ class DistillationConfig(PluginConfig):
     def __post_init__(self) -> None:
         require_choice(self, "teacher_outputs", self.teacher_outputs, SOURCES)
         require_type(self, "teacher_model", self.teacher_model, (nn.Module, type(None)))
-        require_type(self, "criterion", self.criterion, CriterionConfig)
+        if not isinstance(self.criterion, CriterionConfig):
+            require_type(self, "criterion", self.criterion, tuple(CRITERIA.values()))
         for name in ("output", "teacher_output"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (str, int, type(None))):

@@ -79,7 +79,10 @@ def _names(output: Any) -> list[str]:
     return [name for name in fields if not name.startswith("_")]
 
 
-def pick_feature(output: Any, key: int | str | Callable[[Any], Any] | None, *, where: str) -> Tensor:
+OutputKey = int | str | Callable[[Any], Any] | None
+
+
+def pick_feature(output: Any, key: OutputKey, *, where: str) -> Tensor:
     """Return the feature in what a layer returned.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
-from compression_manager.errors import blame_option
+from compression_manager.errors import CheckpointMismatchError, blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.model_call import call_model, quiet_evaluation
 from compression_manager.quantization.fused_paths import disable_fused_paths
@@ -81,7 +81,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     @hookimpl
     def on_step_begin(self) -> None:
         """Keep features from here on."""
-        self._running.start()
+        for recorder in self._running.recorders:
+            recorder.start()
 
     @hookimpl
     def on_after_compute_loss(
@@ -114,7 +115,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 self._is_checked = True
             comparison.add_terms(batch, losses, self.name)
         finally:
-            comparison.clear()
+            for recorder in comparison.recorders:
+                recorder.clear()
 
     @hookimpl
     def on_after_optimizer_step(self, context: Context) -> None:
@@ -124,12 +126,12 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     @hookimpl
     def on_step_end(self) -> None:
         """Let go of features."""
-        self._running.stop()
+        self._stop_recording()
 
     @hookimpl
     def on_exception(self) -> None:
         """Let go of features."""
-        self._running.stop()
+        self._stop_recording()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher's hash (its weights are never saved) and what the criterion trains."""
@@ -144,8 +146,11 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             CheckpointMismatchError: it is another teacher or criterion.
         """
         source = {key: value for key, value in state.items() if key != "criterion"}
-        self._teacher_source.load_state_dict(source)
-        self._running.load_state_dict(state.get("criterion", {}))
+        try:
+            self._teacher_source.load_state_dict(source)
+            self._running.load_state_dict(state.get("criterion", {}))
+        except CheckpointMismatchError as error:
+            raise CheckpointMismatchError(f"plugin '{self.name}': {error}") from error
         if self._context is not None:
             self._train_parameters(self._context)
 
@@ -181,16 +186,20 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     def _check_example(self, context: Context) -> None:
         inputs, source, comparison = context.example_inputs, self._teacher_source, self._running
         models = [model for model in (context.model, source.model) if model is not None]
-        comparison.start()
+        self.on_step_begin()
         try:
             with quiet_evaluation(*models):
                 student_output = call_model(context.model, inputs)
                 teacher_output = source.outputs(context, inputs, None)
                 comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
         finally:
-            comparison.stop()
+            self._stop_recording()
             context.step_cache.clear()
         self._train_parameters(context)
+
+    def _stop_recording(self) -> None:
+        for recorder in self._running.recorders:
+            recorder.stop()
 
     def _train_parameters(self, context: Context) -> None:
         """Have the optimizer train exactly what the comparison consists of now."""
@@ -208,10 +217,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         teacher = self._teacher_source.model
         if teacher is None:
             return
-        context.note(
-            self.name,
-            preflight.describe_memory(context.model, teacher, self._running.feature_bytes()),
-        )
+        kept = sum(recorder.bytes() for recorder in self._running.recorders)
+        context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
         if self.config.teacher_outputs == "model" and batch.target is not None:
             preflight.warn_if_worse(
                 batch.target,

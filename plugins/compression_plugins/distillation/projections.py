@@ -82,7 +82,8 @@ class Projection(nn.Module):
             if described["made_with"] == self._made_with:
                 projection = self
             else:
-                projection = Projection(*described["made_with"], device)
+                dimensions, width, size = described["made_with"]
+                projection = Projection(dimensions, width, size, device)
             projection.load_state_dict(dict(described["parameters"]))
             for key, parameter in projection.named_parameters():
                 gradient = described["gradients"].get(key)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compression_manager.context import Context
 from compression_manager.deploy.copying import copy_model
@@ -25,7 +25,7 @@ class TeacherSource(ABC):
 
     model: nn.Module | None = None
 
-    def prepare(self, context: Context, owner: str) -> None:
+    def prepare(self, context: Context, owner: str) -> None:  # noqa: B027 (most change nothing)
         """Change what has to be changed of the teacher until the manager closes."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ class TeacherSource(ABC):
             teacher_output: what the loop passed.
         """
 
-    def follow(self, student: nn.Module) -> None:
+    def follow(self, student: nn.Module) -> None:  # noqa: B027 (most stay as they are)
         """The student was updated."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +46,16 @@ class TeacherSource(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            CheckpointMismatchError: it belongs to another source.
+        """
+        if state:
+            raise CheckpointMismatchError(
+                "the checkpoint was trained with another teacher or a moving average of the "
+                f"student, and here is neither; it holds {', '.join(sorted(state))}."
+            )
 
 
 class LiveTeacher(TeacherSource):
@@ -94,6 +103,11 @@ class CallerTeacher(TeacherSource):
 
     def __init__(self, *, is_optional: bool) -> None:
         self._is_optional = is_optional
+        self._owner = ""
+
+    def prepare(self, context: Context, owner: str) -> None:
+        """Keep the name of the plugin, for messages."""
+        self._owner = owner
 
     def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
         """Return what the loop passed.
@@ -103,8 +117,8 @@ class CallerTeacher(TeacherSource):
         """
         if teacher_output is None and not self._is_optional:
             raise ConfigError(
-                "teacher_outputs='caller', but on_after_compute_loss got no teacher_output; pass "
-                "it as the fourth argument."
+                f"plugin '{self._owner}' has teacher_outputs='caller', but on_after_compute_loss "
+                "got no teacher_output; pass it as the fourth argument."
             )
         return teacher_output
 
@@ -114,8 +128,8 @@ class AveragedStudent(LiveTeacher):
 
     average = d * average + (1 - d) * weights after every optimizer step, with
     d = min(decay, n / (n + 1)) at update n, so that the first ones are a plain mean (Tarvainen,
-    Valpola 2017, "Mean teachers are better role models", section 2 and their code). Buffers, such as
-    BatchNorm's statistics, are copied. It is a float model, whatever the student becomes.
+    Valpola 2017, "Mean teachers are better role models", section 2 and their code). Buffers,
+    such as BatchNorm's statistics, are copied. It is a float model, whatever the student becomes.
     """
 
     def __init__(self, config: DistillationConfig, student: nn.Module) -> None:
@@ -137,8 +151,7 @@ class AveragedStudent(LiveTeacher):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the average and the number of its updates: it cannot be had elsewhere."""
-        average = {name: value for name, value in self.model.state_dict().items()}
-        return {"updates": self._updates, "average": average}
+        return {"updates": self._updates, "average": dict(self.model.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the average.

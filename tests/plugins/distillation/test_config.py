@@ -135,7 +135,7 @@ def test_recipe_and_python_give_the_same_configuration(tmp_path):
         (["criterion: {loss_types: [CE]}"], r"criterion\.loss_types: expected a list of 2"),
         (["criterion: {loss_types: CE}"], r"criterion\.loss_types: expected a list"),
         (["criterion: {loss_types: [LK, CE]}"], r"loss_types\[0\] got 'LK'; did you mean 'KL'"),
-        (["criterion: {loss_types: [CE, LK]}"], r"loss 'LK'; did you mean 'KL'\? Valid: CE, KL, M"),
+        (["criterion: {loss_types: [CE, LK]}"], r"loss 'LK'; did you mean .*'KL'\? Valid: CE, DIS"),
         (["criterion: {loss_weights: [1, 2, 3]}"], r"criterion\.loss_weights: expected a list of"),
         (["criterion: {loss_weights: [-1, 2]}"], r"criterion: .*loss_weights\[0\] must be a finit"),
         (["criterion: {loss_options: {beta: 2}}"], "'CE' has no option 'beta'"),
@@ -165,7 +165,7 @@ def test_recipe_for_teacher_outputs_of_the_caller(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_types": ("CE", "LK")}, r"distillation loss 'LK'; did you mean 'KL'\?"),
+        ({"loss_types": ("CE", "LK")}, r"distillation loss 'LK'; did you mean .*'KL'\?"),
         ({"loss_options": {"temprature": 1}}, "'CE' has no option 'temprature'; did you mean 'tem"),
     ],
 )

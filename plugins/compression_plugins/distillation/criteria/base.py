@@ -14,6 +14,7 @@ from compression_manager.loss import LossTerms
 from compression_manager.model_hooks import ModelHooks
 from compression_plugins.distillation.batch import Batch
 from compression_plugins.distillation.catalog import NamedLoss
+from compression_plugins.distillation.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,13 @@ class Surroundings:
 class Comparison(ABC):
     """A criterion at work: compares student and teacher in every loss call.
 
-    Those that need no features and train nothing implement `check` and `add_terms` only.
+    Those that train nothing implement `check` and `add_terms` only.
+
+    Attributes:
+        recorders: what keeps the outputs of layers; the plugin switches them.
     """
 
-    def start(self) -> None:
-        """A step begins: features may be kept from here on."""
-
-    def clear(self) -> None:
-        """The loss is computed: let go of features."""
-
-    def stop(self) -> None:
-        """The step is over: let go of features, and keep no more."""
+    recorders: tuple[Recorder, ...] = ()
 
     @abstractmethod
     def check(self, batch: Batch) -> None:
@@ -71,10 +68,6 @@ class Comparison(ABC):
         """Return what `check` or `load_state_dict` created and the optimizer has to train."""
         return {}
 
-    def feature_bytes(self) -> int:
-        """Return the bytes of the features that are kept at present."""
-        return 0
-
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart."""
         return {}
@@ -87,7 +80,8 @@ class Comparison(ABC):
         """
         if state:
             raise CheckpointMismatchError(
-                f"the criterion keeps no state, but the checkpoint holds {', '.join(sorted(state))}."
+                "the criterion keeps no state, but the checkpoint holds some for it: "
+                f"{', '.join(sorted(state))}."
             )
 
 

@@ -72,24 +72,9 @@ class FeatureComparison(Comparison):
         self._pairs = pairs
         self._student = student
         self._teacher = teacher
-        self._recorders = tuple(recorders)
+        self.recorders = tuple(recorders)
         self._temperature = temperature
         self._projects = projects
-
-    def start(self) -> None:
-        """Keep features from here on."""
-        for recorder in self._recorders:
-            recorder.start()
-
-    def clear(self) -> None:
-        """Let go of the features."""
-        for recorder in self._recorders:
-            recorder.clear()
-
-    def stop(self) -> None:
-        """Keep no more."""
-        for recorder in self._recorders:
-            recorder.stop()
 
     def check(self, batch: Batch) -> None:
         """Refuse dead layers and features that cannot be compared; create the projections."""
@@ -125,10 +110,6 @@ class FeatureComparison(Comparison):
             if pair.projection is not None
             for name, parameter in pair.projection.named_parameters()
         }
-
-    def feature_bytes(self) -> int:
-        """Return the bytes of all features that are kept."""
-        return sum(recorder.bytes() for recorder in self._recorders)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the shapes that each projection was made for, its weights and gradients."""
@@ -170,9 +151,7 @@ class FeatureComparison(Comparison):
             )
         return student, teacher
 
-    def _projection(
-        self, pair: FeaturePair, student: Tensor, teacher: Tensor
-    ) -> Projection | None:
+    def _projection(self, pair: FeaturePair, student: Tensor, teacher: Tensor) -> Projection | None:
         if pair.loss.agreement == "samples":
             return None
         try:
@@ -186,7 +165,7 @@ class FeatureComparison(Comparison):
             raise ConfigError(f"{pair.mapping}: {error}") from error
         if projection is not None and not self._projects:
             raise ConfigError(
-                f"{pair.mapping} have shapes {tuple(student.shape)} and {tuple(teacher.shape)}, and "
-                "projection='none' lets nothing change them; set projection='auto'."
+                f"{pair.mapping} have shapes {tuple(student.shape)} and {tuple(teacher.shape)}, "
+                "and projection='none' lets nothing change them; set projection='auto'."
             )
         return projection

@@ -40,9 +40,9 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
     layer_mappings: Sequence[Any] = field(
         metadata=option(
             "What is compared: a name for both models ('layer3'), a pair of names ([student, "
-            "teacher]), or a pair of points ([[student, output], [teacher, output]]) with the index, "
-            "key or function of the layer's output. A * matches within a part of a name; '' is the "
-            "whole model."
+            "teacher]), or a pair of points ([[student, output], [teacher, output]]) with the "
+            "index, key or function of the layer's output. A * matches within a part of a name; "
+            "'' is the whole model."
         )
     )
     loss_types: str | Sequence[str] = field(
@@ -130,7 +130,9 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
     def _pairs(self, surroundings: Surroundings, teacher: nn.Module) -> list[FeaturePair]:
         count = len(self.mappings)
         types = one_for_each(self.loss_types, count)
-        weights = one_for_each(1.0 / count if self.loss_weights is None else self.loss_weights, count)
+        weights = one_for_each(
+            1.0 / count if self.loss_weights is None else self.loss_weights, count
+        )
         pairs: list[FeaturePair] = []
         for index, mapping in enumerate(self.mappings):
             with blame_option(f"criterion.layer_mappings[{index}]"):

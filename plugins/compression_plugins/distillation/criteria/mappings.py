@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
 from compression_manager.errors import ConfigError, suggest
-
-OutputKey = int | str | Callable[[Any], Any] | None
+from compression_plugins.distillation.outputs import OutputKey
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,8 @@ def expand(mapping: LayerMapping, student: nn.Module, teacher: nn.Module) -> lis
         raise ConfigError(
             f"'{mapping.student.layer}' matches {len(mine)} layers of the student "
             f"({_listed(mine)}) and '{mapping.teacher.layer}' {len(theirs)} of the teacher "
-            f"({_listed(theirs)}); they are compared in pairs, so that both must match equally many."
+            f"({_listed(theirs)}); they are compared in pairs, so that both must match the same "
+            "number."
         )
     return [
         LayerMapping(TapPoint(a, mapping.student.output), TapPoint(b, mapping.teacher.output))

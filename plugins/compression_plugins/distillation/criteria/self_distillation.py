@@ -130,7 +130,9 @@ class SelfKnowledgeDistillationLossConfig(CriterionConfig):
     def _pairs(self, surroundings: Surroundings) -> list[FeaturePair]:
         count = len(self.groups)
         types = one_for_each(self.loss_types, count)
-        weights = one_for_each(1.0 / count if self.loss_weights is None else self.loss_weights, count)
+        weights = one_for_each(
+            1.0 / count if self.loss_weights is None else self.loss_weights, count
+        )
         pairs: list[FeaturePair] = []
         for index, group in enumerate(self.groups):
             loss = named_loss(

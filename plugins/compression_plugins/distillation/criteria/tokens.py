@@ -171,9 +171,7 @@ class TokenComparison(Comparison):
         return student, teacher
 
 
-def counted_positions(
-    batch: Batch, logits: Tensor, config: TokenDistillationLossConfig
-) -> Tensor:
+def counted_positions(batch: Batch, logits: Tensor, config: TokenDistillationLossConfig) -> Tensor:
     """Return the mask of the positions that count, (batch, sequence) bool.
 
     Raises:
