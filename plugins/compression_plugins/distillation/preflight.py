@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from compression_manager.errors import ConfigError
 
-# One-sided 5% point of the normal distribution: a few unlucky samples are no reason to warn.
-_SIGNIFICANT = 1.645
+# In standard deviations: a few unlucky samples are no reason to warn.
+_SIGNIFICANT = 3.0
 
 
 def warn_if_worse(
@@ -24,7 +24,7 @@ def warn_if_worse(
     """Warn if the teacher classifies a batch significantly worse than the student.
 
     Significant by McNemar's test: of the samples that only one of them gets right, b are the
-    student's and c the teacher's, and b - c > 1.645 * sqrt(b + c).
+    student's and c the teacher's, and b - c > 3 * sqrt(b + c).
 
     Args:
         target: class indices (*).

@@ -29,7 +29,8 @@ def test_linear_goes_from_start_to_end_after_its_beginning(step, share):
 
 
 @pytest.mark.parametrize(
-    ("step", "value"), [(0, 8.0), (1, 8.0 - 6.0 * (1 - math.cos(math.pi / 4)) / 2), (2, 5.0), (4, 2.0)]
+    ("step", "value"),
+    [(0, 8.0), (1, 8.0 - 6.0 * (1 - math.cos(math.pi / 4)) / 2), (2, 5.0), (4, 2.0)],
 )
 def test_cosine_is_half_a_period(step, value):
     assert CosineSchedule(start=8.0, end=2.0, steps=4).value(step, None) == pytest.approx(value)
@@ -203,8 +204,14 @@ def test_a_foreign_loss_without_temperature_cannot_follow_a_schedule():
 
         @hookimpl
         def make_distillation_loss(self, name, options):
-            return (lambda student, teacher: (student - teacher).abs().mean()) if name == "own" else None
+            return (
+                (lambda student, teacher: (student - teacher).abs().mean())
+                if name == "own"
+                else None
+            )
 
     criterion = KnowledgeDistillationLossConfig(LinearSchedule(8, 2, 3), ("CE", "own"))
     with pytest.raises(ConfigError, match=r"criterion\.temperature: .*'own' takes no temperature"):
-        prepare_compression(toys.mlp(), [DistillationConfig(toys.mlp(), criterion), Own(OwnConfig())])
+        prepare_compression(
+            toys.mlp(), [DistillationConfig(toys.mlp(), criterion), Own(OwnConfig())]
+        )

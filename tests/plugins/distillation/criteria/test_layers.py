@@ -1,0 +1,411 @@
+"""Intermediate layers: values, gradients, projections, and what is kept of features."""
+
+import copy
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import toys
+from compression_manager import ConfigError, LifecycleError, prepare_compression
+from compression_plugins import (
+    DistillationConfig,
+    IntermediateLayersKnowledgeDistillationLossConfig,
+    LinearSchedule,
+    QATConfig,
+)
+from toy_teachers import CountingTeacher, begin, published
+
+IMAGES = toys.images(8).tensors[0]
+
+
+def layers(*mappings, **options):
+    return IntermediateLayersKnowledgeDistillationLossConfig(list(mappings), **options)
+
+
+def start(student, teacher, criterion, *others, **arguments):
+    """Prepare, and enter the first step with an optimizer tracked."""
+    config = DistillationConfig(teacher, criterion)
+    manager = prepare_compression(student, [config, *others], **arguments)
+    manager.track(optimizer=torch.optim.SGD(student.parameters(), 0.1))
+    return begin(manager)
+
+
+def loss_of(manager, inputs=IMAGES):
+    output = manager.model(inputs)
+    return manager.on_after_compute_loss(inputs, output, output.mean() * 0)
+
+
+def conv1_of(model, inputs=IMAGES):
+    with torch.no_grad():
+        return F.conv2d(inputs, model.conv1.weight, padding=1).double().numpy()
+
+
+def test_mse_of_a_layer_equals_numpy_and_trains_the_layer():
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    manager = start(student, teacher, layers("conv1", loss_weights=3.0))
+    total = loss_of(manager)
+    expected = np.mean((conv1_of(student) - conv1_of(teacher)) ** 2)
+    assert published(manager)["loss/distillation/MSE/conv1"] == pytest.approx(expected, rel=1e-5)
+    assert total.item() == pytest.approx(3 * expected, rel=1e-5)
+    total.backward()
+    assert student.conv1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_weights_default_to_equal_shares_and_the_task_stays():
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    manager = start(student, teacher, layers("conv1", "conv2"))
+    output = student(IMAGES)
+    total = manager.on_after_compute_loss(IMAGES, output, output.mean() * 0 + 7.0)
+    values = published(manager)
+    terms = [values[f"loss/distillation/MSE/{name}"] for name in ("conv1", "conv2")]
+    assert total.item() == pytest.approx(7.0 + sum(terms) / 2, rel=1e-5)
+
+
+def test_without_the_origin_loss_the_task_is_left_out():
+    manager = start(toys.ConvNet(), toys.ConvNet(), layers("conv1", add_origin_loss=False))
+    output = manager.model(IMAGES)
+    total = manager.on_after_compute_loss(IMAGES, output, output.mean() * 0 + 7.0)
+    assert total.item() == pytest.approx(published(manager)["loss/distillation/MSE/conv1"])
+
+
+def test_the_whole_model_and_parts_of_outputs():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, input):
+            hidden = self.inner(input)
+            return {"hidden": hidden, "both": (hidden, 2 * hidden)}
+
+    student, teacher = Pair(), Pair()
+    criterion = layers(
+        [["", "hidden"], ["", lambda output: output["both"][1]]],
+        [["inner"], ["", "hidden"]],
+    )
+    inputs = toys.vectors(8).tensors[0]
+    manager = start(student, teacher, criterion)
+    output = student(inputs)
+    manager.on_after_compute_loss(inputs, output, output["hidden"].mean() * 0)
+    mine, theirs = (model.inner(inputs).detach().double().numpy() for model in (student, teacher))
+    values = published(manager)
+    assert values["loss/distillation/MSE/output"] == pytest.approx(
+        np.mean((mine - 2 * theirs) ** 2), rel=1e-5
+    )
+    assert values["loss/distillation/MSE/inner"] == pytest.approx(
+        np.mean((mine - theirs) ** 2), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_an_element_of_a_tuple_is_picked(index):
+    student, teacher = (nn.LSTM(6, 4) for _ in range(2))
+    inputs = torch.randn(3, 2, 6)
+    pick = 0 if index == 0 else lambda output: output[1][0]
+    models = [nn.ModuleDict({"lstm": model}) for model in (student, teacher)]
+    for model in models:
+        model.forward = lambda input, model=model: model["lstm"](input)[0]
+    manager = start(*models, layers([["lstm", pick]]))
+    loss_of(manager, inputs)
+    (mine, hidden), (theirs, theirs_hidden) = student(inputs), teacher(inputs)
+    pair = (mine, theirs) if index == 0 else (hidden[0], theirs_hidden[0])
+    assert published(manager)["loss/distillation/MSE/lstm"] == pytest.approx(
+        F.mse_loss(*pair).item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_projection_bridges_widths_and_is_trained(early):
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(4), toys.ConvNet(6)
+    arguments = {"example_inputs": IMAGES[:2]} if early else {}
+    manager = start(student, teacher, layers("conv1"), **arguments)
+    optimizer = manager._context.tracked["optimizer"]
+    assert len(optimizer.param_groups) == (2 if early else 1)
+    loss = loss_of(manager)
+    assert optimizer.param_groups[1]["name"] == "distillation"
+    weight, bias = optimizer.param_groups[1]["params"]
+    projected = (
+        np.einsum("oi,nihw->nohw", weight.detach().double().numpy()[:, :, 0, 0], conv1_of(student))
+        + bias.detach().double().numpy()[:, None, None]
+    )
+    expected = np.mean((projected - conv1_of(teacher)) ** 2)
+    assert published(manager)["loss/distillation/MSE/conv1"] == pytest.approx(expected, rel=1e-4)
+    before = weight.detach().clone()
+    loss.backward()
+    manager.on_before_optimizer_step()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+    manager.on_step_end()
+    manager.close()
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_projection_needs_a_tracked_optimizer():
+    student = toys.ConvNet(4)
+    manager = prepare_compression(student, [DistillationConfig(toys.ConvNet(6), layers("conv1"))])
+    loss_of(begin(manager)).backward()
+    with pytest.raises(LifecycleError, match=r"'distillation' created 2 parameters.*no optimizer"):
+        manager.on_before_optimizer_step()
+
+
+@pytest.mark.parametrize(
+    ("loss", "projected"),
+    [
+        ("attention_transfer", False),
+        ("similarity_preserving", False),
+        ("rkd_distance", False),
+        ("rkd_angle", False),
+        ("L1", True),
+        ("KL", True),
+    ],
+)
+def test_only_losses_that_compare_channels_get_a_projection(loss, projected):
+    manager = start(toys.ConvNet(4), toys.ConvNet(6), layers("conv1", loss_types=loss))
+    total = loss_of(manager)
+    assert total.requires_grad
+    assert total.item() > 0
+    assert projected == (len(manager._context.tracked["optimizer"].param_groups) == 2)
+
+
+def test_projection_none_refuses_other_shapes():
+    criterion = layers("conv1", projection="none")
+    with pytest.raises(ConfigError, match=r"have shapes .* projection='none'"):
+        prepare_compression(
+            toys.ConvNet(4),
+            [DistillationConfig(toys.ConvNet(6), criterion)],
+            example_inputs=IMAGES[:2],
+        )
+
+
+def test_a_weight_schedule_moves_with_the_steps():
+    criterion = layers("conv1", loss_weights=LinearSchedule(2.0, 0.0, 2))
+    manager = start(toys.ConvNet(), toys.ConvNet(), criterion)
+    for step in range(3):
+        if step:
+            manager.on_step_begin(step)
+        total = loss_of(manager)
+        value = published(manager)["loss/distillation/MSE/conv1"]
+        assert total.item() == pytest.approx((2.0 - step) * value, abs=1e-7)
+        total.backward()
+        manager.on_before_optimizer_step()
+        manager.on_step_end()
+
+
+class Branched(nn.Module):
+    """Calls `unused` never, and `detached` without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(6, 4)
+        self.detached = nn.Linear(6, 4)
+        self.used = nn.Linear(6, 4)
+
+    def forward(self, input):
+        return self.used(input) + self.detached(input).detach()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_layer_that_is_never_called_is_named(early):
+    inputs = toys.vectors(8).tensors[0]
+    arguments = {"example_inputs": inputs} if early else {}
+    with pytest.raises(ConfigError, match="student's layer 'unused' was not called"):
+        loss_of(start(Branched(), Branched(), layers("unused"), **arguments), inputs)
+
+
+def test_a_frozen_layer_is_named_with_the_first_loss():
+    student = Branched()
+    student.used.requires_grad_(False)
+    inputs = toys.vectors(8).tensors[0]
+    manager = start(student, Branched(), layers("used"), example_inputs=inputs)
+    with pytest.raises(ConfigError, match="no gradient reaches the student through 'used'"):
+        loss_of(manager, inputs)
+
+
+def test_what_is_no_feature_is_refused():
+    class Indices(nn.Module):
+        def forward(self, input):
+            return input.argmax(1)
+
+    student = nn.Sequential(nn.Linear(6, 4), Indices(), nn.Embedding(4, 4))
+    with pytest.raises(ConfigError, match=r"student's '1' gives a tensor of dtype torch\.int64"):
+        prepare_compression(
+            student,
+            [DistillationConfig(copy.deepcopy(student), layers("1"))],
+            example_inputs=toys.vectors(8).tensors[0],
+        )
+
+
+def watch(layer, kept):
+    layer.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)))
+
+
+def test_features_are_freed_after_each_loss_and_never_kept_outside_of_steps():
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    kept = []
+    student.conv1.register_forward_hook(
+        lambda module, args, output: kept.append(weakref.ref(output))
+    )
+    teacher.conv1.register_forward_hook(
+        lambda module, args, output: kept.append(weakref.ref(output))
+    )
+    manager = start(student, teacher, layers("conv1"))
+    loss = loss_of(manager)
+    del loss
+    gc.collect()
+    assert len(kept) == 2
+    assert [reference() for reference in kept] == [None, None]
+    student(IMAGES)
+    manager.on_step_end()
+    gc.collect()
+    assert kept[-1]() is None
+    manager.on_epoch_end()
+    student(IMAGES)
+    teacher(IMAGES)
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)
+
+
+def test_features_are_freed_when_the_loss_fails():
+    student = toys.ConvNet()
+    manager = start(student, toys.ConvNet(), layers("conv1"))
+    output = student(IMAGES)
+    kept = []
+    student.conv1.register_forward_hook(
+        lambda module, args, output: kept.append(weakref.ref(output))
+    )
+    output = student(IMAGES)
+    with pytest.raises(Exception, match="not finite"):
+        manager.on_after_compute_loss(IMAGES, output, output.mean() * float("nan"))
+    del output
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_two_managers_share_a_teacher_and_a_layer_without_disturbing_each_other():
+    torch.manual_seed(0)
+    teacher = toys.ConvNet()
+    students = [toys.ConvNet(), toys.ConvNet()]
+    managers = [start(student, teacher, layers("conv1")) for student in students]
+    outputs = [student(IMAGES) for student in students]
+    for manager, student, output in zip(managers, students, outputs, strict=True):
+        manager.on_after_compute_loss(IMAGES, output, output.mean() * 0)
+        expected = np.mean((conv1_of(student) - conv1_of(teacher)) ** 2)
+        value = published(manager)["loss/distillation/MSE/conv1"]
+        assert value == pytest.approx(expected, rel=1e-5)
+    managers[0].close()
+    managers[1].on_step_end()
+    managers[1].on_step_begin(1)
+    loss_of(managers[1])
+    managers[1].close()
+    for model in (teacher, *students):
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_two_criteria_with_one_teacher_run_it_once():
+    teacher = CountingTeacher(toys.ConvNet())
+    configs = [
+        DistillationConfig(teacher, layers(["conv1", "inner.conv1"]), name="first"),
+        DistillationConfig(teacher, layers(["conv2", "inner.conv2"]), name="second"),
+    ]
+    student = toys.ConvNet()
+    manager = begin(prepare_compression(student, configs))
+    loss_of(manager)
+    assert len(teacher.calls) == 1
+    values = published(manager)
+    assert {"loss/first/MSE/conv1", "loss/second/MSE/conv2"} <= set(values)
+
+
+def test_a_teacher_of_transformer_layers_calls_the_layers_that_are_watched():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+    student = nn.Sequential(layer)
+    teacher = copy.deepcopy(student)
+    inputs = torch.randn(3, 5, 8)
+    criterion = layers("0.linear1", "0.self_attn", loss_types="MSE")
+    manager = start(student, teacher, criterion)
+    loss_of(manager, inputs)
+    assert published(manager)["loss/distillation/MSE/0.linear1"] == pytest.approx(0, abs=1e-10)
+    manager.close()
+    assert teacher[0].activation_relu_or_gelu == layer.activation_relu_or_gelu == 1
+
+
+def test_taps_follow_a_model_that_quantization_changes():
+    """Neural Compressor loses the hook of a convolution that is fused with BatchNorm."""
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(4), toys.ConvNet(6)
+    manager = start(
+        student, teacher, layers("conv1", "conv2"), QATConfig(), example_inputs=IMAGES[:2]
+    )
+    optimizer = manager._context.tracked["optimizer"]
+    for step in range(3):
+        if step:
+            manager.on_step_begin(step)
+        loss_of(manager).backward()
+        manager.on_before_optimizer_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        manager.on_step_end()
+    int8 = manager.convert()
+    assert not any(module._forward_hooks for module in int8.modules())
+    assert "Projection" not in str(int8)
+    assert set(int8.state_dict()) == set(prepare_and_convert(toys.ConvNet(4)).state_dict())
+
+
+def prepare_and_convert(student):
+    manager = prepare_compression(student, [QATConfig()])
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    begin(manager)
+    for step in range(3):
+        if step:
+            manager.on_step_begin(step)
+        loss_of(manager).backward()
+        manager.on_before_optimizer_step()
+        optimizer.step()
+        manager.on_step_end()
+    return manager.convert()
+
+
+def test_a_compiled_student_is_watched_as_well():
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    manager = start(student, teacher, layers("conv1"))
+    compiled = torch.compile(student, backend="eager")
+    output = compiled(IMAGES)
+    manager.on_after_compute_loss(IMAGES, output, output.mean() * 0).backward()
+    expected = np.mean((conv1_of(student) - conv1_of(teacher)) ** 2)
+    assert published(manager)["loss/distillation/MSE/conv1"] == pytest.approx(expected, rel=1e-5)
+    assert student.conv1.weight.grad is not None
+
+
+def test_activation_checkpointing_keeps_the_gradient():
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, input):
+            return self.head(checkpoint(self.block, input, use_reentrant=False))
+
+    torch.manual_seed(0)
+    student, teacher, inputs = Checkpointed(), Checkpointed(), toys.vectors(8).tensors[0]
+    manager = start(student, teacher, layers("block.0", loss_weights=1.0))
+    loss_of(manager, inputs).backward()
+    gradient = student.block[0].weight.grad.clone()
+    student.zero_grad()
+    F.mse_loss(student.block[0](inputs), teacher.block[0](inputs)).backward()
+    torch.testing.assert_close(gradient, student.block[0].weight.grad)
+
+
+def test_a_caller_cannot_pass_layers():
+    with pytest.raises(ConfigError, match="watches the teacher's layers, which the loop cannot"):
+        DistillationConfig(criterion=layers("conv1"), teacher_outputs="caller")

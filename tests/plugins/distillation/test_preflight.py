@@ -1,0 +1,78 @@
+"""What is looked at once, with the first loss."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from compression_manager import prepare_compression
+from compression_plugins import DistillationConfig
+from compression_plugins.distillation.preflight import warn_if_worse
+from toy_teachers import begin, criterion
+
+
+class Answers(nn.Module):
+    """Predicts the class that the first feature names."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = offset
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, input):
+        classes = (input[:, 0].long() + self.offset) % toys.CLASSES
+        return torch.nn.functional.one_hot(classes, toys.CLASSES).float() * self.scale
+
+
+INPUTS = torch.arange(16.0).reshape(16, 1) % toys.CLASSES
+TARGET = INPUTS[:, 0].long()
+
+
+def run(student, teacher):
+    manager = begin(prepare_compression(student, [DistillationConfig(teacher, criterion())]))
+    output = student(INPUTS)
+    manager.on_after_compute_loss(INPUTS, output, output.mean() * 0, target=TARGET)
+    return manager
+
+
+def test_a_teacher_that_is_worse_than_the_student_is_warned_of():
+    with pytest.warns(UserWarning, match=r"teacher is right in 0\.0% of 16 .*student in 100\.0%"):
+        run(Answers(0), Answers(1))
+
+
+@pytest.mark.parametrize("pair", [(0, 0), (1, 0), (1, 2)])
+def test_one_that_is_as_good_or_better_is_not(pair):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(Answers(pair[0]), Answers(pair[1]))
+
+
+@pytest.mark.parametrize(
+    ("only_student", "only_teacher", "warns"),
+    [(10, 0, True), (9, 0, False), (13, 3, False), (14, 2, False), (16, 2, True)],
+)
+def test_a_few_unlucky_samples_are_no_reason(only_student, only_teacher, warns):
+    right = torch.tensor([[0.0, 1.0]])
+    wrong = torch.tensor([[1.0, 0.0]])
+    student = torch.cat([right] * only_student + [wrong] * only_teacher)
+    teacher = torch.cat([wrong] * only_student + [right] * only_teacher)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_if_worse(
+            torch.ones(len(student), dtype=torch.long),
+            student=lambda: student,
+            teacher=lambda: teacher,
+            plugin="distillation",
+        )
+    assert bool(caught) is warns
+
+
+def test_the_report_estimates_the_memory():
+    student, teacher = nn.Linear(1, toys.CLASSES), nn.Linear(1, toys.CLASSES)
+    teacher.register_buffer("table", torch.zeros(2**20))
+    manager = run(student, teacher)
+    assert manager.report().notes == {"distillation": "memory: student 0.0 MiB, teacher 4.0 MiB"}
+    assert "distillation: memory: student 0.0 MiB, teacher 4.0 MiB" in str(manager.report())
+    assert manager.report().to_dict()["notes"] == manager.report().notes
