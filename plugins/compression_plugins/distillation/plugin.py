@@ -219,7 +219,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             return
         kept = sum(recorder.bytes() for recorder in self._running.recorders)
         context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
-        if self.config.teacher_outputs == "model" and batch.target is not None:
+        starts = batch.global_step == 0  # a resumed run was told already
+        if starts and self.config.teacher_outputs == "model" and batch.target is not None:
             preflight.warn_if_worse(
                 batch.target,
                 student=lambda: self._student_logits(batch.student_output),
