@@ -10,9 +10,9 @@ from torch import Tensor
 
 from compression_manager.checks import (
     require_choice,
-    require_fraction,
     require_integer,
     require_not_negative,
+    require_positive,
     require_type,
 )
 from compression_manager.errors import ConfigError
@@ -103,7 +103,12 @@ class TokenDistillationLossConfig(CriterionConfig):
         object.__setattr__(self, "loss_weights", tuple(weights))
         require_not_negative(self, "loss_weights[0]", weights[0])
         require_weight(self, "loss_weights[1]", weights[1])
-        require_fraction(self, "beta", self.beta)
+        require_positive(self, "beta", self.beta)
+        if self.beta >= 1:
+            raise ConfigError(
+                f"TokenDistillationLossConfig.beta must be below 1, got {self.beta!r}; the ends are "
+                "divergence='forward_kl' and 'reverse_kl'."
+            )
         require_type(self, "shift", self.shift, bool)
         require_integer(self, "ignore_index", self.ignore_index)
         require_choice(self, "vocabulary", self.vocabulary, ("same", "common"))
