@@ -60,7 +60,11 @@ def options_page() -> str:
         config_class = load_plugin_class(name).config_class
         parts += [f"## {config_class.__name__}\n", f"In a recipe: `plugins.{name}`.\n"]
         parts += _options(config_class, nested)
-    for kind, type_name in nested.items():
+    shown: set[type] = set()
+    # Describing one kind may add further ones.
+    while remaining := [kind for kind in nested if kind not in shown]:
+        kind, type_name = remaining[0], nested[remaining[0]]
+        shown.add(kind)
         parts += [f"## {kind.__name__}\n"]
         parts += [f"In a recipe: `type: {type_name}`.\n"] if type_name else []
         parts += _options(kind, nested)

@@ -106,8 +106,8 @@ class TokenDistillationLossConfig(CriterionConfig):
         require_positive(self, "beta", self.beta)
         if self.beta >= 1:
             raise ConfigError(
-                f"TokenDistillationLossConfig.beta must be below 1, got {self.beta!r}; the ends are "
-                "divergence='forward_kl' and 'reverse_kl'."
+                f"TokenDistillationLossConfig.beta must be below 1, got {self.beta!r}; at its ends "
+                "the divergence is 0: choose 'forward_kl' or 'reverse_kl' instead."
             )
         require_type(self, "shift", self.shift, bool)
         require_integer(self, "ignore_index", self.ignore_index)
