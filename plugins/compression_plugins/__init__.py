@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from compression_plugins.checkpoint import CheckpointConfig
     from compression_plugins.distillation import (
         DistillationConfig,
+        EnsembleTeacher,
         KnowledgeDistillationLossConfig,
         QuantizedTeacher,
+        TeacherRuntime,
     )
     from compression_plugins.early_stopping import EarlyStoppingConfig
     from compression_plugins.fake_quant import LayerRule, PTQConfig, QATConfig
@@ -25,6 +27,8 @@ __all__ = [
     "DistillationConfig",
     "KnowledgeDistillationLossConfig",
     "QuantizedTeacher",
+    "EnsembleTeacher",
+    "TeacherRuntime",
     "QATConfig",
     "QuantizationAwareTrainingConfig",
     "PTQConfig",
@@ -42,6 +46,8 @@ _HOMES = {
     "DistillationConfig": "distillation",
     "KnowledgeDistillationLossConfig": "distillation",
     "QuantizedTeacher": "distillation",
+    "EnsembleTeacher": "distillation",
+    "TeacherRuntime": "distillation",
     "QATConfig": "fake_quant",
     "PTQConfig": "fake_quant",
     "LayerRule": "fake_quant",
