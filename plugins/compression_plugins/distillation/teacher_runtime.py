@@ -142,7 +142,7 @@ class RunningTeacher(nn.Module):
             self._compile_failed = True
             warnings.warn(
                 "TeacherRuntime.compile: the teacher runs without torch.compile, which failed: "
-                f"{_first_line(error)}",
+                f"{_summary(error)}",
                 stacklevel=2,
             )
             return output
@@ -185,6 +185,6 @@ def _device_type(*inputs: Any) -> str:
     return next((kind for kind in devices if kind != "cpu"), "cpu")
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
+def _summary(error: Exception) -> str:
+    # The first line of the compiler's errors only says which backend it was.
+    return " ".join([f"{type(error).__name__}:", *str(error).split("\n")[:2]])

@@ -135,7 +135,7 @@ def test_a_teacher_of_weight_zero_has_no_effect_and_is_not_run(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_finite_logits_of_any_size_give_finite_results(mode):
-    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, -1e4, 1e4]])
+    logits = torch.tensor([[1e4, -1e4, 0.0, -1e4], [-1e4, 1e4, 0.0, -1e4], [0.0, -1e4, 1e4, -1e4]])
     output = answer(logits, mode=mode)
     assert output.isfinite().all()
     # In float64 and with logarithms throughout, whose probabilities would all be 0.
