@@ -45,8 +45,8 @@ class TeacherRuntime:
     compile: bool = field(
         default=False,
         metadata=option(
-            "Run it through torch.compile; takes about a minute at the first batch, and again for "
-            "other shapes. Where that fails, a warning and the teacher as it is."
+            "Run it through torch.compile; takes a minute or more at the first batch, and again "
+            "for other shapes. Where that fails, a warning and the teacher as it is."
         ),
     )
     channels_last: bool = field(
