@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo study tables test test-cuda check reference readme
+.PHONY: help venv demo study tables bench-teacher test test-cuda check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -28,6 +28,9 @@ study: $(STAMP)  ## compare ways to quantize over 3 seeds; DATA=<folder> for the
 
 tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo SEEDS=3`
 	$(BIN)/python examples/post_training_study.py
+
+bench-teacher: $(STAMP)  ## speed, memory and distortion of the teacher's options
+	$(BIN)/python tests/benchmarks/teacher_runtime.py
 
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2

@@ -8,6 +8,7 @@ from compression_plugins.distillation.criteria import (
     TokenDistillationLossConfig,
 )
 from compression_plugins.distillation.distortion import TeacherDistortion
+from compression_plugins.distillation.ensemble import EnsembleTeacher
 from compression_plugins.distillation.plugin import DistillationPlugin
 from compression_plugins.distillation.quantized_teacher import QuantizedTeacher
 from compression_plugins.distillation.schedules import (
@@ -17,6 +18,7 @@ from compression_plugins.distillation.schedules import (
     LinearSchedule,
     Schedule,
 )
+from compression_plugins.distillation.teacher_runtime import TeacherRuntime
 
 __all__ = [
     "AdaptiveSchedule",
@@ -25,6 +27,7 @@ __all__ = [
     "DistillationConfig",
     "DistillationPlugin",
     "IntermediateLayersKnowledgeDistillationLossConfig",
+    "EnsembleTeacher",
     "KnowledgeDistillationLossConfig",
     "LinearSchedule",
     "QuantizedTeacher",
@@ -32,4 +35,5 @@ __all__ = [
     "SelfKnowledgeDistillationLossConfig",
     "TeacherDistortion",
     "TokenDistillationLossConfig",
+    "TeacherRuntime",
 ]

@@ -16,6 +16,7 @@ from compression_plugins.distillation.criteria import (
     CriterionConfig,
     KnowledgeDistillationLossConfig,
 )
+from compression_plugins.distillation.teacher_runtime import TeacherRuntime
 
 SOURCES = ("model", "caller", "ema")
 
@@ -58,6 +59,10 @@ class DistillationConfig(PluginConfig):
             runtime=True,
         ),
     )
+    teacher_runtime: TeacherRuntime = field(
+        default_factory=TeacherRuntime,
+        metadata=option("How teacher_model runs: its precision, compiled, memory format."),
+    )
     ema_decay: float = field(
         default=0.999,
         metadata=option("Of 'ema': share of the average that stays at each optimizer step."),
@@ -79,6 +84,7 @@ class DistillationConfig(PluginConfig):
                 f"{type(self).__name__}.teacher_forward must be a function of the teacher and the "
                 f"inputs, got {self.teacher_forward!r}."
             )
+        require_type(self, "teacher_runtime", self.teacher_runtime, TeacherRuntime)
         require_fraction(self, "ema_decay", self.ema_decay)
         self._check_source()
 
@@ -102,6 +108,10 @@ class DistillationConfig(PluginConfig):
         if self.teacher_model is not None and source != "model":
             raise ConfigError(
                 f"{owner}.teacher_model has no use with teacher_outputs='{source}'; drop one."
+            )
+        if self.teacher_model is None and self.teacher_runtime != TeacherRuntime():
+            raise ConfigError(
+                f"{owner}.teacher_runtime has no use without teacher_model; drop one."
             )
         if source == "caller":
             if self.teacher_forward is not None:

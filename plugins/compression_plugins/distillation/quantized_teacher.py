@@ -105,7 +105,7 @@ class QuantizedTeacher(Float32Buffers):
         self._has_own_weights = weights
         self._warned = False
         self._add_parameters(_device_of(model), scale, zero_point)
-        self.model = _with_int8_weights(model) if weights else model
+        self.model = with_int8_weights(model) if weights else model
         if example_inputs is not None:
             with quiet_evaluation(self.model):
                 self._check_dimension(self._float_logits(self.model, example_inputs))
@@ -287,7 +287,8 @@ def _raise_not_exportable() -> None:
     )
 
 
-def _with_int8_weights(model: nn.Module) -> nn.Module:
+def with_int8_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of `model` in eval mode whose weights are stored as int8, per channel."""
     scheme = QuantizationScheme(bits=8, granularity="channel")
     return Quantizer(scheme).quantize_weights(copy_model(model, keep_user_hooks=True))
 

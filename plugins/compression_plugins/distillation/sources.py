@@ -13,7 +13,8 @@ from compression_manager.context import Context
 from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_plugins.distillation.config import DistillationConfig
-from compression_plugins.distillation.teacher import Teacher, check_distinct
+from compression_plugins.distillation.teacher import Teacher, check_distinct, weights_hash
+from compression_plugins.distillation.teacher_runtime import RunningTeacher, running_teacher
 
 
 class TeacherSource(ABC):
@@ -62,10 +63,15 @@ class LiveTeacher(TeacherSource):
     """Runs a model; several plugin instances with the same one run it once per loss."""
 
     def __init__(self, config: DistillationConfig, model: nn.Module) -> None:
-        self.model: nn.Module = model
-        self._forward = config.teacher_forward
-        self._teacher = Teacher(model, config.teacher_forward)
+        running = running_teacher(model, config.teacher_runtime)
+        self.model: nn.Module = running.model if isinstance(running, RunningTeacher) else running
+        self._original = model
+        self._teacher = Teacher(running, config.teacher_forward)
         self._hash: str | None = None
+        # A copy whose layers are watched has to run itself.
+        is_own = running is not model and config.criterion.needs_teacher_layers
+        watched = self.model if is_own else model
+        self._key = ("teacher", id(watched), id(config.teacher_forward), config.teacher_runtime)
 
     def prepare(self, context: Context, owner: str) -> None:
         """Freeze the teacher."""
@@ -73,15 +79,14 @@ class LiveTeacher(TeacherSource):
 
     def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
         """Return what the model says, whatever the loop passed."""
-        key = ("teacher", id(self.model), id(self._forward))
-        if key not in context.step_cache:
-            context.step_cache[key] = self._teacher.run(input)
-        return context.step_cache[key]
+        if self._key not in context.step_cache:
+            context.step_cache[self._key] = self._teacher.run(input)
+        return context.step_cache[self._key]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hash of the teacher's weights."""
         if self._hash is None:
-            self._hash = self._teacher.weights_hash()
+            self._hash = weights_hash(self._original)
         return {"teacher_sha256": self._hash}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

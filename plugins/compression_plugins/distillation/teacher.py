@@ -62,17 +62,6 @@ class Teacher:
                 return self._forward(self.model, inputs)
             return call_model(self.model, without_labels(inputs))
 
-    def weights_hash(self) -> str:
-        """Return the SHA-256 of names, shapes, dtypes and bytes of the teacher's tensors."""
-        digest = hashlib.sha256()
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(value, Tensor):
-                plain = value.detach().cpu().contiguous()
-                digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
-                digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     @contextmanager
     def _in_eval_mode(self) -> Iterator[None]:
         # Activations without state may be one object in both models; the student keeps its mode.
@@ -92,6 +81,18 @@ class Teacher:
         # A teacher that its owner spread over several devices stays where it is.
         if all(tensor.device == own.device for tensor in _weights(self.model)):
             self.model.to(given)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of names, shapes, dtypes and bytes of a model's tensors."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{tuple(plain.shape)}{plain.dtype}".encode())
+            digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_distinct(teacher: nn.Module, student: nn.Module) -> None:
