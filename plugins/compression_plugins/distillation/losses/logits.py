@@ -75,7 +75,8 @@ def mse_loss(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0) -
     """Return T^2 * mean over all elements of (student / T - teacher / T)^2.
 
     The factors cancel: the temperature has no effect. Source: Ba, Caruana 2014, "Do Deep Nets
-    Really Need to be Deep?", equation 1, as a mean. Arguments and errors as for `kd_loss`.
+    Really Need to be Deep?", the regression on logits, as a mean. Arguments and errors as for
+    `kd_loss`.
     """
     check_logits(student, teacher)
     checked_temperature(temperature, student)
@@ -94,8 +95,8 @@ def dist_loss(
     With the probabilities Y = softmax(logits / T) of N positions as (N, classes),
     inter = 1 - mean over positions of pearson(Y_student[i, :], Y_teacher[i, :]) and
     intra = 1 - mean over classes of pearson(Y_student[:, j], Y_teacher[:, j]). Source: Huang, You,
-    Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher", equations 6 to 10. The
-    factor T^2 is in the authors' code, not in the paper, which trains with beta = gamma = 2.
+    Wang, Qian, Xu 2022, "Knowledge Distillation from A Stronger Teacher", section 3. The factor
+    T^2 and the weights of 1 are those of the authors' code.
 
     A row or column that is constant up to rounding, as every column of a single position, has
     correlation 0 and no gradient; the authors add 1e-8 to the norms to the same end.

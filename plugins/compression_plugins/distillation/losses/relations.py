@@ -20,9 +20,9 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     d[i, j] = |x_i - x_j| / mean of the distances above 0; smooth L1 is x^2 / 2 below 1 and
     |x| - 1/2 above. Source: Park, Kim, Lu, Cho 2019, "Relational Knowledge Distillation",
-    equations 5 to 8. The mean over all N^2 entries, with the zeros of the diagonal, is the
-    convention of the authors' code; the paper sums over pairs. Equal samples have distance 0 here
-    (1e-6 there), and no gradient with respect to it.
+    distance-wise loss in section 3. The mean over all N^2 entries, with the zeros of the diagonal,
+    is the convention of the authors' code; the paper sums over pairs. Equal samples have distance
+    0 here (1e-6 there), and no gradient with respect to it.
 
     Args:
         student: (N, *) float embeddings; all but the first dimension are flattened.
@@ -43,9 +43,9 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     c[i, j, k] is the cosine of the angle at sample i between the directions to j and k, 0 where
     one of them is i itself or equal to it. Source: Park, Kim, Lu, Cho 2019, "Relational Knowledge
-    Distillation", equations 9 and 10. The mean over all N^3 entries, with those zeros, is the
-    convention of the authors' code; the paper sums over triplets. Memory: N^2 times the size of
-    an embedding, and N^3.
+    Distillation", angle-wise loss in section 3. The mean over all N^3 entries, with those zeros,
+    is the convention of the authors' code; the paper sums over triplets. Memory: N^2 times the
+    size of an embedding, and N^3.
 
     Arguments, invariances and errors as for `rkd_distance_loss`.
     """

@@ -36,7 +36,7 @@ def token_kl_loss(
     """Return sum over tokens with mask 1 of T^2 * KL(p || softmax(student / T)) / num_items.
 
     p is the smoothed teacher of `kd_loss`. Source: Hinton et al. 2015, "Distilling the Knowledge
-    in a Neural Network", section 2, at each token as in Sanh et al. 2019, "DistilBERT", section 3.
+    in a Neural Network", section 2, at each token, as Sanh et al. 2019 do in "DistilBERT".
 
     Micro-batches of an accumulated batch add up to the loss of the whole batch when each gets
     `num_items` = the number of counted tokens of the whole. Padding changes nothing: what is

@@ -118,7 +118,7 @@ def test_rotating_and_scaling_both_changes_nothing(loss):
 SCALE_FREE = [*RELATIONS, contrastive_loss, attention_transfer_loss]
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e18])
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
 @pytest.mark.parametrize("loss", SCALE_FREE)
 def test_no_scale_is_too_small_or_too_large_for_float32(loss, scale):
     student, teacher = torch.randn(2, 4, 3, 2)
