@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ def check_loader(loader: object, name: str) -> None:
     """Raise ConfigError unless `loader` can be gone through again and again, and is not empty."""
     if not is_iterable(loader):
         raise ConfigError(f"{name} takes a data loader, got {type(loader).__name__}.")
-    if isinstance(loader, Iterable) and iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ConfigError(
             f"{name} is a {type(loader).__name__}, which ends after one epoch; pass something that "
             "begins anew each time, such as a torch.utils.data.DataLoader or a list of batches."

@@ -56,8 +56,8 @@ def distillation_configs(teacher: nn.Module, strategy: Any) -> list[Distillation
 def with_metric(
     config: CheckpointConfig | None, metric: str, lower_is_better: bool
 ) -> CheckpointConfig | None:
-    """Return the config with the metric that decides."""
-    if config is None:
+    """Return the config with the metric that decides; None if it is switched off."""
+    if config is None or not config.enabled:
         return None
     return dataclasses.replace(config, metric=metric, lower_is_better=lower_is_better)
 

@@ -67,7 +67,7 @@ def measure(
         if predictions is None:
             has_classes, weight = False, _length(batch.targets)
         else:
-            valid = batch.targets != _IGNORED
+            valid = batch.targets.long() != _IGNORED  # in uint8, -100 would be class 156
             right += int((predictions.eq(batch.targets) & valid).sum())
             weight = int(valid.sum())
         if weight:

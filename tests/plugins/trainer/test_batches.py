@@ -90,6 +90,20 @@ def test_an_empty_loader_of_unknown_length_is_named():
         trainer.train(model, [(INPUTS, TARGETS)], Unsized(), 1, optimizer, progress=False)
 
 
+def test_a_loader_is_not_begun_only_to_be_checked():
+    class Counting(DataLoader):
+        begun = 0
+
+        def __iter__(self):
+            self.begun += 1
+            return super().__iter__()
+
+    loader = Counting(toys.vectors(8), batch_size=4)
+    _seen(loader)
+    # The start, and one epoch of training and validation each; a batch for prepare.
+    assert loader.begun == 4
+
+
 def test_tensors_move_to_the_students_device():
     batch = unpack({"x": {"y": INPUTS}, "labels": TARGETS}, source="x", device=torch.device("meta"))
     assert batch.inputs["x"]["y"].device.type == "meta"
@@ -126,4 +140,13 @@ def test_a_batch_in_which_no_target_counts_does_not_spoil_the_mean():
     ignored = torch.full((4,), -100)
     expected = measure(nn.Identity(), [(logits, targets)], cross_entropy, None)
     data = [(logits, targets), (logits, ignored)]
+    assert measure(nn.Identity(), data, cross_entropy, None) == expected
+
+
+def test_targets_of_few_bits_count_all():
+    logits = torch.randn(3, 200)
+    targets = torch.tensor([0, 156, 199])
+    logits[1, 156] = 50.0
+    expected = measure(nn.Identity(), [(logits, targets)], cross_entropy, None)
+    data = [(logits, targets.to(torch.uint8))]
     assert measure(nn.Identity(), data, cross_entropy, None) == expected
