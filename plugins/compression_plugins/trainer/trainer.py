@@ -16,6 +16,7 @@ from compression_manager.checks import require_integer, require_type
 from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.model_call import quiet_evaluation
+from compression_manager.prepare import MAX_SEED
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation.outputs import find_logits
@@ -95,6 +96,8 @@ class KnowledgeDistillationTrainer:
         require_type(owner, "checkpoint_config", checkpoint_config, (CheckpointConfig, type(None)))
         require_type(owner, "use_early_stopping", use_early_stopping, bool)
         require_type(owner, "metric", metric, (str, type(None)))
+        if seed is not None:
+            require_integer(owner, "seed", seed, minimum=0, maximum=MAX_SEED)
         self.teacher = teacher
         self.metric, self.lower_is_better = deciding_metric(
             metric, lower_is_better, checkpoint_config
@@ -162,8 +165,9 @@ class KnowledgeDistillationTrainer:
             criterion: task loss `criterion(output, targets)`, a scalar tensor; default:
                 cross-entropy of logits (*, classes) and integer targets (*), mean over targets.
             metrics: `metrics(student, validation_loader)`, a mapping of names to numbers, called
-                in eval mode without gradient; default: `loss`, the criterion's mean over
-                all validation samples, and for integer targets `accuracy`.
+                in eval mode without gradient, with batches on whatever device the loader gives
+                them; default: `loss`, the criterion's mean over all validation samples, and for
+                integer targets `accuracy`.
             configs: further plugins, such as `QATConfig()` or `TensorBoardConfig(directory)`.
             scheduler: learning-rate scheduler of the optimizer.
             scheduler_interval: moves it after each `epoch` (with the metric, if it is

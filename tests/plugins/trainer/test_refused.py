@@ -168,6 +168,7 @@ def test_schedulers():
         ((nn.Linear(1, 1), KL, None, 1), "use_early_stopping must be of type bool"),
         ((nn.Linear(1, 1), KL, None, False, -1.0), "min_delta"),
         ((nn.Linear(1, 1), KL, None, False, 0.0, 0), "patience"),
+        ((nn.Linear(1, 1), KL, None, False, 0.0, 1, -1), "seed must be an integer from 0"),
     ],
 )
 def test_constructor(arguments, message):

@@ -379,3 +379,8 @@ def test_a_checkpoint_config_is_not_changed(tmp_path):
     config = CheckpointConfig(tmp_path)
     KnowledgeDistillationTrainer(nn.Linear(1, 1), KL, config)
     assert config.metric is None
+
+
+def test_a_checkpoint_config_that_is_switched_off_saves_nothing(tmp_path):
+    run(_trainer(checkpoint_config=checkpoints(tmp_path, enabled=False)), student(), 1)
+    assert list(tmp_path.iterdir()) == []
