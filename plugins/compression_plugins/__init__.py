@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from compression_plugins.learned_scale import LearnedScaleConfig
     from compression_plugins.progress import ProgressConfig
     from compression_plugins.tensorboard import TensorBoardConfig
+    from compression_plugins.trainer import (
+        EpochRecord,
+        KnowledgeDistillationTrainer,
+        TrainingHistory,
+    )
 
 __all__ = [
     "DistillationConfig",
@@ -54,6 +59,9 @@ __all__ = [
     "EarlyStoppingConfig",
     "TensorBoardConfig",
     "ProgressConfig",
+    "KnowledgeDistillationTrainer",
+    "TrainingHistory",
+    "EpochRecord",
 ]
 
 _HOMES = {
@@ -79,6 +87,9 @@ _HOMES = {
     "EarlyStoppingConfig": "early_stopping",
     "TensorBoardConfig": "tensorboard",
     "ProgressConfig": "progress",
+    "KnowledgeDistillationTrainer": "trainer",
+    "TrainingHistory": "trainer",
+    "EpochRecord": "trainer",
 }
 
 # Neural Compressor's name.

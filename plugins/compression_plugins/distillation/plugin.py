@@ -51,8 +51,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     def prepare_model(self, context: Context) -> None:
         """Freeze the teacher, watch layers; with example inputs, compare the outputs' shapes."""
         criterion, source = self.config.criterion, self._teacher_source
-        with blame_option("criterion.loss_weights[0]"):
-            context.set_task_weight(self.name, criterion.task_weight)
+        if criterion.task_weight is not None:
+            with blame_option("criterion"):
+                context.set_task_weight(self.name, criterion.task_weight)
         source.prepare(context, self.name)
         if source.model is not None and criterion.needs_teacher_layers:
             # torch's fused inference paths call no layer that could be watched.

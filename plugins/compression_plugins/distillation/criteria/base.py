@@ -96,8 +96,8 @@ class CriterionConfig(ABC):
 
     @property
     @abstractmethod
-    def task_weight(self) -> float:
-        """Factor of the task's own loss."""
+    def task_weight(self) -> float | None:
+        """Factor of the task's own loss; None leaves it to other plugins, and at 1 without any."""
 
     @abstractmethod
     def compare(self, surroundings: Surroundings) -> Comparison:

@@ -88,9 +88,9 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
         return mappings
 
     @property
-    def task_weight(self) -> float:
-        """Factor of the task's own loss."""
-        return 1.0 if self.add_origin_loss else 0.0
+    def task_weight(self) -> float | None:
+        """0 if the task's own loss is to be left out; other plugins may weight it otherwise."""
+        return None if self.add_origin_loss else 0.0
 
     def compare(self, surroundings: Surroundings) -> FeatureComparison:
         """Return the comparison, with the layers of both models watched."""

@@ -15,6 +15,7 @@ from compression_manager import ConfigError, LifecycleError, prepare_compression
 from compression_plugins import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
+    KnowledgeDistillationLossConfig,
     LinearSchedule,
     QATConfig,
 )
@@ -73,6 +74,27 @@ def test_without_the_origin_loss_the_task_is_left_out():
     output = manager.model(IMAGES)
     total = manager.on_after_compute_loss(IMAGES, output, output.mean() * 0 + 7.0)
     assert total.item() == pytest.approx(published(manager)["loss/distillation/MSE/conv1"])
+
+
+def test_soft_targets_beside_a_layer_weigh_the_task():
+    soft = DistillationConfig(toys.ConvNet(), KnowledgeDistillationLossConfig(2, ("CE", "KL")))
+    hint = DistillationConfig(soft.teacher_model, layers("conv1"), name="hint")
+    for configs in ([soft, hint], [hint, soft]):
+        manager = begin(prepare_compression(toys.ConvNet(), configs))
+        output = manager.model(IMAGES)
+        total = manager.on_after_compute_loss(IMAGES, output, output.mean() * 0 + 8.0)
+        values = published(manager)
+        terms = 0.5 * values["loss/distillation/KL"] + values["loss/hint/MSE/conv1"]
+        assert total.item() == pytest.approx(0.5 * 8.0 + terms, rel=1e-5)
+        manager.close()
+
+
+def test_criteria_that_weigh_the_task_otherwise_are_refused():
+    soft = DistillationConfig(toys.ConvNet(), KnowledgeDistillationLossConfig(2, ("CE", "KL")))
+    alone = layers("conv1", add_origin_loss=False)
+    hint = DistillationConfig(soft.teacher_model, alone, name="hint")
+    with pytest.raises(ConfigError, match=r"'distillation' sets 0\.5, 'hint' sets 0\.0"):
+        prepare_compression(toys.ConvNet(), [soft, hint])
 
 
 def test_the_whole_model_and_parts_of_outputs():
