@@ -52,7 +52,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         """Freeze the teacher, watch layers; with example inputs, compare the outputs' shapes."""
         criterion, source = self.config.criterion, self._teacher_source
         if criterion.task_weight is not None:
-            with blame_option("criterion"):
+            with blame_option(f"criterion.{criterion.task_weight_option}"):
                 context.set_task_weight(self.name, criterion.task_weight)
         source.prepare(context, self.name)
         if source.model is not None and criterion.needs_teacher_layers:

@@ -93,6 +93,8 @@ class CriterionConfig(ABC):
     """Whether there has to be somebody else to learn from."""
     needs_teacher_layers: ClassVar[bool] = False
     """Whether the teacher has to be run here, because its layers are watched."""
+    task_weight_option: ClassVar[str] = "add_origin_loss"
+    """The option that says the weight of the task's own loss, for errors."""
 
     @property
     @abstractmethod

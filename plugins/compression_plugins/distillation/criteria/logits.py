@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class KnowledgeDistillationLossConfig(CriterionConfig):
     The names and the order of the pairs are Neural Compressor's. Unlike there, D is a mean over
     the batch and not over the elements.
     """
+
+    task_weight_option: ClassVar[str] = "loss_weights[0]"
 
     temperature: float | Schedule = field(
         default=1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -52,6 +52,8 @@ class TokenDistillationLossConfig(CriterionConfig):
     `labels`. With gradient accumulation, pass `num_items`, the number of counted positions of
     the whole accumulated batch: the loss is then that of the batch as a whole.
     """
+
+    task_weight_option: ClassVar[str] = "loss_weights[0]"
 
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = field(
         default="forward_kl",
