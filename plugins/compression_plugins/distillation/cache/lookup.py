@@ -70,7 +70,7 @@ class CachedRows:
         return torch.searchsorted(self._ids, sample_ids).clamp_(max=len(self._ids) - 1)
 
     def _gather(self, rows: Tensor) -> Mapping[str, Tensor]:
-        if len(self._parts) == 1:
+        if len(self._parts) == 1 or len(rows) == 0:
             return {name: part.index_select(0, rows) for name, part in self._parts[0].items()}
         numbers = torch.bucketize(rows, self._ends, right=True)
         # Sorted by shard, so that each is read once.
