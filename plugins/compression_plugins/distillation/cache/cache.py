@@ -38,7 +38,7 @@ from compression_plugins.distillation.cache.store import (
     size_of_store,
     stores_in,
 )
-from compression_plugins.distillation.teacher import Teacher
+from compression_plugins.distillation.teacher import weights_hash
 
 TeacherForward = Callable[[nn.Module, Any], Any]
 
@@ -161,7 +161,7 @@ class TeacherCache:
         require_integer(f"{OWNER}.build", "augmentation_seed", augmentation_seed)
         require_type(f"{OWNER}.build", "teacher", teacher, nn.Module)
         require_writable_folder(self.directory)
-        key = CacheKey.of(Teacher(teacher).weights_hash(), self.preprocessing, self.encoding)
+        key = CacheKey.of(weights_hash(teacher), self.preprocessing, self.encoding)
         stale = stores_of_others(self.directory, key, allowed=overwrite)
         reader = BatchReader(teacher, inputs_of, ids_of, teacher_forward, teacher_output)
         samples = number_of_batches(getattr(loader, "dataset", None), None)
@@ -221,7 +221,7 @@ class TeacherCache:
             CheckpointMismatchError: its weights are others.
             CheckpointError: as of `verify`.
         """
-        own = Teacher(teacher).weights_hash()
+        own = weights_hash(teacher)
         if own != self.teacher_sha256:
             raise CheckpointMismatchError(
                 mismatch_message(
