@@ -270,3 +270,15 @@ def test_workers_may_load_the_batches(tmp_path: Path) -> None:
     cache.build(teacher, cached_teachers.loader(num_workers=1))
     assert cache.lookup(torch.tensor([SAMPLES - 1])).shape == (1, toys.CLASSES)
     assert isinstance(cached_teachers.loader().dataset, IndexedDataset)
+
+
+def test_a_shard_of_another_teacher_is_not_taken_over(tmp_path: Path) -> None:
+    teacher = counting_teacher()
+    built(tmp_path / "cache", teacher)
+    built(tmp_path / "other", counting_teacher(seed=1))
+    own, other = (tmp_path / name / "seed-0" for name in ("cache", "other"))
+    (own / "index").rename(tmp_path / "index")
+    (own / "shard-00000001").rename(tmp_path / "shard")
+    (other / "shard-00000001").rename(own / "shard-00000001")
+    with pytest.raises(CheckpointMismatchError, match="shard-00000001 .* teacher_sha256 is"):
+        TeacherCache(tmp_path / "cache").build(teacher, cached_teachers.loader())
