@@ -6,7 +6,8 @@ STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
 
-.PHONY: help venv demo study tables bench-teacher test test-cuda check reference readme
+.PHONY: help venv demo study tables bench-teacher bench-distillation test test-cuda check reference \
+	readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -31,6 +32,9 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 
 bench-teacher: $(STAMP)  ## speed, memory and distortion of the teacher's options
 	$(BIN)/python tests/benchmarks/teacher_runtime.py
+
+bench-distillation: $(STAMP)  ## time a distillation step from a cached teacher; wants a quiet machine
+	$(BIN)/python tests/benchmarks/distillation_step.py
 
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2

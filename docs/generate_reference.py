@@ -24,6 +24,7 @@ PUBLIC_MODULES = (
     "compression_manager.deploy",
     "compression_manager.integrations.onnx_translation",
     "compression_plugins",
+    "compression_plugins.distillation.cache",
     "compression_plugins.distillation.losses",
 )
 

@@ -1,8 +1,10 @@
-"""What a model is called with, found in the batches of a data loader."""
+"""What a model is called with, found in the batches of a data loader; and going through one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError
 from compression_manager.model_call import without_labels
+from compression_manager.tracking import is_stateful
 
 
 def inputs_of(batch: Any, *, source: str, otherwise: str) -> Any:
@@ -54,3 +57,29 @@ def to_device_of(model: nn.Module, value: Any) -> Any:
         return value
     device: torch.device = devices.pop()
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+@contextmanager
+def undisturbed(loader: Any) -> Iterator[None]:
+    """Put the loader's own generators and its state back at the end."""
+    generators = [(generator, generator.get_state()) for generator in _generators(loader)]
+    state = copy.deepcopy(loader.state_dict()) if is_stateful(loader) else None
+    try:
+        yield
+    finally:
+        if state is not None:
+            loader.load_state_dict(state)
+        for generator, value in generators:
+            generator.set_state(value)
+
+
+def _generators(loader: object) -> list[Any]:
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
+    found = {id(value): value for value in (getattr(item, "generator", None) for item in owners)}
+    return [value for value in found.values() if value is not None]

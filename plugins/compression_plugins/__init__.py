@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         TeacherRuntime,
         TokenDistillationLossConfig,
     )
+    from compression_plugins.distillation.cache import IndexedDataset, TeacherCache
     from compression_plugins.early_stopping import EarlyStoppingConfig
     from compression_plugins.fake_quant import LayerRule, PTQConfig, QATConfig
     from compression_plugins.fake_quant import QATConfig as QuantizationAwareTrainingConfig
@@ -48,6 +49,8 @@ __all__ = [
     "QuantizedTeacher",
     "EnsembleTeacher",
     "TeacherRuntime",
+    "TeacherCache",
+    "IndexedDataset",
     "QATConfig",
     "QuantizationAwareTrainingConfig",
     "PTQConfig",
@@ -77,6 +80,8 @@ _HOMES = {
     "QuantizedTeacher": "distillation",
     "EnsembleTeacher": "distillation",
     "TeacherRuntime": "distillation",
+    "TeacherCache": "distillation.cache",
+    "IndexedDataset": "distillation.cache",
     "QATConfig": "fake_quant",
     "PTQConfig": "fake_quant",
     "LayerRule": "fake_quant",

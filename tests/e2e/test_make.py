@@ -93,6 +93,13 @@ def test_demo_sets_up_and_runs_the_script_with_its_recipe(
     assert run == f"python {script} {options}"
 
 
+def test_the_benchmark_sets_up_and_runs_its_script(checkout: Checkout) -> None:
+    *setup, run = checkout.make("bench-distillation")
+    assert len(setup) == 3
+    assert run == "python tests/benchmarks/distillation_step.py"
+    assert (ROOT / run.split()[1]).is_file()
+
+
 def test_test_sets_up_and_runs_every_test(checkout: Checkout) -> None:
     *setup, run = checkout.make("test")
     assert len(setup) == 3

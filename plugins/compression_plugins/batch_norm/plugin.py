@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 from tqdm import tqdm
 
-from compression_manager.batches import inputs_of, number_of_batches
+from compression_manager.batches import inputs_of, number_of_batches, undisturbed
 from compression_manager.checks import require_integer
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
-from compression_plugins.batch_norm.loader import check_loader, undisturbed
+from compression_plugins.batch_norm.loader import check_loader
 from compression_plugins.batch_norm.reestimation import layers_with_statistics, reestimate
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from compression_manager.checks import require_choice, require_fraction, require_type
+from compression_manager.checks import (
+    require_choice,
+    require_fraction,
+    require_integer,
+    require_type,
+)
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
+from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.criteria import (
     CRITERIA,
     CriterionConfig,
@@ -59,6 +65,21 @@ class DistillationConfig(PluginConfig):
             runtime=True,
         ),
     )
+    teacher_cache: TeacherCache | None = field(
+        default=None,
+        metadata=option(
+            "The teacher's stored outputs, read by the sample_ids that the loop passes instead of "
+            "running teacher_model, which then is only compared with the cache if it is given.",
+            runtime=True,
+        ),
+    )
+    augmentation_seeds: Sequence[int] = field(
+        default=(0,),
+        metadata=option(
+            "With teacher_cache: the augmentation seed of the first epoch, the second, and so on, "
+            "from the beginning again after the last."
+        ),
+    )
     teacher_runtime: TeacherRuntime = field(
         default_factory=TeacherRuntime,
         metadata=option("How teacher_model runs: its precision, compiled, memory format."),
@@ -84,26 +105,43 @@ class DistillationConfig(PluginConfig):
                 f"{type(self).__name__}.teacher_forward must be a function of the teacher and the "
                 f"inputs, got {self.teacher_forward!r}."
             )
+        require_type(self, "teacher_cache", self.teacher_cache, (TeacherCache, type(None)))
+        self._check_seeds()
         require_type(self, "teacher_runtime", self.teacher_runtime, TeacherRuntime)
         require_fraction(self, "ema_decay", self.ema_decay)
         self._check_source()
+
+    def _check_seeds(self) -> None:
+        seeds = self.augmentation_seeds
+        if not isinstance(seeds, (list, tuple)) or not seeds:
+            raise ConfigError(
+                f"{type(self).__name__}.augmentation_seeds must be a list of at least one whole "
+                f"number, got {seeds!r}."
+            )
+        for index, seed in enumerate(seeds):
+            require_integer(self, f"augmentation_seeds[{index}]", seed)
+        object.__setattr__(self, "augmentation_seeds", tuple(seeds))
 
     def _check_source(self) -> None:
         owner, source = type(self).__name__, self.teacher_outputs
         criterion = type(self.criterion).__name__
         if not self.criterion.needs_teacher:
-            for name in ("teacher_model", "teacher_forward"):
+            for name in ("teacher_model", "teacher_forward", "teacher_cache"):
                 if getattr(self, name) is not None:
                     raise ConfigError(
                         f"{owner}.{name} has no use with {criterion}, in which the student is its "
                         "own teacher; drop one."
                     )
             return
+        if self.teacher_cache is not None:
+            self._check_cache()
+            return
         if self.teacher_model is None and source == "model":
             raise ConfigError(
                 f"{owner}.teacher_model is missing. Pass the teacher (with a recipe: "
                 "prepare_compression(..., teacher_model=teacher)), or set "
-                "teacher_outputs='caller' and give its outputs to on_after_compute_loss."
+                "teacher_outputs='caller' and give its outputs to on_after_compute_loss, or pass a "
+                "teacher_cache."
             )
         if self.teacher_model is not None and source != "model":
             raise ConfigError(
@@ -122,4 +160,24 @@ class DistillationConfig(PluginConfig):
                 raise ConfigError(
                     f"{criterion} watches the teacher's layers, which the loop cannot pass; set "
                     "teacher_model instead of teacher_outputs='caller'."
+                )
+
+    def _check_cache(self) -> None:
+        owner = type(self).__name__
+        if self.criterion.needs_teacher_layers:
+            raise ConfigError(
+                f"{type(self.criterion).__name__} watches the teacher's layers, which a cache does "
+                "not hold; leave teacher_cache out."
+            )
+        unused = {
+            "teacher_outputs": self.teacher_outputs != "model",
+            "teacher_forward": self.teacher_forward is not None,
+            "teacher_output": self.teacher_output is not None,
+            "teacher_runtime": self.teacher_runtime != TeacherRuntime(),
+        }
+        for name, is_set in unused.items():
+            if is_set:
+                raise ConfigError(
+                    f"{owner}.{name} has no use with teacher_cache, from which no teacher is run; "
+                    "drop one. What ran the teacher was given to TeacherCache.build."
                 )

@@ -95,13 +95,14 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         teacher_output: Any,
         target: Tensor | None,
         mask: Tensor | None,
+        sample_ids: Any,
         num_items: int | Tensor | None,
     ) -> None:
         """Add the weighted comparison of both models."""
         batch = Batch(
             input,
             student_output,
-            self._teacher_source.outputs(context, input, teacher_output),
+            self._teacher_source.outputs(context, input, teacher_output, sample_ids),
             target,
             mask,
             num_items,
@@ -169,7 +170,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
 
     @property
     def _takes_from_loop(self) -> bool:
-        return self.config.criterion.needs_teacher and self.config.teacher_outputs == "caller"
+        config = self.config
+        is_passed = config.teacher_outputs == "caller" or config.teacher_cache is not None
+        return config.criterion.needs_teacher and is_passed
 
     def _make_loss(self, name: str, options: Mapping[str, Any], chosen_by: str) -> NamedLoss:
         assert self._context is not None  # set by validate_composition
@@ -191,7 +194,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         try:
             with quiet_evaluation(*models):
                 student_output = call_model(context.model, inputs)
-                teacher_output = source.outputs(context, inputs, None)
+                teacher_output = source.outputs(context, inputs)
                 comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
         finally:
             self._stop_recording()
@@ -215,13 +218,13 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             self._take_parameters_away = context.add_parameters(parameters, owner=self.name)
 
     def _look_ahead(self, context: Context, batch: Batch) -> None:
-        teacher = self._teacher_source.model
-        if teacher is None:
-            return
-        kept = sum(recorder.bytes() for recorder in self._running.recorders)
-        context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
-        starts = batch.global_step == 0  # a resumed run was told already
-        if starts and self.config.teacher_outputs == "model" and batch.target is not None:
+        teacher, config = self._teacher_source.model, self.config
+        if teacher is not None:
+            kept = sum(recorder.bytes() for recorder in self._running.recorders)
+            context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
+        is_trained = config.criterion.needs_teacher and config.teacher_outputs == "model"
+        # A resumed run was told already.
+        if is_trained and batch.target is not None and batch.global_step == 0:
             preflight.warn_if_worse(
                 batch.target,
                 student=lambda: self._student_logits(batch.student_output),

@@ -12,8 +12,14 @@ from torch import nn
 from compression_manager.context import Context
 from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
+from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.config import DistillationConfig
-from compression_plugins.distillation.teacher import Teacher, check_distinct, weights_hash
+from compression_plugins.distillation.teacher import (
+    Teacher,
+    check_distinct,
+    main_device,
+    weights_hash,
+)
 from compression_plugins.distillation.teacher_runtime import RunningTeacher, running_teacher
 
 
@@ -30,13 +36,16 @@ class TeacherSource(ABC):
         """Change what has to be changed of the teacher until the manager closes."""
 
     @abstractmethod
-    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+    def outputs(
+        self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None
+    ) -> Any:
         """Return the teacher's output for a batch.
 
         Args:
             context: of the manager.
             input: what the student was called with.
             teacher_output: what the loop passed.
+            sample_ids: what the loop passed.
         """
 
     def follow(self, student: nn.Module) -> None:  # noqa: B027 (most stay as they are)
@@ -77,7 +86,9 @@ class LiveTeacher(TeacherSource):
         """Freeze the teacher."""
         self._teacher.freeze(context, owner)
 
-    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+    def outputs(
+        self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None
+    ) -> Any:
         """Return what the model says, whatever the loop passed."""
         if self._key not in context.step_cache:
             context.step_cache[self._key] = self._teacher.run(input)
@@ -95,12 +106,7 @@ class LiveTeacher(TeacherSource):
         Raises:
             CheckpointMismatchError: it is another one.
         """
-        own = self.state_dict()
-        if dict(state) != own:
-            raise CheckpointMismatchError(
-                f"the checkpoint was trained with another teacher (weights "
-                f"{state.get('teacher_sha256')}, here {own['teacher_sha256']})."
-            )
+        check_same_teacher(state, self.state_dict())
 
 
 class CallerTeacher(TeacherSource):
@@ -114,7 +120,9 @@ class CallerTeacher(TeacherSource):
         """Keep the name of the plugin, for messages."""
         self._owner = owner
 
-    def outputs(self, context: Context, input: Any, teacher_output: Any) -> Any:
+    def outputs(
+        self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None
+    ) -> Any:
         """Return what the loop passed.
 
         Raises:
@@ -173,12 +181,76 @@ class AveragedStudent(LiveTeacher):
         self._updates = state["updates"]
 
 
+class CachedTeacher(TeacherSource):
+    """Reads what a teacher said once and for all."""
+
+    def __init__(self, config: DistillationConfig, cache: TeacherCache) -> None:
+        self._cache = cache
+        self._seeds = tuple(config.augmentation_seeds)
+        self._teacher = config.teacher_model
+        self._owner = ""
+
+    def prepare(self, context: Context, owner: str) -> None:
+        """Verify every file that will be read, and that the teacher is the one of the cache.
+
+        Raises:
+            CheckpointError: a seed was not built, a file is damaged, or belongs to another teacher.
+        """
+        self._owner = owner
+        with blame_option("teacher_cache"):
+            for seed in dict.fromkeys(self._seeds):
+                self._cache.verify(seed)
+            if self._teacher is not None:
+                self._cache.check(self._teacher)
+
+    def outputs(
+        self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None
+    ) -> Any:
+        """Return the cached logits of the samples.
+
+        Raises:
+            ConfigError: the loop passed no sample ids, or one is not cached.
+        """
+        if sample_ids is None:
+            raise ConfigError(
+                f"plugin '{self._owner}' reads the teacher's outputs from a cache and needs "
+                "sample_ids; pass them: manager.on_after_compute_loss(inputs, output, loss, "
+                "sample_ids=ids). IndexedDataset adds them to your data set's items."
+            )
+        seed = self._seeds[context.epoch % len(self._seeds)]
+        device = main_device(input)
+        return self._cache.lookup(sample_ids, augmentation_seed=seed, device=device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the hash of the teacher's weights, as the live teacher would."""
+        return {"teacher_sha256": self._cache.teacher_sha256}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that the teacher is the one that the checkpoint was trained with.
+
+        Raises:
+            CheckpointMismatchError: it is another one.
+        """
+        check_same_teacher(state, self.state_dict())
+
+
+def check_same_teacher(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise CheckpointMismatchError unless both hold the hash of the same teacher."""
+    if dict(state) != own:
+        raise CheckpointMismatchError(
+            f"the checkpoint was trained with another teacher (weights "
+            f"{state.get('teacher_sha256')}, here {own['teacher_sha256']})."
+        )
+
+
 def make_source(config: DistillationConfig, student: nn.Module) -> TeacherSource:
     """Return the source that `config` names; `student` is still as the user gave it.
 
     Raises:
         ConfigError: the teacher is the student, or shares with it what training changes.
     """
+    if config.teacher_cache is not None:
+        return CachedTeacher(config, config.teacher_cache)
     if config.teacher_outputs == "ema":
         return AveragedStudent(config, student)
     if config.teacher_model is not None:

@@ -75,7 +75,7 @@ class Teacher:
                 module.training = training
 
     def _follow_device(self, inputs: Any) -> None:
-        own, given = next(_weights(self.model), None), _main_device(inputs)
+        own, given = next(_weights(self.model), None), main_device(inputs)
         if own is None or given is None or own.device == given:
             return
         # A teacher that its owner spread over several devices stays where it is.
@@ -134,7 +134,7 @@ def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _main_device(inputs: Any) -> torch.device | None:
+def main_device(inputs: Any) -> torch.device | None:
     """Return the accelerator on which any of the inputs lies, else the CPU if there are inputs."""
     devices = [tensor.device for tensor in tensors_in(inputs)]
     accelerators = [device for device in devices if device.type != "cpu"]
