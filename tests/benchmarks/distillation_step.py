@@ -138,10 +138,9 @@ class Trainer:
     def __init__(self, case: Case, teacher: nn.Module | None, cache: TeacherCache | None) -> None:
         self.student = copy.deepcopy(case.student)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-3)
-        self.cache = cache
         self.manager: CompressionManager | None = None
         if cache is not None:
-            config = DistillationConfig(teacher_outputs="caller", criterion=CRITERION)
+            config = DistillationConfig(teacher_cache=cache, criterion=CRITERION)
             self.manager = prepare_compression(self.student, [config])
         elif teacher is not None:
             config = DistillationConfig(teacher, criterion=CRITERION)
@@ -158,8 +157,7 @@ class Trainer:
         output = self.student(inputs)
         loss = F.cross_entropy(output, targets)
         if manager is not None:
-            known = None if self.cache is None else self.cache.lookup(ids)
-            loss = manager.on_after_compute_loss(inputs, output, loss, known)
+            loss = manager.on_after_compute_loss(inputs, output, loss, sample_ids=ids)
         loss.backward()
         if manager is not None:
             manager.on_before_optimizer_step()

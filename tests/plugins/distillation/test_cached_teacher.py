@@ -85,7 +85,7 @@ def test_a_teacher_beside_the_cache_is_compared_with_it(teacher, cache):
     other = copy.deepcopy(teacher)
     with torch.no_grad():
         other.fc.bias += 1
-    with pytest.raises(CheckpointMismatchError, match="teacher_cache: .*teacher_sha256"):
+    with pytest.raises(CheckpointMismatchError, match=r"teacher_cache: .*teacher_sha256"):
         prepare_compression(toys.ConvNet(), [DistillationConfig(other, teacher_cache=cache)])
 
 
