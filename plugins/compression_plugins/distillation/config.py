@@ -84,6 +84,13 @@ class DistillationConfig(PluginConfig):
         default_factory=TeacherRuntime,
         metadata=option("How teacher_model runs: its precision, compiled, memory format."),
     )
+    synchronize: bool = field(
+        default=True,
+        metadata=option(
+            "Whether all ranks of torch.distributed train the same projections; false for ranks "
+            "that train models of their own."
+        ),
+    )
     ema_decay: float = field(
         default=0.999,
         metadata=option("Of 'ema': share of the average that stays at each optimizer step."),
@@ -108,6 +115,7 @@ class DistillationConfig(PluginConfig):
         require_type(self, "teacher_cache", self.teacher_cache, (TeacherCache, type(None)))
         self._check_seeds()
         require_type(self, "teacher_runtime", self.teacher_runtime, TeacherRuntime)
+        require_type(self, "synchronize", self.synchronize, bool)
         require_fraction(self, "ema_decay", self.ema_decay)
         self._check_source()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
@@ -13,6 +13,7 @@ from compression_manager.errors import CheckpointMismatchError, blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.model_call import call_model, quiet_evaluation
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.ranks import has_other_ranks, mean_of_ranks, values_of_first_rank
 from compression_plugins.distillation import preflight
 from compression_plugins.distillation.batch import Batch
 from compression_plugins.distillation.catalog import NamedLoss, make_loss
@@ -34,7 +35,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         self._comparison: Comparison | None = None
         self._is_checked = False
         self._take_parameters_away: Callable[[], None] | None = None
-        self._trained: dict[str, Any] = {}
+        self._trained: dict[str, nn.Parameter] = {}
 
     def required_hooks(self) -> frozenset[str]:
         """Return the hook at which a moving average follows the student."""
@@ -119,6 +120,15 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         finally:
             for recorder in comparison.recorders:
                 recorder.clear()
+
+    @hookimpl
+    def on_before_optimizer_step(self) -> None:
+        """Average the gradients of projections over the ranks: DDP does not know them."""
+        if not (self.config.synchronize and has_other_ranks()):
+            return
+        for parameter in self._trained.values():
+            if parameter.grad is not None:
+                mean_of_ranks(parameter.grad)
 
     @hookimpl
     def on_after_optimizer_step(self, context: Context) -> None:
@@ -214,6 +224,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             self._take_parameters_away()
             self._take_parameters_away = None
         self._trained = parameters
+        if self.config.synchronize and has_other_ranks():
+            for parameter in parameters.values():
+                values_of_first_rank(parameter.data)
         if parameters:
             self._take_parameters_away = context.add_parameters(parameters, owner=self.name)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.parameters import compute_qparams
-from compression_manager.quantization.ranks import sum_of_ranks
+from compression_manager.ranks import sum_of_ranks
 from compression_plugins.learned_scale.arithmetic import sum_per_scale
 
 

@@ -12,9 +12,9 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization.observers.base import RangeObserver
 from compression_manager.quantization.observers.bins import Layout, make_layout, rebin, tally
 from compression_manager.quantization.observers.rows import as_rows
-from compression_manager.quantization.ranks import sum_of_ranks
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
+from compression_manager.ranks import sum_of_ranks
 
 MIN_BINS = 128
 

@@ -31,6 +31,17 @@ def maximum_of_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def values_of_first_rank(values: Tensor) -> Tensor:
+    """Overwrite `values` by those of rank 0, and return it."""
+    dist.broadcast(values, src=0)
+    return values
+
+
+def mean_of_ranks(values: Tensor) -> Tensor:
+    """Overwrite `values` (floating point) by the mean over all ranks, and return it."""
+    return sum_of_ranks(values).div_(dist.get_world_size())
+
+
 def sum_of_ranks(values: Tensor) -> Tensor:
     """Overwrite `values` by the elementwise sum over all ranks, and return it.
 
