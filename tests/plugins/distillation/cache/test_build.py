@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,20 @@ def test_a_shard_of_another_teacher_is_not_taken_over(tmp_path: Path) -> None:
     (other / "shard-00000001").rename(own / "shard-00000001")
     with pytest.raises(CheckpointMismatchError, match=r"shard-00000001 .* teacher_sha256 is"):
         TeacherCache(tmp_path / "cache").build(teacher, cached_teachers.loader())
+
+
+def test_an_extension_that_ended_before_its_index_is_finished(tmp_path: Path) -> None:
+    teacher, cache = counting_teacher(), TeacherCache(tmp_path / "cache")
+    cache.build(teacher, [batch(range(8))])
+    index = tmp_path / "cache" / "seed-0" / "index"
+    shutil.copytree(index, tmp_path / "older")
+    cache.build(teacher, [batch(range(8, 16))])
+    shutil.rmtree(index)
+    (tmp_path / "older").rename(index)
+    calls = len(teacher.calls)
+    cache = TeacherCache(tmp_path / "cache")
+    assert cache.lookup(torch.arange(8)).shape == (8, toys.CLASSES)  # as before the extension
+    cache.build(teacher, [batch(range(16))])
+    assert len(teacher.calls) == calls
+    exact = teacher(batch(range(16))[0]).detach()
+    torch.testing.assert_close(TeacherCache(tmp_path / "cache").lookup(torch.arange(16)), exact)

@@ -156,3 +156,12 @@ def test_outputs_are_mapped_not_read(tmp_path: Path) -> None:
     if not maps.exists():
         pytest.skip("no list of mapped files on this system")
     assert sum(str(tmp_path) in line for line in maps.read_text().splitlines()) >= 4
+
+
+@pytest.mark.parametrize("missing", [-1, cached_teachers.SAMPLES])
+def test_ids_beyond_both_ends_are_refused(tmp_path: Path, missing: int) -> None:
+    cache = built(tmp_path / "cache", counting_teacher())
+    with pytest.raises(
+        ConfigError, match=f"sample id {missing} and 1 more of the batch; .* 0 to 49"
+    ):
+        cache.lookup(torch.tensor([3, missing, missing]))
