@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_plugins import TeacherRuntime
-from compression_plugins.distillation.distortion import measure_distortion
-from compression_plugins.distillation.teacher import Teacher
-from compression_plugins.distillation.teacher_runtime import running_teacher
+from compression_plugins.distillation.teachers.distortion import measure_distortion
+from compression_plugins.distillation.teachers.runtime import running_teacher
+from compression_plugins.distillation.teachers.teacher import Teacher
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import fashion_mnist

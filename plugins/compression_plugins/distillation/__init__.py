@@ -7,18 +7,18 @@ from compression_plugins.distillation.criteria import (
     SelfKnowledgeDistillationLossConfig,
     TokenDistillationLossConfig,
 )
-from compression_plugins.distillation.distortion import TeacherDistortion
-from compression_plugins.distillation.ensemble import EnsembleTeacher
-from compression_plugins.distillation.plugin import DistillationPlugin
-from compression_plugins.distillation.quantized_teacher import QuantizedTeacher
-from compression_plugins.distillation.schedules import (
+from compression_plugins.distillation.criteria.schedules import (
     AdaptiveSchedule,
     CosineSchedule,
     CurriculumSchedule,
     LinearSchedule,
     Schedule,
 )
-from compression_plugins.distillation.teacher_runtime import TeacherRuntime
+from compression_plugins.distillation.plugin import DistillationPlugin
+from compression_plugins.distillation.teachers.distortion import TeacherDistortion
+from compression_plugins.distillation.teachers.ensemble import EnsembleTeacher
+from compression_plugins.distillation.teachers.quantized import QuantizedTeacher
+from compression_plugins.distillation.teachers.runtime import TeacherRuntime
 
 __all__ = [
     "AdaptiveSchedule",

@@ -22,7 +22,7 @@ from compression_plugins.distillation.criteria import (
     CriterionConfig,
     KnowledgeDistillationLossConfig,
 )
-from compression_plugins.distillation.teacher_runtime import TeacherRuntime
+from compression_plugins.distillation.teachers.runtime import TeacherRuntime
 
 SOURCES = ("model", "caller", "ema")
 

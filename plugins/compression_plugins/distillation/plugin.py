@@ -15,10 +15,10 @@ from compression_manager.model_call import call_model, quiet_evaluation
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.ranks import has_other_ranks, mean_of_ranks, values_of_first_rank
 from compression_plugins.distillation import preflight
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss, make_loss
 from compression_plugins.distillation.config import DistillationConfig
 from compression_plugins.distillation.criteria import Comparison, Surroundings
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss, make_loss
 from compression_plugins.distillation.outputs import pick_logits
 from compression_plugins.distillation.sources import TeacherSource, make_source
 

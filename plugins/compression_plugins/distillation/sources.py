@@ -14,13 +14,13 @@ from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.config import DistillationConfig
-from compression_plugins.distillation.teacher import (
+from compression_plugins.distillation.teachers.runtime import RunningTeacher, running_teacher
+from compression_plugins.distillation.teachers.teacher import (
     Teacher,
     check_distinct,
     main_device,
     weights_hash,
 )
-from compression_plugins.distillation.teacher_runtime import RunningTeacher, running_teacher
 
 
 class TeacherSource(ABC):

@@ -20,7 +20,7 @@ from compression_manager.prepare import MAX_SEED
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation.outputs import find_logits
-from compression_plugins.distillation.teacher import Teacher
+from compression_plugins.distillation.teachers.teacher import Teacher
 from compression_plugins.early_stopping import EarlyStoppingConfig
 from compression_plugins.trainer.batches import check_loader, first_batch
 from compression_plugins.trainer.checks import (

@@ -6,7 +6,7 @@ from torch import nn
 
 import toys
 from compression_manager.context import Context
-from compression_plugins.distillation.teacher import Teacher
+from compression_plugins.distillation.teachers.teacher import Teacher
 from toy_teachers import condition
 
 

@@ -38,7 +38,7 @@ from compression_plugins.distillation.cache.store import (
     size_of_store,
     stores_in,
 )
-from compression_plugins.distillation.teacher import weights_hash
+from compression_plugins.distillation.teachers.teacher import weights_hash
 
 TeacherForward = Callable[[nn.Module, Any], Any]
 

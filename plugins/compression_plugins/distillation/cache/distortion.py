@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from compression_manager.errors import ConfigError
-from compression_plugins.distillation.distortion import measure_distortion
 from compression_plugins.distillation.losses import kd_loss
+from compression_plugins.distillation.teachers.distortion import measure_distortion
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from compression_manager.errors import CheckpointMismatchError
 from compression_manager.loss import LossTerms
 from compression_manager.model_hooks import ModelHooks
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss
-from compression_plugins.distillation.recorder import Recorder
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss
+from compression_plugins.distillation.criteria.recorder import Recorder
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 from compression_manager.errors import CheckpointMismatchError, ConfigError
 from compression_manager.loss import LossTerms
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss
 from compression_plugins.distillation.criteria.base import Comparison
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss
 from compression_plugins.distillation.criteria.logits import scheduled
 from compression_plugins.distillation.criteria.mappings import LayerMapping
-from compression_plugins.distillation.projections import (
+from compression_plugins.distillation.criteria.projections import (
     Projection,
     identity_projection,
     make_projection,
 )
-from compression_plugins.distillation.recorder import Recorder
-from compression_plugins.distillation.schedules import Schedule, weight_at
+from compression_plugins.distillation.criteria.recorder import Recorder
+from compression_plugins.distillation.criteria.schedules import Schedule, weight_at
 
 
 @dataclass

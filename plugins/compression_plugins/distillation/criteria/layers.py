@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from compression_manager.checks import require_choice, require_type
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.plugin import option
-from compression_plugins.distillation.batch import Batch
 from compression_plugins.distillation.criteria.base import CriterionConfig, Surroundings
+from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.features import FeatureComparison, FeaturePair
 from compression_plugins.distillation.criteria.logits import check_loss_options, named_loss
 from compression_plugins.distillation.criteria.mappings import (
@@ -21,9 +21,9 @@ from compression_plugins.distillation.criteria.mappings import (
     expand,
     parse_mappings,
 )
+from compression_plugins.distillation.criteria.recorder import Recorder
+from compression_plugins.distillation.criteria.schedules import SCHEDULES, Schedule, require_weight
 from compression_plugins.distillation.outputs import pick_feature
-from compression_plugins.distillation.recorder import Recorder
-from compression_plugins.distillation.schedules import SCHEDULES, Schedule, require_weight
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ from compression_manager.checks import require_choice, require_not_negative, req
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.plugin import option
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss
 from compression_plugins.distillation.criteria.base import (
     Comparison,
     CriterionConfig,
     Surroundings,
 )
-from compression_plugins.distillation.schedules import (
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss
+from compression_plugins.distillation.criteria.schedules import (
     SCHEDULES,
     Schedule,
     require_temperature,

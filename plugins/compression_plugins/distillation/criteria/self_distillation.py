@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError, blame_option, suggest
 from compression_manager.plugin import option
-from compression_plugins.distillation.batch import Batch
 from compression_plugins.distillation.criteria.base import CriterionConfig, Surroundings
+from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.features import FeatureComparison, FeaturePair
 from compression_plugins.distillation.criteria.layers import (
     check_loss_types,
@@ -27,13 +27,13 @@ from compression_plugins.distillation.criteria.mappings import (
     TapPoint,
     parse_mapping,
 )
-from compression_plugins.distillation.outputs import pick_feature
-from compression_plugins.distillation.recorder import Recorder
-from compression_plugins.distillation.schedules import (
+from compression_plugins.distillation.criteria.recorder import Recorder
+from compression_plugins.distillation.criteria.schedules import (
     SCHEDULES,
     Schedule,
     require_temperature,
 )
+from compression_plugins.distillation.outputs import pick_feature
 
 
 @dataclass(frozen=True)

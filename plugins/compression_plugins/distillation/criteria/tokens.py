@@ -20,14 +20,14 @@ from compression_manager.loss import LossTerms
 from compression_manager.model_call import LABEL_KEYS
 from compression_manager.plugin import option
 from compression_plugins.distillation import losses as loss_functions
-from compression_plugins.distillation.batch import Batch
 from compression_plugins.distillation.criteria.base import (
     Comparison,
     CriterionConfig,
     Surroundings,
 )
+from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.logits import check_same_logits
-from compression_plugins.distillation.schedules import (
+from compression_plugins.distillation.criteria.schedules import (
     SCHEDULES,
     Schedule,
     require_temperature,

@@ -13,7 +13,7 @@ from torch import nn
 import toys
 from compression_manager import CheckpointMismatchError, ConfigError, prepare_compression
 from compression_plugins import DistillationConfig, EnsembleTeacher
-from compression_plugins.distillation.teacher import Teacher, weights_hash
+from compression_plugins.distillation.teachers.teacher import Teacher, weights_hash
 from toy_teachers import CountingTeacher, condition, criterion, first_loss
 
 MODES = ("average", "geometric", "maximum", "median")

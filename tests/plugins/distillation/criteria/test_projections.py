@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from compression_manager import CheckpointMismatchError, ConfigError
-from compression_plugins.distillation.projections import identity_projection, make_projection
+from compression_plugins.distillation.criteria.projections import (
+    identity_projection,
+    make_projection,
+)
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import toys
-from compression_plugins.distillation.teacher import weights_hash
+from compression_plugins.distillation.teachers.teacher import weights_hash
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compression_manager.errors import ConfigError, suggest
 from compression_plugins.distillation import losses
-from compression_plugins.distillation.batch import Batch
+from compression_plugins.distillation.criteria.batch import Batch
 
 # What a loss is given besides the two outputs, if its signature names it.
 _FROM_BATCH = ("target", "mask", "num_items")

@@ -21,9 +21,13 @@ from compression_manager.quantization import (
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.parameters import zero_point_dtype
 from compression_manager.quantization.precision import Float32Buffers
-from compression_plugins.distillation.distortion import TeacherDistortion, measure_distortion
-from compression_plugins.distillation.exporting import export_program
-from compression_plugins.distillation.logit_grid import (
+from compression_plugins.distillation.outputs import find_logits
+from compression_plugins.distillation.teachers.distortion import (
+    TeacherDistortion,
+    measure_distortion,
+)
+from compression_plugins.distillation.teachers.exporting import export_program
+from compression_plugins.distillation.teachers.logit_grid import (
     OWNER,
     can_read,
     check_grid,
@@ -31,7 +35,6 @@ from compression_plugins.distillation.logit_grid import (
     describe_clipping,
     finite_range,
 )
-from compression_plugins.distillation.outputs import find_logits
 
 # A batch that loses more than this to clipping is worth a warning.
 MAX_CLIPPED_FRACTION = 0.01

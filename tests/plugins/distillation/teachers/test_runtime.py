@@ -11,9 +11,9 @@ from torch import nn
 import toys
 from compression_manager import ConfigError
 from compression_plugins import EnsembleTeacher, QuantizedTeacher, TeacherRuntime
-from compression_plugins.distillation.distortion import measure_distortion
-from compression_plugins.distillation.teacher import Teacher, weights_hash
-from compression_plugins.distillation.teacher_runtime import RunningTeacher, running_teacher
+from compression_plugins.distillation.teachers.distortion import measure_distortion
+from compression_plugins.distillation.teachers.runtime import RunningTeacher, running_teacher
+from compression_plugins.distillation.teachers.teacher import Teacher, weights_hash
 from toy_teachers import CountingTeacher, condition
 
 COPIES = [

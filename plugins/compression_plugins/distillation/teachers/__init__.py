@@ -1,0 +1,1 @@
+"""Kinds of teachers, and how a teacher is run."""
