@@ -92,7 +92,8 @@ class FakeQuantPlugin(Plugin[Options]):
             # Only the pairs of the model as deployed count: eval mode may take another path.
             deployed = _find_pairs(model, conversion.example_inputs)
             trained = deployed if self._pairs is None else self._pairs
-            self._take_pairs(dict(deployed.items() & trained.items()))
+            both = {norm: layer for norm, layer in trained.items() if deployed.get(norm) == layer}
+            self._take_pairs(both)
         batch_norm_of = {convolution: name for name, convolution in self._folded.items()}
         for planned in self._plan.layers:
             layer = cast(QuantizedLayer, model.get_submodule(planned.name))
