@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
+WORKERS ?= 2
 
-.PHONY: help venv demo study tables bench-teacher bench-distillation test test-cuda check reference \
-	readme
+.PHONY: help venv demo study distillation-study tables bench-teacher bench-distillation test \
+	test-cuda check reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -26,6 +27,9 @@ demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the fu
 
 study: $(STAMP)  ## compare ways to quantize over 3 seeds; DATA=<folder> for the full set
 	$(BIN)/python examples/quantization_study.py $(if $(DATA),--data "$(DATA)")
+
+distillation-study: $(STAMP)  ## compare all ways to distill over 3 seeds; WORKERS=<cores>, 90 minutes on 2
+	$(BIN)/python examples/distillation_study.py --workers $(WORKERS)
 
 tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo SEEDS=3`
 	$(BIN)/python examples/post_training_study.py

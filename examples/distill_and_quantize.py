@@ -200,14 +200,18 @@ def _accuracy(predictions: Tensor, split: Split) -> float:
     return (predictions == split.labels).float().mean().item()
 
 
+def networks(seed: int) -> tuple[nn.Module, nn.Module]:
+    """Return the untrained student and teacher of a seed."""
+    torch.manual_seed(seed)
+    return models.student(), models.teacher()
+
+
 def run_seed(
     splits: Splits, recipe: Path, folder: Path, seed: int, student_training: Training
 ) -> dict[str, Any]:
     """Train whatever is not finished for one seed; return the entries of the summary."""
     results: dict[str, Any] = {}
-    torch.manual_seed(seed)
-    start = models.student()
-    teacher = models.teacher()
+    start, teacher = networks(seed)
     for arm in (TEACHER, *STUDENTS):
         own = folder / arm.name
         finished = own / "result.json"

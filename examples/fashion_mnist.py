@@ -112,6 +112,20 @@ def augment(images: Tensor, shift: int) -> Tensor:
     return padded[each, 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
+def variants(images: Tensor, shift: int) -> Tensor:
+    """Return all that `augment` can make of the images, each as likely as the others.
+
+    images: (N, 1, 28, 28) float, normalised -> (V * N, 1, 28, 28) with V = 2 * (2 * shift + 1)^2;
+    variant v of image i has the index v * N + i, and variant 0 without a shift is the image.
+    """
+    padded = F.pad(images, (shift,) * 4, value=-MEAN / STANDARD_DEVIATION)
+    offsets = range(2 * shift + 1)
+    moved = [
+        padded[..., top : top + SIZE, left : left + SIZE] for top in offsets for left in offsets
+    ]
+    return torch.cat([image for each in moved for image in (each, each.flip(-1))])
+
+
 def per_class(labels: Bytes, start: int | None, stop: int | None) -> npt.NDArray[np.intp]:
     """Return the indices of images `start:stop` of every class, class after class."""
     return np.concatenate(

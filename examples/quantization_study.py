@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,12 +39,11 @@ from compression_plugins import (
     QATConfig,
 )
 from fashion_mnist import Split, Splits
+from study_statistics import check_same_settings, described
 
 INT4_WEIGHT = QuantizationScheme(4, granularity="channel")
 UINT4_INPUT = QuantizationScheme(4, symmetric=False, signed=False)
 FOUR_FOUR = QATConfig(weight=INT4_WEIGHT, activation=UINT4_INPUT)
-# 97.5% quantiles of Student's t, by degrees of freedom.
-T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571}
 
 
 @dataclass(frozen=True)
@@ -179,23 +177,8 @@ def run_seed(
     return results
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and half the width of its 95% confidence interval (Student's t)."""
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return mean, math.inf
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, T_QUANTILES.get(count - 1, 2.571) * deviation / math.sqrt(count)
-
-
 def summarize(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Return means, and the paired differences with their 95% confidence intervals."""
-
-    def described(values: Sequence[float]) -> dict[str, float]:
-        mean, half_width = interval(values)
-        return {"mean": mean, "half_width": half_width}
-
     return {
         "accuracy": {name: described([run[name] for run in runs]) for name in TITLES},
         "differences": {
@@ -249,16 +232,6 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("difference in test accuracy, points (paired over seeds, 95% interval)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def check_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to mix results of several settings in one folder."""
-    if path.exists() and json.loads(path.read_text()) != settings:
-        raise SystemExit(
-            f"error: {path.parent} holds results with other settings: {path.read_text()}; "
-            "choose another --output, or delete it."
-        )
-    path.write_text(json.dumps(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
