@@ -21,7 +21,7 @@ import multiprocessing
 import signal
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +97,7 @@ def train_students(
                 results |= finished
                 continue
             for run in waiting:
-                running[pool.submit(runs.train_student, setup, run)] = run
+                running[submit(pool, runs.train_student, setup, run)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -115,10 +115,10 @@ def prepare_teachers(
     members = [seed + other for other in (0, runs.SECOND_TEACHER) for seed in seeds]
     untrained = [seed for seed in members if not runs.is_trained(setup, seed)]
     threads = max(1, workers // max(1, len(untrained)))
-    for future in [pool.submit(runs.train_teacher, setup, seed, threads) for seed in untrained]:
+    for future in [submit(pool, runs.train_teacher, setup, seed, threads) for seed in untrained]:
         future.result()
     unrecorded = [seed for seed in seeds if not runs.is_recorded(setup, seed)]
-    for future in [pool.submit(runs.record_teacher, setup, seed) for seed in unrecorded]:
+    for future in [submit(pool, runs.record_teacher, setup, seed) for seed in unrecorded]:
         future.result()
 
 
@@ -150,10 +150,18 @@ DISTILLATION_FACTOR = 1.5
 
 
 def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent; compute with one thread."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Compute with one thread, and say nothing that the run next to it would say too."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+
+
+def submit(pool: ProcessPoolExecutor, task: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Submit a task; a process that is started for it inherits that Ctrl-C is blocked."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(task, *arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 @contextmanager
