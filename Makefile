@@ -57,6 +57,7 @@ check: $(STAMP)  ## lint, types, direction of imports, code blocks of the docume
 reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/python docs/generate_quantization.py
+	$(BIN)/python docs/generate_distillation.py
 
 readme: $(STAMP)  ## put the figures of the last demo, study and tables into README.md and docs
 	$(BIN)/python docs/update_demo.py

@@ -1,6 +1,7 @@
-"""Put the figures of the last demo, study and tables into README.md and docs.
+"""Put the figures of the last demo, studies and tables into README.md and docs.
 
-    make demo SEEDS=3 && make tables && make study DATA=<folder> && make readme
+    make demo SEEDS=3 && make tables && make study DATA=<folder> && make distillation-study
+    make readme
 
 Keeps them in docs/images/*.json, so that a test can compare the pages with them.
 """
@@ -17,7 +18,10 @@ ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
 HOW_TO = ROOT / "docs" / "how-to"
 
-sys.path.insert(0, str(ROOT / "examples"))
+for folder in (ROOT / "examples", ROOT / "docs"):
+    sys.path.insert(0, str(folder))
+
+import generate_distillation  # noqa: E402  (likewise)
 
 import demo_summary  # noqa: E402  (lies beside the example, which is no package)
 import post_training_study  # noqa: E402  (likewise)
@@ -27,8 +31,8 @@ import quantization_study  # noqa: E402  (likewise)
 def main() -> None:
     """Copy the summaries and charts that there are in `runs`, and write the pages' blocks anew."""
     IMAGES.mkdir(exist_ok=True)
-    for name in ("demo", "study", "tables"):
-        output = ROOT / "runs" / name
+    for name in ("demo", "study", "tables", "distillation_study"):
+        output = ROOT / "runs" / name.replace("_", "-")
         if not (output / "summary.json").exists():
             print(f"the figures of '{name}' stay as they are: {output} holds no finished run")
             continue
@@ -40,6 +44,7 @@ def main() -> None:
         before, rest = page.read_text(encoding="utf-8").split(begin)
         after = rest.split(end)[1]
         page.write_text(f"{before}{begin}\n{content}\n{end}{after}", encoding="utf-8")
+    generate_distillation.main()
 
 
 def blocks() -> dict[tuple[Path, str], str]:

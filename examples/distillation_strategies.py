@@ -43,7 +43,6 @@ class Strategy:
         like: instead of a grid, the strategy whose chosen setting is taken.
         source: whom the student learns from.
         layers: of the teacher, which are compared.
-        shows: name of the loss or option in configs, under which the reference page shows it.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Strategy:
     like: str = ""
     source: Source = "recorded"
     layers: tuple[str, ...] = ()
-    shows: str = ""
 
 
 def _nothing(teacher: nn.Module | None, steps: int, setting: Setting) -> list[PluginConfig]:
@@ -163,14 +161,13 @@ SOFT_TARGETS = _soft((4, 0.1, 0.9), (2, 0.1, 0.9), (4, 0.5, 0.5))
 
 STRATEGIES = (
     Strategy(CONTROL, "no distillation (control)", _nothing, ({},), source="nobody"),
-    Strategy("KL", "KL divergence", _logits("KL"), SOFT_TARGETS, shows="KL"),
-    Strategy("CE", "soft cross-entropy", _logits("CE"), SOFT_TARGETS, shows="CE"),
+    Strategy("KL", "KL divergence", _logits("KL"), SOFT_TARGETS),
+    Strategy("CE", "soft cross-entropy", _logits("CE"), SOFT_TARGETS),
     Strategy(
         "MSE_logits",
         "squared error of logits",
         _logits("MSE"),
         _soft((1, 0.1, 0.9), (1, 0.5, 0.5)),
-        shows="MSE",
     ),
     Strategy(
         "DKD",
@@ -182,28 +179,24 @@ STRATEGIES = (
             (2, 1, 1, 1, 4),
             names="temperature task weight alpha beta",
         ),
-        shows="DKD",
     ),
     Strategy(
         "DIST",
         "correlations (DIST)",
         _logits("DIST"),
         _soft((1, 1, 2), (4, 1, 0.5), (4, 1, 2)),
-        shows="DIST",
     ),
     Strategy(
         "reverse_KL",
         "reverse KL divergence",
         _logits("reverse_KL"),
         _soft((4, 0.1, 0.9), (2, 0.1, 0.9)),
-        shows="reverse_KL",
     ),
     Strategy(
         "JS",
         "Jensen-Shannon divergence",
         _logits("JS"),
         _soft((4, 0.1, 0.9), (4, 0.1, 3.6)),
-        shows="JS",
     ),
     Strategy(
         "KL_label_smoothing",
@@ -212,21 +205,18 @@ STRATEGIES = (
         _grid(
             (4, 0.1, 0.9, 0.05), (4, 0.1, 0.9, 0.1), names="temperature task weight label_smoothing"
         ),
-        shows="label_smoothing",
     ),
     Strategy(
         "KL_adaptive_temperature",
         "KL, temperature by confidence",
         _adaptive,
         _grid((2, 6, 0.1, 0.9), (6, 2, 0.1, 0.9), names="unsure sure task weight"),
-        shows="adaptive",
     ),
     Strategy(
         "KL_cosine_temperature",
         "KL, temperature along a cosine",
         _cosine,
         _grid((8, 2, 0.1, 0.9), (6, 1, 0.1, 0.9), names="start end task weight"),
-        shows="cosine",
     ),
     Strategy(
         "KL_curriculum_weight",
@@ -237,7 +227,6 @@ STRATEGIES = (
             (4, 0.1, 0.3, 0.6, 0.9),
             names="temperature task first second third",
         ),
-        shows="curriculum",
     ),
     Strategy(
         "MSE_hint",
@@ -245,7 +234,6 @@ STRATEGIES = (
         _layers("MSE", *BLOCKS),
         _weights(0.5, 5),
         layers=BLOCKS,
-        shows="MSE",
     ),
     Strategy(
         "L1_hint",
@@ -253,7 +241,6 @@ STRATEGIES = (
         _layers("L1", *BLOCKS),
         _weights(0.5, 5),
         layers=BLOCKS,
-        shows="L1",
     ),
     Strategy(
         "attention_transfer",
@@ -261,7 +248,6 @@ STRATEGIES = (
         _layers("attention_transfer", *BLOCKS),
         _weights(50, 500),
         layers=BLOCKS,
-        shows="attention_transfer",
     ),
     Strategy(
         "similarity_preserving",
@@ -269,7 +255,6 @@ STRATEGIES = (
         _layers("similarity_preserving", "block3"),
         _weights(300, 3000),
         layers=("block3",),
-        shows="similarity_preserving",
     ),
     Strategy(
         "rkd_distance",
@@ -277,7 +262,6 @@ STRATEGIES = (
         _layers("rkd_distance", FEATURES),
         _weights(25, 100),
         layers=(FEATURES,),
-        shows="rkd_distance",
     ),
     Strategy(
         "rkd_angle",
@@ -285,14 +269,12 @@ STRATEGIES = (
         _layers("rkd_angle", FEATURES),
         _weights(10, 50),
         layers=(FEATURES,),
-        shows="rkd_angle",
     ),
     Strategy(
         "contrastive",
         "contrastive, logits",
         _logits("contrastive"),
         _soft((0.1, 1, 0.2), (0.1, 1, 1)),
-        shows="contrastive",
     ),
     Strategy(
         "KL_and_hint",
@@ -300,7 +282,6 @@ STRATEGIES = (
         _soft_targets_and_hint,
         _grid((4, 0.1, 0.9, 0.1), (4, 0.1, 0.9, 1), names="temperature task weight hint_weight"),
         layers=BLOCKS,
-        shows="KL",
     ),
     Strategy(
         "self_distillation",
@@ -308,7 +289,6 @@ STRATEGIES = (
         _itself,
         _weights(30, 300),
         source="itself",
-        shows="self_distillation",
     ),
     Strategy(
         "moving_average",
@@ -316,7 +296,6 @@ STRATEGIES = (
         _moving_average,
         _grid((2, 0.5, 0.5, 0.99), (2, 0.5, 0.5, 0.999), names="temperature task weight decay"),
         source="itself",
-        shows="ema",
     ),
     Strategy(
         "ensemble",
@@ -324,7 +303,6 @@ STRATEGIES = (
         _logits("KL"),
         SOFT_TARGETS[:2],
         source="ensemble",
-        shows="EnsembleTeacher",
     ),
     Strategy(
         "caller_outputs",
@@ -332,7 +310,6 @@ STRATEGIES = (
         _logits("KL", teacher_outputs="caller"),
         like="KL",
         source="caller",
-        shows="caller",
     ),
     Strategy(
         "int8_teacher",
@@ -340,7 +317,6 @@ STRATEGIES = (
         _logits("KL"),
         like="KL",
         source="int8",
-        shows="QuantizedTeacher",
     ),
 )
 # Takes four times as long as the others, so that it has to begin first.

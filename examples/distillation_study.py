@@ -220,7 +220,7 @@ def _stop(number: int, frame: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the study from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, choices=range(2, 7))
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--output", type=Path, default=Path("runs/distillation-study"))
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from distill_and_quantize import TEACHER_TRAINING
 from distillation_strategies import BY_NAME, CHECKS, CONTROL, STRATEGIES
 from study_statistics import described, points
 
@@ -86,7 +87,13 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
             f"| {entry['title']} | {setting_text(entry['setting'])} | {points(entry['accuracy'])} "
             f"| {gain} | {entry['verdict']} |"
         )
-    lines += ["", *checks(summary)]
+    moved = summary["settings"]["student_shift"]
+    lines += [
+        "",
+        f"The teachers saw images mirrored and moved by up to {TEACHER_TRAINING.shift} pixel, the "
+        f"students mirrored and moved by up to {moved}.",
+        *checks(summary),
+    ]
     unfinished = [item.title for item in STRATEGIES if item.name not in found]
     if unfinished:
         lines += ["", f"Not measured: {', '.join(unfinished)}."]

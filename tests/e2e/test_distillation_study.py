@@ -63,14 +63,16 @@ def test_gains_are_paired_with_the_control(summary_of: ModuleType) -> None:
         "DKD": _tested("DKD", [0.80, 0.83, 0.84]),
         "CE": _tested("CE", [0.79, 0.81, 0.83]),
     }
-    summary = summary_of.summarize(tested, [0.9, 0.9, 0.9], [], {})
+    summary = summary_of.summarize(tested, [0.9, 0.9, 0.9], [], {"student_shift": 0})
     found = summary["strategies"]
     assert found["KL"]["gain"] == pytest.approx({"mean": 0.01, "half_width": 0.0}, abs=1e-9)
     assert [found[name]["verdict"] for name in tested] == ["", "gain", "no gain", "worse"]
     # Two degrees of freedom: differences 0, 1 and 0 points have the standard deviation 0.577.
     assert found["DKD"]["gain"]["half_width"] == pytest.approx(0.01 * 4.303 / 3, rel=1e-3)
     assert summary_of.ranked(summary) == ["KL", "DKD", "CE"]
-    assert "attention transfer" in summary_of.to_markdown(summary).split("Not measured")[1]
+    text = summary_of.to_markdown(summary)
+    assert "attention transfer" in text.split("Not measured")[1]
+    assert "| soft cross-entropy | weight 1 | 81.00 ± 4.97 | -1.00 ± 0.00 | worse |" in text
 
 
 def test_variants_are_what_augmentation_makes(study: ModuleType) -> None:
