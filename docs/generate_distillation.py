@@ -33,9 +33,9 @@ from compression_plugins.distillation import (  # noqa: E402
     SelfKnowledgeDistillationLossConfig,
     TokenDistillationLossConfig,
 )
-from compression_plugins.distillation.catalog import CATALOG  # noqa: E402
+from compression_plugins.distillation.criteria.catalog import CATALOG  # noqa: E402
+from compression_plugins.distillation.criteria.schedules import SCHEDULES  # noqa: E402
 from compression_plugins.distillation.criteria.tokens import DIVERGENCES  # noqa: E402
-from compression_plugins.distillation.schedules import SCHEDULES  # noqa: E402
 from study_statistics import points  # noqa: E402
 
 Summary = dict[str, Any]

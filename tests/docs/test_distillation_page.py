@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from compression_plugins.distillation.catalog import CATALOG
 from compression_plugins.distillation.config import SOURCES
 from compression_plugins.distillation.criteria import CRITERIA
+from compression_plugins.distillation.criteria.catalog import CATALOG
+from compression_plugins.distillation.criteria.schedules import SCHEDULES
 from compression_plugins.distillation.criteria.tokens import DIVERGENCES
-from compression_plugins.distillation.schedules import SCHEDULES
 
 DOCS = Path(__file__).parents[2] / "docs"
 
