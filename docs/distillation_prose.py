@@ -69,9 +69,7 @@ from compression_plugins import DistillationConfig, KnowledgeDistillationLossCon
 
 def huber(student, teacher, temperature=1.0, delta=1.0):
     """A loss of logits includes its factor T^2."""
-    return temperature**2 * F.huber_loss(
-        student / temperature, teacher / temperature, delta=delta
-    )
+    return temperature**2 * F.huber_loss(student / temperature, teacher / temperature, delta=delta)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ from tqdm import tqdm
 import distill_and_quantize as demo
 import distillation_runs as runs
 import distillation_summary
+import distillation_teachers as teachers
 from compression_manager import CompressionError
-from distillation_runs import Run, Setup
+from distillation_runs import Run
 from distillation_strategies import BY_NAME, CONTROL, SLOWEST, STRATEGIES
+from distillation_teachers import Setup
 from study_statistics import check_same_settings
 
 Results = dict[Run, float]  # finished runs -> best validation accuracy
@@ -112,19 +114,21 @@ def prepare_teachers(
     pool: ProcessPoolExecutor, setup: Setup, seeds: Sequence[int], workers: int
 ) -> None:
     """Train the teachers at the same time, and record what they say; finished ones are skipped."""
-    members = [seed + other for other in (0, runs.SECOND_TEACHER) for seed in seeds]
-    untrained = [seed for seed in members if not runs.is_trained(setup, seed)]
+    members = [seed + other for other in (0, teachers.SECOND_TEACHER) for seed in seeds]
+    untrained = [seed for seed in members if not teachers.is_trained(setup, seed)]
     threads = max(1, workers // max(1, len(untrained)))
-    for future in [submit(pool, runs.train_teacher, setup, seed, threads) for seed in untrained]:
+    for future in [
+        submit(pool, teachers.train_teacher, setup, seed, threads) for seed in untrained
+    ]:
         future.result()
-    unrecorded = [seed for seed in seeds if not runs.is_recorded(setup, seed)]
-    for future in [submit(pool, runs.record_teacher, setup, seed) for seed in unrecorded]:
+    unrecorded = [seed for seed in seeds if not teachers.is_recorded(setup, seed)]
+    for future in [submit(pool, teachers.record_teacher, setup, seed) for seed in unrecorded]:
         future.result()
 
 
 def estimate(setup: Setup, count: int, workers: int) -> str:
     """Return in words how long the students take, by the time of a few steps."""
-    images = runs.variants(setup)[: demo.STUDENT_TRAINING.batch_size]
+    images = teachers.variants(setup)[: demo.STUDENT_TRAINING.batch_size]
     labels = torch.zeros(len(images), dtype=torch.long)
     student, _ = demo.networks(0)
     threads = torch.get_num_threads()
@@ -136,7 +140,7 @@ def estimate(setup: Setup, count: int, workers: int) -> str:
     step = (time.process_time() - started) / repeats
     torch.set_num_threads(threads)
     steps = setup.student_epochs * (
-        len(runs.load(setup.images_per_class).train) // demo.STUDENT_TRAINING.batch_size
+        len(teachers.load(setup.images_per_class).train) // demo.STUDENT_TRAINING.batch_size
     )
     seconds = DISTILLATION_FACTOR * step * steps
     return (
@@ -204,12 +208,12 @@ def write_summary(setup: Setup, names: Sequence[str], seeds: int, settings: Any)
             tested[name] = [runs.test_student(setup, run) for run in chosen]
     if CONTROL not in tested:
         return "nothing to compare yet: the control is not finished"
-    teachers = [
-        json.loads((runs.teacher_folder(setup, seed) / "result.json").read_text())["accuracy"]
+    accuracies = [
+        json.loads((teachers.teacher_folder(setup, seed) / "result.json").read_text())["accuracy"]
         for seed in range(seeds)
     ]
     every_run = [json.loads(run.path(setup).read_text()) for run in results]
-    summary = distillation_summary.summarize(tested, teachers, every_run, settings)
+    summary = distillation_summary.summarize(tested, accuracies, every_run, settings)
     return distillation_summary.write(summary, setup.folder)
 
 

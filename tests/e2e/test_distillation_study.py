@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,8 +22,8 @@ def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def runs(study: ModuleType) -> ModuleType:
-    return importlib.import_module("distillation_runs")
+def teachers(study: ModuleType) -> ModuleType:
+    return importlib.import_module("distillation_teachers")
 
 
 @pytest.fixture
@@ -101,15 +102,17 @@ def test_every_setting_builds_plugins_and_every_recording_is_named(study: Module
         assert set(strategy.layers) <= {*strategies.BLOCKS, strategies.FEATURES}
 
 
-def test_a_recorded_teacher_answers_as_the_teacher_does(runs: ModuleType, tmp_path: Path) -> None:
-    setup = runs.Setup(tmp_path, 0, 1, 1, images_per_class=3)
-    for seed in (runs.SECOND_TEACHER, 0):
-        folder = runs.teacher_folder(setup, seed)
+def test_a_recorded_teacher_answers_as_the_teacher_does(
+    teachers: ModuleType, tmp_path: Path
+) -> None:
+    setup = teachers.Setup(tmp_path, 0, 1, 1, images_per_class=3)
+    for seed in (teachers.SECOND_TEACHER, 0):
+        folder = teachers.teacher_folder(setup, seed)
         folder.mkdir(parents=True)
-        _, teacher = runs.demo.networks(seed)
-        runs.save_file(teacher.state_dict(), folder / "model.safetensors")
-    runs.record_teacher(setup, 0)
-    recorded = runs.RecordedTeacher(folder, "logits", ["block2", "flatten"])
+        _, teacher = teachers.demo.networks(seed)
+        save_file(teacher.state_dict(), folder / "model.safetensors")
+    teachers.record_teacher(setup, 0)
+    recorded = teachers.RecordedTeacher(folder, "logits", ["block2", "flatten"])
     kept: dict[str, torch.Tensor] = {}
     for network, where in ((teacher.eval(), "live"), (recorded, "recorded")):
         for layer in ("block2", "flatten"):
@@ -117,7 +120,7 @@ def test_a_recorded_teacher_answers_as_the_teacher_does(runs: ModuleType, tmp_pa
                 lambda module, args, output, key=(where, layer): kept.update({key: output})
             )
     rows = torch.tensor([0, 59, 31, 7])
-    images = runs.variants(setup)
+    images = teachers.variants(setup)
     assert len(images) == 60
     with torch.no_grad():
         torch.testing.assert_close(recorded(rows), teacher(images[rows]), rtol=1e-4, atol=1e-5)
