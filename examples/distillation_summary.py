@@ -96,7 +96,7 @@ def to_markdown(summary: Mapping[str, Any]) -> str:
     ]
     unfinished = [item.title for item in STRATEGIES if item.name not in found]
     if unfinished:
-        lines += ["", f"Not measured: {', '.join(unfinished)}."]
+        lines += ["", f"Not measured: {'; '.join(unfinished)}."]
     return "\n".join(lines).rstrip() + "\n"
 
 
