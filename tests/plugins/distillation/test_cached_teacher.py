@@ -1,6 +1,7 @@
 """The plugin with a teacher's cache: the live teacher's loss, and no teacher."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from compression_plugins import (
     TeacherCache,
     TeacherRuntime,
 )
+from compression_plugins.distillation.sources import CachedTeacher
 from toy_teachers import CountingTeacher, begin, criterion
 
 DATA = IndexedDataset(toys.images(24))
@@ -111,6 +113,14 @@ def test_the_loop_has_to_pass_sample_ids(cache):
     output = manager.model(DATA[0][0].unsqueeze(0))
     with pytest.raises(ConfigError, match=r"'distillation' reads .* needs sample_ids; pass them"):
         manager.on_after_compute_loss(DATA[0][0], output, output.mean())
+
+
+def test_the_logits_come_to_the_device_of_the_inputs(cache):
+    source = CachedTeacher(DistillationConfig(teacher_cache=cache), cache)
+    for device in ("cpu", "meta"):
+        inputs = torch.empty(2, 1, 8, 8, device=device)
+        logits = source.outputs(SimpleNamespace(epoch=0), inputs, sample_ids=torch.tensor([1, 2]))
+        assert logits.device.type == device
 
 
 def test_an_unknown_sample_is_refused(cache):

@@ -13,7 +13,7 @@ from compression_manager import (
     ConfigError,
     prepare_compression,
 )
-from compression_plugins import DistillationConfig
+from compression_plugins import DistillationConfig, TeacherRuntime
 from toy_teachers import CountingTeacher, begin, criterion, first_loss, published
 
 VECTORS = toys.vectors(4).tensors[0]
@@ -78,6 +78,19 @@ def test_different_calls_of_one_teacher_are_not_mixed_up():
     assert torch.equal(2 * first, second)
 
 
+def test_different_precisions_of_one_teacher_are_not_mixed_up():
+    teacher = toys.mlp()
+    exact = DistillationConfig(teacher, criterion("MSE"), name="exact")
+    rounded = DistillationConfig(
+        teacher, criterion("MSE"), name="rounded", teacher_runtime=TeacherRuntime("bfloat16")
+    )
+    manager = prepare_compression(toys.mlp(), [exact, rounded])
+    first_loss(manager, VECTORS)
+    values = published(manager)
+    assert values["loss/exact/MSE"] != values["loss/rounded/MSE"]
+    assert values["loss/exact/MSE"] == pytest.approx(values["loss/rounded/MSE"], rel=0.05)
+
+
 def test_teacher_runs_once_per_loss_under_gradient_accumulation():
     teacher, model = CountingTeacher(toys.mlp()), toys.mlp()
     configs = [DistillationConfig(teacher), DistillationConfig(teacher)]
@@ -127,6 +140,13 @@ def test_resuming_with_the_same_teacher():
     fresh = prepare_compression(toys.ConvNet(), [DistillationConfig(copy.deepcopy(teacher))])
     fresh.load_state_dict(state)
     torch.testing.assert_close(fresh.model.state_dict(), state["model"], rtol=0, atol=0)
+
+
+def test_resuming_with_another_precision_of_the_same_teacher():
+    teacher = toys.mlp()
+    state = prepare_compression(toys.mlp(), [DistillationConfig(teacher)]).state_dict()
+    config = DistillationConfig(teacher, teacher_runtime=TeacherRuntime("bfloat16"))
+    prepare_compression(toys.mlp(), [config]).load_state_dict(state)
 
 
 @pytest.mark.parametrize("other", ["retrained", "none"])

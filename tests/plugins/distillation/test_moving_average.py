@@ -49,6 +49,14 @@ def test_the_average_starts_as_a_mean_and_then_decays():
     assert not torch.equal(averages[-1], weights[-1])
 
 
+def test_buffers_are_copied():
+    manager, _, _ = train(toys.ConvNet(), decay=0.6)
+    average = manager._plugins[0].state_dict()["average"]
+    buffers = dict(manager.model.named_buffers())
+    assert buffers["bn1.running_mean"].count_nonzero() > 0
+    assert all(torch.equal(average[name], value) for name, value in buffers.items())
+
+
 def test_the_student_learns_from_the_average():
     torch.manual_seed(0)
     manager, _, _ = train(toys.ConvNet(), decay=0.6)

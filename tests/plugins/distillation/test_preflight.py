@@ -42,6 +42,34 @@ def test_a_teacher_that_is_worse_than_the_student_is_warned_of():
         run(Answers(0), Answers(1))
 
 
+def test_a_resumed_training_is_not_told_again():
+    first = run(Answers(0), Answers(0))
+    first.on_before_optimizer_step()
+    first.on_step_end()
+    first.on_epoch_end()
+    student = Answers(0)
+    manager = prepare_compression(student, [DistillationConfig(Answers(1), criterion())])
+    manager.load_state_dict(first.state_dict())
+    manager.on_train_begin()
+    manager.on_epoch_begin(1)
+    manager.on_step_begin(0)
+    output = student(INPUTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager.on_after_compute_loss(INPUTS, output, output.mean() * 0, target=TARGET)
+
+
+def test_outputs_that_the_loop_passes_are_not_judged():
+    config = DistillationConfig(teacher_outputs="caller", criterion=criterion())
+    manager = begin(prepare_compression(Answers(0), [config]))
+    output = manager.model(INPUTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        manager.on_after_compute_loss(
+            INPUTS, output, output.mean() * 0, Answers(1)(INPUTS), target=TARGET
+        )
+
+
 @pytest.mark.parametrize("pair", [(0, 0), (1, 0), (1, 2)])
 def test_one_that_is_as_good_or_better_is_not(pair):
     with warnings.catch_warnings():
@@ -67,6 +95,17 @@ def test_a_few_unlucky_samples_are_no_reason(only_student, only_teacher, warns):
             plugin="distillation",
         )
     assert bool(caught) is warns
+
+
+@pytest.mark.parametrize("target", [torch.ones(20), torch.ones(20, 2, dtype=torch.long)])
+def test_targets_that_are_no_classes_judge_nobody(target):
+    right, wrong = (
+        torch.tensor([[0.0, 1.0]]).repeat(20, 1),
+        torch.tensor([[1.0, 0.0]]).repeat(20, 1),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_worse(target, student=lambda: right, teacher=lambda: wrong, plugin="distillation")
 
 
 def test_the_report_estimates_the_memory():

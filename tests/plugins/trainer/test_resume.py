@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import toys
 from compression_manager import CheckpointMismatchError
@@ -27,7 +28,9 @@ from trainer_runs import (
 EPOCHS = 4
 
 
-def _process(folder, *, fails_at=None, quantize=False, every_step=False, stop=False, epochs=EPOCHS):
+def _process(
+    folder, *, fails_at=None, quantize=False, every_step=False, stop=False, epochs=EPOCHS, own=False
+):
     """What a script does that may be run again after it was interrupted."""
     saved = {"save_every_steps": 1} if every_step else {}
     trainer = KnowledgeDistillationTrainer(
@@ -42,7 +45,10 @@ def _process(folder, *, fails_at=None, quantize=False, every_step=False, stop=Fa
     model = student()
     optimizer = torch.optim.AdamW(model.parameters(), 0.02)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-    batches = train_loader() if fails_at is None else Failing(train_loader(), fails_at)
+    batches = train_loader()
+    if own:  # A generator of the loader's own, which the trainer's seed does not reach.
+        batches = DataLoader(batches.dataset, 8, shuffle=True, generator=torch.Generator())
+    batches = batches if fails_at is None else Failing(batches, fails_at)
     history = trainer.train(
         model, batches, validation_loader(), epochs, optimizer,
         scheduler=scheduler, configs=[QATConfig()] if quantize else [], resume=True, progress=False,
@@ -69,6 +75,12 @@ def test_resumed_after_an_exception_in_mid_epoch(tmp_path, quantize, every_step,
     with pytest.raises(Interrupted):
         _process(tmp_path / "cut", fails_at=fails_at, **options)
     toys.assert_identical(_process(tmp_path / "cut", **options), expected)
+
+
+def test_the_order_of_a_loader_with_its_own_generator_goes_on(tmp_path):
+    expected = _process(tmp_path / "whole", own=True)
+    _process(tmp_path / "cut", own=True, epochs=2)
+    toys.assert_identical(_process(tmp_path / "cut", own=True), expected)
 
 
 def test_interrupted_twice(tmp_path):
@@ -151,6 +163,16 @@ def test_another_deciding_metric_is_refused(tmp_path):
     )
     with pytest.raises(CheckpointMismatchError, match=r"'accuracy'.*'loss'"):
         run(other, student(), 2, resume=True)
+
+
+def test_another_direction_of_the_deciding_metric_is_refused(tmp_path):
+    def trainer(lower):
+        config = CheckpointConfig(tmp_path, metric="score", lower_is_better=lower)
+        return KnowledgeDistillationTrainer(teacher(), KL, config)
+
+    run(trainer(True), student(), 1, metrics=Scripted(0, 1))
+    with pytest.raises(CheckpointMismatchError, match=r"=False\).*'score' \(lower_is_better=True"):
+        run(trainer(False), student(), 2, metrics=Scripted(0, 1, 2), resume=True)
 
 
 def test_another_teacher_is_refused(tmp_path):

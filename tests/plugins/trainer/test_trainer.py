@@ -18,6 +18,7 @@ from compression_plugins import (
     DistillationConfig,
     KnowledgeDistillationLossConfig,
     KnowledgeDistillationTrainer,
+    ProgressConfig,
     TensorBoardConfig,
 )
 from compression_plugins.checkpoint import best_checkpoint
@@ -324,9 +325,11 @@ def test_a_plateau_scheduler_follows_the_deciding_metric():
     model = student()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.5, patience=0)
+    script = Scripted(0, 1, 0.5, 2)
     _trainer(metric="score").train(
         model, train_loader(), validation_loader(), 3, optimizer,
-        metrics=Scripted(0, 1, 0.5, 2), scheduler=scheduler, progress=False,
+        metrics=lambda *given: {"before": script.calls, **script(*given), "after": script.calls},
+        scheduler=scheduler, progress=False,
     )  # fmt: skip
     assert optimizer.param_groups[0]["lr"] == 0.005
 
@@ -336,6 +339,11 @@ def test_shows_progress_unless_told_otherwise(capfd):
     assert "epoch 0: loss/task" in capfd.readouterr().err
     run(_trainer(), student(), 1)
     assert capfd.readouterr().err == ""
+
+
+def test_an_own_progress_config_takes_the_place_of_the_bar(capfd):
+    run(_trainer(), student(), 1, configs=[ProgressConfig()], progress=True)
+    assert capfd.readouterr().err.count("epoch 0: loss/task") == 1
 
 
 def test_writes_losses_and_metrics_for_tensorboard(tmp_path):

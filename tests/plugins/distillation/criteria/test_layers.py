@@ -69,6 +69,15 @@ def test_weights_default_to_equal_shares_and_the_task_stays():
     assert total.item() == pytest.approx(7.0 + sum(terms) / 2, rel=1e-5)
 
 
+def test_every_layer_that_a_glob_matches_is_compared_with_the_weight_of_its_mapping():
+    manager = start(toys.ConvNet(), toys.ConvNet(), layers("conv*", "conv1"))
+    total = loss_of(manager)
+    values = published(manager)
+    terms = [values[f"loss/distillation/MSE/{name}"] for name in ("conv1", "conv2", "conv1_2")]
+    assert terms[0] == terms[2]
+    assert total.item() == pytest.approx(sum(terms) / 2, rel=1e-5)
+
+
 def test_without_the_origin_loss_the_task_is_left_out():
     manager = start(toys.ConvNet(), toys.ConvNet(), layers("conv1", add_origin_loss=False))
     output = manager.model(IMAGES)
@@ -168,6 +177,22 @@ def test_a_projection_bridges_widths_and_is_trained(early):
     manager.on_step_end()
     manager.close()
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_projection_that_a_checkpoint_knows_not_leaves_the_optimizer():
+    student, teacher = toys.ConvNet(4), toys.ConvNet(6)
+    config = DistillationConfig(teacher, layers("conv1"))
+    state = copy.deepcopy(prepare_compression(student, [config]).state_dict())  # Before any loss.
+    model = toys.ConvNet(4)
+    manager = prepare_compression(model, [config], example_inputs=IMAGES[:2])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    manager.track(optimizer=optimizer)
+    first, _ = optimizer.param_groups[1]["params"]
+    manager._plugins[0].load_state_dict(state["plugins"]["distillation"])
+    assert len(optimizer.param_groups) == 1
+    loss_of(begin(manager))
+    assert len(optimizer.param_groups) == 2
+    assert optimizer.param_groups[1]["params"][0] is not first
 
 
 def test_a_projection_needs_a_tracked_optimizer():
@@ -272,12 +297,8 @@ def watch(layer, kept):
 def test_features_are_freed_after_each_loss_and_never_kept_outside_of_steps():
     student, teacher = toys.ConvNet(), toys.ConvNet()
     kept = []
-    student.conv1.register_forward_hook(
-        lambda module, args, output: kept.append(weakref.ref(output))
-    )
-    teacher.conv1.register_forward_hook(
-        lambda module, args, output: kept.append(weakref.ref(output))
-    )
+    watch(student.conv1, kept)
+    watch(teacher.conv1, kept)
     manager = start(student, teacher, layers("conv1"))
     loss = loss_of(manager)
     del loss
@@ -300,15 +321,45 @@ def test_features_are_freed_when_the_loss_fails():
     manager = start(student, toys.ConvNet(), layers("conv1"))
     output = student(IMAGES)
     kept = []
-    student.conv1.register_forward_hook(
-        lambda module, args, output: kept.append(weakref.ref(output))
-    )
+    watch(student.conv1, kept)
     output = student(IMAGES)
     with pytest.raises(Exception, match="not finite"):
         manager.on_after_compute_loss(IMAGES, output, output.mean() * float("nan"))
     del output
     gc.collect()
     assert kept[0]() is None
+
+
+def test_features_are_freed_when_the_training_fails():
+    student = toys.ConvNet()
+    kept = []
+    watch(student.conv1, kept)
+    manager = prepare_compression(student, [DistillationConfig(toys.ConvNet(), layers("conv1"))])
+    manager.track(optimizer=torch.optim.SGD(student.parameters(), 0.1))
+    with pytest.raises(RuntimeError, match="out of luck"):  # noqa: PT012 (a loop)
+        for _ in manager.epochs(1):
+            for _ in manager.steps([0]):
+                student(IMAGES)
+                assert kept[0]() is not None
+                raise RuntimeError("out of luck")
+    gc.collect()
+    assert kept[0]() is None
+
+
+def test_of_a_layer_that_is_called_twice_the_last_output_counts():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, input):
+            return self.inner(self.inner(input))
+
+    torch.manual_seed(0)
+    student, teacher, inputs = Twice(), Twice(), toys.vectors(8).tensors[0]
+    loss_of(manager := start(student, teacher, layers("inner")), inputs)
+    expected = F.mse_loss(student(inputs), teacher(inputs)).item()
+    assert published(manager)["loss/distillation/MSE/inner"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_managers_share_a_teacher_and_a_layer_without_disturbing_each_other():

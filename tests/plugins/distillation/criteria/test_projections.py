@@ -41,10 +41,31 @@ def test_nothing_is_made_where_nothing_must_be():
 
 def test_without_the_width_only_the_size_changes():
     projection = make_projection((4, 3, 8, 8), (4, 5, 4, 4), width_too=False, device=CPU)
-    feature = torch.randn(4, 3, 8, 8)
-    blocks = feature.double().numpy().reshape(4, 3, 4, 2, 4, 2).mean((3, 5))
+    feature = torch.randn(4, 3, 12, 12)  # Of factors of 2, linear interpolation is the mean too.
+    blocks = feature.double().numpy().reshape(4, 3, 4, 3, 4, 3).mean((3, 5))
     np.testing.assert_allclose(projection(feature).numpy(), blocks, atol=1e-6)
     assert list(projection.parameters()) == []
+
+
+def interpolated(values, size, axis):
+    """Linear between the centers of the pixels, and constant beyond the outer ones."""
+    length = values.shape[axis]
+    centers = (np.arange(size) + 0.5) * length / size - 0.5
+    return np.apply_along_axis(
+        lambda line: np.interp(centers, np.arange(length), line), axis, values
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 4), (8, 6)), ((3, 5), (7, 2)), ((4, 3, 2), (8, 3, 5))]
+)
+def test_growing_is_linear_between_the_centers_of_the_pixels(before, after):
+    projection = make_projection((2, 3, *before), (2, 3, *after), width_too=True, device=CPU)
+    feature = torch.randn(2, 3, *before)
+    expected = feature.double().numpy()
+    for axis, size in enumerate(after, 2):
+        expected = interpolated(expected, size, axis)
+    np.testing.assert_allclose(projection(feature).numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +110,8 @@ def test_a_description_restores_weights_and_gradients_of_any_shape():
     assert same.restore(described, "conv1") is same
     assert list(map(id, same.parameters())) == list(map(id, parameters))
     assert torch.equal(same(feature), original(feature))
+    described["gradients"] = {}
+    assert same.restore(described, "conv1").map.weight.grad is None
 
 
 @pytest.mark.parametrize(

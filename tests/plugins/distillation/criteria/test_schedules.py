@@ -81,6 +81,10 @@ def test_adaptive_is_finite_where_a_class_is_impossible():
             lambda: KnowledgeDistillationLossConfig(LinearSchedule(4, 0, 10)),
             "temperature must be a finite number above 0, got 0",
         ),
+        (
+            lambda: KnowledgeDistillationLossConfig(AdaptiveSchedule(4, 0)),
+            "temperature must be a finite number above 0, got 0",
+        ),
     ],
 )
 def test_bad_schedules_are_refused(make, message):

@@ -10,6 +10,7 @@ import toys
 from compression_manager import ConfigError, prepare_compression
 from compression_plugins import (
     DistillationConfig,
+    LinearSchedule,
     SelfKnowledgeDistillationLossConfig,
 )
 from toy_teachers import begin, published
@@ -116,6 +117,34 @@ def test_groups_have_a_loss_and_a_weight_each_and_features_are_projected():
     )
     assert total.item() == pytest.approx(expected, rel=1e-5)
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("origin", [True, False])
+def test_groups_share_a_weight_of_one_and_the_task_may_be_left_out(origin):
+    groups = [[["depth0", "depth2"]], [["depth1", "depth2"]]]
+    model = Heads()
+    manager = begin(prepare_compression(model, [config(groups, add_origin_loss=origin)]))
+    output = model(INPUTS)
+    total = manager.on_after_compute_loss(INPUTS, output, output["logits"].mean() * 0 + 7.0)
+    terms = [kl(output[f"depth{depth}"], output["depth2"], 1.0) for depth in (0, 1)]
+    assert total.item() == pytest.approx(7.0 * origin + sum(terms) / 2, rel=1e-4)
+
+
+def test_a_scheduled_temperature_moves_with_the_steps():
+    model = Heads()
+    schedule = LinearSchedule(4.0, 2.0, 1)
+    manager = begin(
+        prepare_compression(model, [config([[["depth0", "depth2"]]], temperature=schedule)])
+    )
+    for step, temperature in enumerate((4.0, 2.0)):
+        if step:
+            manager.on_step_begin(step)
+        total, output = loss_of(manager)
+        expected = kl(output["depth0"], output["depth2"], temperature)
+        assert total.item() == pytest.approx(expected, rel=1e-3)
+        total.backward()
+        manager.on_before_optimizer_step()
+        manager.on_step_end()
 
 
 def test_named_outputs_of_the_loop():

@@ -65,23 +65,33 @@ def test_the_mean_is_over_the_positions_that_count():
     assert total.item() == pytest.approx(0.5 * expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize(("shift", "ignored"), [(False, -100), (True, -100), (False, -1)])
 @pytest.mark.parametrize("where", ["target", "input"])
-def test_labels_say_which_positions_count(shift, where):
-    criterion = TokenDistillationLossConfig(shift=shift)
+def test_labels_say_which_positions_count(shift, ignored, where):
+    criterion = TokenDistillationLossConfig(shift=shift, ignore_index=ignored)
     manager, teacher = prepared(criterion)
     ids, labels = tokens(), tokens(seed=1)
-    labels[:, -2:] = -100
-    labels[0, 1] = -100
+    labels[:, -2:] = ignored
+    labels[0, 1] = ignored
     inputs = {"input_ids": ids, "labels": labels} if where == "input" else ids
     arguments = {"target": labels} if where == "target" else {}
     _, logits = loss_of(manager, inputs, **arguments)
-    counted = labels.numpy() != -100
+    counted = labels.numpy() != ignored
     if shift:
         counted = np.concatenate([counted[:, 1:], np.zeros((3, 1), bool)], 1)
     divergence = forward_kl(logits, teacher(ids)["logits"])
     value = published(manager)["loss/distillation/forward_kl"]
     assert value == pytest.approx(divergence[counted].mean(), rel=1e-4)
+
+
+def test_a_mask_is_taken_as_it_is_and_before_labels():
+    manager, teacher = prepared(TokenDistillationLossConfig(shift=True))
+    ids = tokens()
+    mask = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [1, 1, 0, 1, 1]])
+    _, logits = loss_of(manager, ids, mask=mask, target=tokens(seed=1))
+    divergence = forward_kl(logits, teacher(ids)["logits"])
+    value = published(manager)["loss/distillation/forward_kl"]
+    assert value == pytest.approx(divergence[mask.numpy() == 1].mean(), rel=1e-4)
 
 
 def test_without_mask_and_labels_it_says_what_to_pass():
@@ -134,6 +144,10 @@ def test_chunks_of_the_vocabulary_give_the_same_loss_and_gradient():
         gradients.append(manager.model.head.weight.grad)
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     torch.testing.assert_close(*gradients)
+    # Only what is computed in chunks has this limit.
+    total, _ = loss_of(manager, tokens(), mask=torch.ones(3, 5))
+    with pytest.raises(ConfigError, match="chunk_size cannot be differentiated twice"):
+        torch.autograd.grad(total, manager.model.head.weight, create_graph=True)
 
 
 def test_a_temperature_for_each_token():
@@ -158,6 +172,11 @@ def test_another_vocabulary_is_refused_unless_the_common_part_is_chosen():
     ids = tokens()
     _, logits = loss_of(manager, ids, mask=torch.ones_like(ids))
     expected = forward_kl(logits, wide(ids)["logits"][..., :VOCABULARY]).mean()
+    value = published(manager)["loss/distillation/forward_kl"]
+    assert value == pytest.approx(expected, rel=1e-4)
+    manager, teacher = prepared(TokenDistillationLossConfig(vocabulary="common"), student=wide)
+    _, logits = loss_of(manager, ids, mask=torch.ones_like(ids))
+    expected = forward_kl(logits[..., :VOCABULARY], teacher(ids)["logits"]).mean()
     value = published(manager)["loss/distillation/forward_kl"]
     assert value == pytest.approx(expected, rel=1e-4)
 

@@ -80,6 +80,19 @@ def test_slices_of_the_vocabulary_change_neither_value_nor_gradient(loss, items,
     assert_same(evaluate(loss, *items, chunk_size=chunk_size), whole)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@settings(max_examples=30, deadline=None)
+@given(items=sequences(), beta=st.floats(0.01, 0.99))
+def test_beta_is_the_teachers_share(chunk_size, items, beta):
+    student, teacher, mask, temperature = items
+    value, _ = evaluate(token_jensen_shannon_loss, *items, beta=beta, chunk_size=chunk_size)
+    counted = [item[mask] for item in (student, teacher)]
+    expected = reference.batch_mean(
+        reference.jensen_shannon, *counted, temperature[mask], beta=beta
+    )
+    assert value.item() == pytest.approx(expected, rel=1e-9, abs=1e-10)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     items=sequences(),
@@ -118,10 +131,14 @@ def test_gradcheck_of_slices(loss, temperature):
     )
 
 
-def test_slices_take_a_strided_student_in_half_precision():
+@pytest.mark.parametrize("temperature", [1.0, 3.0])  # Division by 3 would round in bfloat16.
+def test_slices_take_a_strided_student_in_half_precision(temperature):
     student, teacher = torch.randn(2, 9, 4, 3).bfloat16().permute(0, 2, 3, 1)
-    value, gradient = evaluate(token_kl_loss, student, teacher, chunk_size=4)
-    expected, exact_gradient = evaluate(token_kl_loss, student.double(), teacher.double())
+    options = {"mask": None, "temperature": temperature}
+    value, gradient = evaluate(token_kl_loss, student, teacher, **options, chunk_size=4)
+    expected, exact_gradient = evaluate(
+        token_kl_loss, student.double(), teacher.double(), **options
+    )
     assert value.dtype == torch.float32
     assert gradient.dtype == torch.bfloat16
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
