@@ -174,6 +174,21 @@ def test_named_groups_are_published_by_name() -> None:
     assert rates == {"learning_rate": 0.5, "learning_rate/creator": 0.25}
 
 
+def test_what_was_taken_away_may_be_taken_away_again() -> None:
+    model = toys.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=optimizer)
+    before = memberships(optimizer)
+    extra = {"extra": nn.Parameter(torch.ones(()))}
+    take_away = manager._context.add_parameters(extra, owner="other")
+    assert len(memberships(optimizer)) == len(before) + 1
+    take_away()
+    take_away()
+    assert memberships(optimizer) == before
+    manager.close()
+
+
 # Close and resume --------------------------------------------------------------------------------
 
 

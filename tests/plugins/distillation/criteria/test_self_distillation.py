@@ -185,6 +185,8 @@ def test_a_teacher_has_no_use():
     criterion = SelfKnowledgeDistillationLossConfig([[["a", "b"]]])
     with pytest.raises(ConfigError, match="teacher_model has no use with SelfKnowledge"):
         DistillationConfig(toys.mlp(), criterion)
+    with pytest.raises(ConfigError, match="teacher_forward has no use with SelfKnowledge"):
+        DistillationConfig(criterion=criterion, teacher_forward=lambda teacher, inputs: inputs)
 
 
 def test_with_quantization_and_from_a_recipe(tmp_path):
