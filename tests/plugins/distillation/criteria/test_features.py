@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compression_manager import CheckpointMismatchError, ConfigError
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss, make_loss
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss, make_loss
 from compression_plugins.distillation.criteria.features import FeatureComparison, FeaturePair
 from compression_plugins.distillation.criteria.mappings import parse_mappings
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compression_manager import ConfigError
-from compression_plugins.distillation.batch import Batch
-from compression_plugins.distillation.catalog import NamedLoss, make_loss
+from compression_plugins.distillation.criteria.batch import Batch
+from compression_plugins.distillation.criteria.catalog import NamedLoss, make_loss
 from compression_plugins.distillation.losses import attention_transfer_loss
 
 TARGET, MASK = torch.tensor([0, 1]), torch.tensor([1, 0])
