@@ -241,6 +241,7 @@ def test_the_report_is_valid_json(value, plain):
         "parity": None,
         "sensitivity": None,
         "graph": None,
+        "notes": {},
     }  # fmt: skip
 
 
