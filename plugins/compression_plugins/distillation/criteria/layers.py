@@ -22,7 +22,12 @@ from compression_plugins.distillation.criteria.mappings import (
     parse_mappings,
 )
 from compression_plugins.distillation.criteria.recorder import Recorder
-from compression_plugins.distillation.criteria.schedules import SCHEDULES, Schedule, require_weight
+from compression_plugins.distillation.criteria.schedules import (
+    SCHEDULES,
+    Schedule,
+    require_temperature,
+    require_weight,
+)
 from compression_plugins.distillation.outputs import pick_feature
 
 
@@ -63,6 +68,13 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
     add_origin_loss: bool = field(
         default=True, metadata=option("Whether the task's own loss is part of the sum.")
     )
+    temperature: float | Schedule = field(
+        default=1.0,
+        metadata={
+            **option("T of the losses that know one, such as 'contrastive' (about 0.1) and 'KL'."),
+            "registry": SCHEDULES,
+        },
+    )
     loss_options: Mapping[str, Any] = field(
         default_factory=dict, metadata=option("Further options of the losses.")
     )
@@ -78,6 +90,7 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
         check_loss_types(self, len(mappings))
         check_loss_weights(self, len(mappings))
         require_type(self, "add_origin_loss", self.add_origin_loss, bool)
+        require_temperature(self, "temperature", self.temperature)
         require_choice(self, "projection", self.projection, ("auto", "none"))
         check_loss_options(self, self.loss_options)
 
@@ -124,6 +137,7 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
             of_student,
             of_teacher,
             (students, teachers),
+            temperature=self.temperature,
             projects=self.projection == "auto",
         )
 
@@ -137,7 +151,9 @@ class IntermediateLayersKnowledgeDistillationLossConfig(CriterionConfig):
         for index, mapping in enumerate(self.mappings):
             with blame_option(f"criterion.layer_mappings[{index}]"):
                 expanded = expand(mapping, surroundings.student, teacher)
-            loss = named_loss(surroundings, types[index], 1.0, self.loss_options, ".loss_types")
+            loss = named_loss(
+                surroundings, types[index], self.temperature, self.loss_options, ".loss_types"
+            )
             for item in expanded:
                 name = unique_name(f"{types[index]}/{item.name}", pairs)
                 pairs.append(FeaturePair(item, loss, weights[index], name))

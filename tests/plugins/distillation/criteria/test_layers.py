@@ -19,6 +19,7 @@ from compression_plugins import (
     LinearSchedule,
     QATConfig,
 )
+from compression_plugins.distillation.losses import kd_loss
 from toy_teachers import CountingTeacher, begin, published
 
 IMAGES = toys.images(8).tensors[0]
@@ -220,6 +221,19 @@ def test_only_losses_that_compare_channels_get_a_projection(loss, projected):
     assert total.requires_grad
     assert total.item() > 0
     assert projected == (len(manager._context.tracked["optimizer"].param_groups) == 2)
+
+
+def test_a_temperature_reaches_the_losses_that_know_one():
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    criterion = layers("fc", loss_types="KL", temperature=4.0)
+    manager = start(student, teacher, criterion)
+    output = student(IMAGES)
+    manager.on_after_compute_loss(IMAGES, output, output.mean() * 0)
+    with torch.no_grad():
+        expected = kd_loss(output, teacher.eval()(IMAGES), 4.0).item()
+    assert published(manager)["loss/distillation/KL/fc"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ConfigError, match="temperature must be a finite number above 0"):
+        layers("fc", temperature=0)
 
 
 def test_projection_none_refuses_other_shapes():
