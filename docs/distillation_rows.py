@@ -105,7 +105,7 @@ LAYERS = (
     ),
     Row(
         "contrastive",
-        "as above, of features; T is 1",
+        "as above, of features; T is `temperature` of the criterion",
         "as above",
     ),
 )

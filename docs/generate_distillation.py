@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference" / "distillation.md"
 RECORDED = ROOT / "docs" / "images" / "distillation_study.json"
+# Of a run of `--strategies ...` on another machine, with a control of its own.
+FURTHER = RECORDED.with_name("distillation_study_further.json")
 
 for folder in (ROOT / "examples", ROOT / "docs"):
     sys.path.insert(0, str(folder))
@@ -122,11 +124,20 @@ def _table(
 
 def effect(name: str, summary: Summary | None) -> str:
     """Return the measured effect of one of the study's strategies."""
-    if summary is None or name not in summary["strategies"]:
+    entry = None if summary is None else _entry(name, summary)
+    if entry is None:
         return "not measured"
-    entry = summary["strategies"][name]
     setting = distillation_summary.setting_text(entry["setting"])
     return f"{points(entry['gain'], '+')}, **{entry['verdict']}** ({entry['title']}: {setting})"
+
+
+def _entry(name: str, summary: Summary) -> dict[str, Any] | None:
+    """Return a strategy's entry, of the further run if the study itself has none."""
+    entry: dict[str, Any] | None = summary["strategies"].get(name)
+    if entry is None and "further" in summary:
+        entry = summary["further"]["strategies"].get(name)
+        return None if entry is None else {**entry, "title": f"second run; {entry['title']}"}
+    return entry
 
 
 def _measured_section(summary: Summary | None) -> str:
@@ -140,7 +151,10 @@ def _measured_section(summary: Summary | None) -> str:
         by_chance=f"{0.05 * count:.0f}",
         shift=prose.SHIFTED if settings["student_shift"] == 0 else prose.MOVED_ALIKE,
     )
-    return f"{described}\n{distillation_summary.to_markdown(summary)}"
+    parts = [described, distillation_summary.to_markdown(summary)]
+    if "further" in summary:
+        parts += [prose.FURTHER, distillation_summary.to_markdown(summary["further"])]
+    return "\n".join(parts)
 
 
 def _no_fields(config: Any, functions: Iterable[Callable[..., Any]]) -> list[str]:
@@ -219,6 +233,8 @@ def recorded() -> Summary | None:
     if not RECORDED.exists():
         return None
     summary: Summary = json.loads(RECORDED.read_text(encoding="utf-8"))
+    if FURTHER.exists():
+        summary["further"] = json.loads(FURTHER.read_text(encoding="utf-8"))
     return summary
 
 
