@@ -38,9 +38,9 @@ intervals would still exclude 0. {shift}
 
 ![Gain of each strategy with its interval](../images/distillation_study.png)
 """
-FURTHER = """The table above was measured on 16 cores of an Intel Xeon within the time that there was. What
-it lacks comes from a second run on 2 cores of an AMD EPYC, with teachers and a control of its own
-(`examples/distillation_study.py --strategies ...`):
+FURTHER = """The table above was measured on 16 cores of an Intel Xeon, in the time that there was.
+What it lacks comes from a second run on 2 cores of an AMD EPYC, with teachers and a control of its
+own (`examples/distillation_study.py --strategies ...`):
 """
 SHIFTED = """The teachers saw images that were mirrored and moved by a pixel, the students mirrored
 ones only: part of what a teacher passes on is what it learned from the moved ones. The study with
