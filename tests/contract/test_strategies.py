@@ -174,8 +174,6 @@ def test_every_order_trains_resumes_and_converts_alike(strategy: str, tmp_path: 
         whole = Run(strategy, order, folder).train()
         results.append(whole.result())
         toys.assert_identical(results[-1], results[0])
-        if order not in (ORDERS[0], ORDERS[-1]):
-            continue
         resumed = Run(strategy, order, folder)
         torch.manual_seed(5)
         resumed.manager.resume(folder / f"step-{MIDDLE:08d}")
