@@ -68,7 +68,7 @@ def verdict(gain: Mapping[str, float]) -> str:
 def ranked(summary: Mapping[str, Any]) -> list[str]:
     """Return the strategies by falling gain, without the control."""
     found = summary["strategies"]
-    return sorted(set(found) - {CONTROL}, key=lambda name: -found[name]["gain"]["mean"])
+    return sorted(set(found) - {CONTROL}, key=lambda name: (-found[name]["gain"]["mean"], name))
 
 
 def to_markdown(summary: Mapping[str, Any]) -> str:

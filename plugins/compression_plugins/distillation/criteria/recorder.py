@@ -21,7 +21,7 @@ class Recorder:
 
     Args:
         model: whose layers are watched.
-        layers: their qualified names, without the empty one.
+        layers: their qualified names; the empty one, of the model itself, is left out.
         hooks: of the manager.
         where: `student` or `teacher`, for messages.
     """
@@ -32,7 +32,7 @@ class Recorder:
         self._where = where
         self._outputs: dict[str, Any] = {}
         self._is_on = False
-        for layer in dict.fromkeys(layers):
+        for layer in dict.fromkeys(filter(None, layers)):
             self._watch(model.get_submodule(layer), layer, hooks)
 
     def start(self) -> None:

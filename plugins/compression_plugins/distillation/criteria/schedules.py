@@ -45,8 +45,8 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True)
-class LinearSchedule(Schedule):
-    """From `start` to `end` in equal steps: start + (end - start) * progress."""
+class _Way(Schedule):
+    """From one value to another within a number of steps."""
 
     start: float = field(metadata=option("Value up to the step `begin`."))
     end: float = field(metadata=option("Value from the step `begin + steps` on."))
@@ -54,37 +54,41 @@ class LinearSchedule(Schedule):
     begin: int = field(default=0, metadata=option("Optimizer steps before it starts."))
 
     def __post_init__(self) -> None:
-        _check_way(self)
+        require_not_negative(self, "start", self.start)
+        require_not_negative(self, "end", self.end)
+        require_integer(self, "steps", self.steps, minimum=1)
+        require_integer(self, "begin", self.begin, minimum=0)
 
     def value(self, global_step: int, teacher_logits: Tensor | None) -> float:
         """Return the value at `global_step`."""
-        return self.start + (self.end - self.start) * _progress(self, global_step)
+        progress = min(max((global_step - self.begin) / self.steps, 0.0), 1.0)
+        return self.start + (self.end - self.start) * self.share(progress)
 
     def limits(self) -> tuple[float, float]:
         """Return the smallest and the largest value there can be."""
         return min(self.start, self.end), max(self.start, self.end)
+
+    @abstractmethod
+    def share(self, progress: float) -> float:
+        """Return how much of the way is done, 0 to 1, after a share `progress` of the steps."""
 
 
 @dataclass(frozen=True)
-class CosineSchedule(Schedule):
+class LinearSchedule(_Way):
+    """From `start` to `end` in equal steps: start + (end - start) * progress."""
+
+    def share(self, progress: float) -> float:
+        """Return `progress`."""
+        return progress
+
+
+@dataclass(frozen=True)
+class CosineSchedule(_Way):
     """From `start` to `end` along half a cosine: slow, fast, slow."""
 
-    start: float = field(metadata=option("Value up to the step `begin`."))
-    end: float = field(metadata=option("Value from the step `begin + steps` on."))
-    steps: int = field(metadata=option("Optimizer steps that the way takes."))
-    begin: int = field(default=0, metadata=option("Optimizer steps before it starts."))
-
-    def __post_init__(self) -> None:
-        _check_way(self)
-
-    def value(self, global_step: int, teacher_logits: Tensor | None) -> float:
-        """Return the value at `global_step`."""
-        way = (1.0 - math.cos(math.pi * _progress(self, global_step))) / 2.0
-        return self.start + (self.end - self.start) * way
-
-    def limits(self) -> tuple[float, float]:
-        """Return the smallest and the largest value there can be."""
-        return min(self.start, self.end), max(self.start, self.end)
+    def share(self, progress: float) -> float:
+        """Return (1 - cos(pi * progress)) / 2."""
+        return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
 @dataclass(frozen=True)
@@ -209,14 +213,3 @@ def require_weight(owner: object, field: str, value: object) -> None:
 
 def _smallest(value: object) -> object:
     return value.limits()[0] if isinstance(value, Schedule) else value
-
-
-def _progress(schedule: LinearSchedule | CosineSchedule, global_step: int) -> float:
-    return min(max((global_step - schedule.begin) / schedule.steps, 0.0), 1.0)
-
-
-def _check_way(schedule: LinearSchedule | CosineSchedule) -> None:
-    require_not_negative(schedule, "start", schedule.start)
-    require_not_negative(schedule, "end", schedule.end)
-    require_integer(schedule, "steps", schedule.steps, minimum=1)
-    require_integer(schedule, "begin", schedule.begin, minimum=0)

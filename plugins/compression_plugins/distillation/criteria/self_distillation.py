@@ -8,36 +8,26 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError, blame_option, suggest
 from compression_manager.plugin import option
-from compression_plugins.distillation.criteria.base import CriterionConfig, Surroundings
+from compression_plugins.distillation.criteria.base import Surroundings
 from compression_plugins.distillation.criteria.batch import Batch
-from compression_plugins.distillation.criteria.features import FeatureComparison, FeaturePair
-from compression_plugins.distillation.criteria.layers import (
-    check_loss_types,
-    check_loss_weights,
+from compression_plugins.distillation.criteria.feature_config import (
+    FeatureCriterionConfig,
     feature_at,
-    one_for_each,
-    unique_name,
 )
-from compression_plugins.distillation.criteria.logits import check_loss_options, named_loss
+from compression_plugins.distillation.criteria.features import FeatureComparison
 from compression_plugins.distillation.criteria.mappings import (
     LayerMapping,
     TapPoint,
     parse_mapping,
 )
 from compression_plugins.distillation.criteria.recorder import Recorder
-from compression_plugins.distillation.criteria.schedules import (
-    SCHEDULES,
-    Schedule,
-    require_temperature,
-)
 from compression_plugins.distillation.outputs import pick_feature
 
 
 @dataclass(frozen=True)
-class SelfKnowledgeDistillationLossConfig(CriterionConfig):
+class SelfKnowledgeDistillationLossConfig(FeatureCriterionConfig):
     """Be your own teacher: `task_loss + sum of w_g * D_g(shallow, deep)`, without a teacher model.
 
     Source: Zhang et al. 2019, "Be Your Own Teacher", section 3. The names, and the groups of
@@ -54,52 +44,22 @@ class SelfKnowledgeDistillationLossConfig(CriterionConfig):
             "or [name, output] with the index, key or function of the output."
         )
     )
-    temperature: float | Schedule = field(
-        default=1.0,
-        metadata={**option("T of the losses that compare logits."), "registry": SCHEDULES},
-    )
     loss_types: str | Sequence[str] = field(
         default="KL",
         metadata=option("Loss of all groups, or of each; as of intermediate layers, or 'CE'."),
     )
-    loss_weights: float | Schedule | Sequence[float | Schedule] | None = field(
-        default=None,
-        metadata={
-            **option("Weight of all groups, or of each; default: 1 / number of groups."),
-            "registry": SCHEDULES,
-        },
-    )
-    add_origin_loss: bool = field(
-        default=True, metadata=option("Whether the task's own loss is part of the sum.")
-    )
-    loss_options: Mapping[str, Any] = field(
-        default_factory=dict, metadata=option("Further options of the losses.")
-    )
 
     def __post_init__(self) -> None:
-        groups = _parse_groups(self.layer_mappings)
-        object.__setattr__(self, "layer_mappings", tuple(self.layer_mappings))
-        object.__setattr__(self, "_groups", groups)
-        require_temperature(self, "temperature", self.temperature)
-        check_loss_types(self, len(groups))
-        check_loss_weights(self, len(groups))
-        require_type(self, "add_origin_loss", self.add_origin_loss, bool)
-        check_loss_options(self, self.loss_options)
+        self.check_entries(len(self.groups))
 
     @property
     def groups(self) -> tuple[tuple[LayerMapping, ...], ...]:
         """`layer_mappings`, read."""
-        groups: tuple[tuple[LayerMapping, ...], ...] = self._groups  # type: ignore[attr-defined]  # set in __post_init__
-        return groups
-
-    @property
-    def task_weight(self) -> float | None:
-        """0 if the task's own loss is to be left out; other plugins may weight it otherwise."""
-        return None if self.add_origin_loss else 0.0
+        return _parse_groups(self.layer_mappings)
 
     def compare(self, surroundings: Surroundings) -> FeatureComparison:
         """Return the comparison, with the student's layers watched."""
-        pairs = self._pairs(surroundings)
+        pairs = self.make_pairs(surroundings, self.groups)
         layers = {name for name, _ in surroundings.student.named_modules()} - {""}
         recorder = Recorder(
             surroundings.student,
@@ -126,22 +86,6 @@ class SelfKnowledgeDistillationLossConfig(CriterionConfig):
             (recorder,),
             temperature=self.temperature,
         )
-
-    def _pairs(self, surroundings: Surroundings) -> list[FeaturePair]:
-        count = len(self.groups)
-        types = one_for_each(self.loss_types, count)
-        weights = one_for_each(
-            1.0 / count if self.loss_weights is None else self.loss_weights, count
-        )
-        pairs: list[FeaturePair] = []
-        for index, group in enumerate(self.groups):
-            loss = named_loss(
-                surroundings, types[index], self.temperature, self.loss_options, ".loss_types"
-            )
-            for mapping in group:
-                name = unique_name(f"{types[index]}/{mapping.name}", pairs)
-                pairs.append(FeaturePair(mapping, loss, weights[index], name))
-        return pairs
 
 
 def _parse_groups(value: object) -> tuple[tuple[LayerMapping, ...], ...]:
