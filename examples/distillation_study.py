@@ -111,18 +111,29 @@ def train_students(
 
 
 def prepare_teachers(
-    pool: ProcessPoolExecutor, setup: Setup, seeds: Sequence[int], workers: int
+    pool: ProcessPoolExecutor,
+    setup: Setup,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    workers: int,
 ) -> None:
     """Train the teachers at the same time, and record what they say; finished ones are skipped."""
-    members = [seed + other for other in (0, teachers.SECOND_TEACHER) for seed in seeds]
+    sources = {BY_NAME[name].source for name in names}
+    ensemble = "ensemble" in sources
+    others = (0, teachers.SECOND_TEACHER) if ensemble else (0,)
+    members = [seed + other for other in others for seed in seeds]
     untrained = [seed for seed in members if not teachers.is_trained(setup, seed)]
     threads = max(1, workers // max(1, len(untrained)))
     for future in [
         submit(pool, teachers.train_teacher, setup, seed, threads) for seed in untrained
     ]:
         future.result()
-    unrecorded = [seed for seed in seeds if not teachers.is_recorded(setup, seed)]
-    for future in [submit(pool, teachers.record_teacher, setup, seed) for seed in unrecorded]:
+    if sources <= {"itself", "nobody"}:
+        return
+    unrecorded = [seed for seed in seeds if not teachers.is_recorded(setup, seed, ensemble)]
+    for future in [
+        submit(pool, teachers.record_teacher, setup, seed, ensemble) for seed in unrecorded
+    ]:
         future.result()
 
 
@@ -187,7 +198,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 def run_study(setup: Setup, names: Sequence[str], seeds: int, workers: int) -> None:
     """Train teachers and students."""
     with worker_pool(workers) as pool:
-        prepare_teachers(pool, setup, range(seeds), workers)
+        prepare_teachers(pool, setup, names, range(seeds), workers)
         train_students(pool, setup, names, seeds)
 
 

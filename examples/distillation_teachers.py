@@ -100,9 +100,11 @@ def is_trained(setup: Setup, seed: int) -> bool:
     return (teacher_folder(setup, seed) / "result.json").exists()
 
 
-def is_recorded(setup: Setup, seed: int) -> bool:
-    """Return whether a seed's teacher was recorded."""
-    return (teacher_folder(setup, seed) / "recorded").exists()
+def is_recorded(setup: Setup, seed: int, ensemble: bool) -> bool:
+    """Return whether a seed's teacher was recorded, and its ensemble if that is asked for."""
+    folder = teacher_folder(setup, seed)
+    has_ensemble = (folder / "ensemble_logits.npy").exists()
+    return (folder / "recorded").exists() and (has_ensemble or not ensemble)
 
 
 def train_teacher(setup: Setup, seed: int, threads: int) -> None:
@@ -126,9 +128,10 @@ def load_teacher(setup: Setup, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def record_teacher(setup: Setup, seed: int) -> None:
-    """Write down what the teacher, its int8 form and an ensemble say to every variant."""
+def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
+    """Write down what the teacher, its int8 form and perhaps an ensemble say to every variant."""
     folder = teacher_folder(setup, seed)
+    (folder / "recorded").unlink(missing_ok=True)
     teacher = load_teacher(setup, seed)
     outputs: dict[str, Tensor] = {}
     for name in (*BLOCKS, FEATURES):
@@ -136,16 +139,16 @@ def record_teacher(setup: Setup, seed: int) -> None:
             lambda module, args, output, name=name: outputs.update({name: output})
         )
     int8 = QuantizedTeacher(load_teacher(setup, seed), weights=True, dynamic=True)
-    ensemble = EnsembleTeacher(
-        [load_teacher(setup, member) for member in (seed, seed + SECOND_TEACHER)]
-    )
+    members = (seed, seed + SECOND_TEACHER) if ensemble else (seed,)
+    together = EnsembleTeacher([load_teacher(setup, member) for member in members])
     images = variants(setup)
     files: dict[str, Any] = {}
     for start in range(0, len(images), 500):
         batch = images[start : start + 500]
         outputs["logits"] = teacher(batch)
         outputs["int8_logits"] = int8(batch)
-        outputs["ensemble_logits"] = ensemble(batch)
+        if ensemble:
+            outputs["ensemble_logits"] = together(batch)
         for name, output in outputs.items():
             if name not in files:
                 files[name] = np.lib.format.open_memmap(

@@ -111,7 +111,12 @@ def test_a_recorded_teacher_answers_as_the_teacher_does(
         folder.mkdir(parents=True)
         _, teacher = teachers.demo.networks(seed)
         save_file(teacher.state_dict(), folder / "model.safetensors")
-    teachers.record_teacher(setup, 0)
+    assert not teachers.is_recorded(setup, 0, ensemble=False)
+    teachers.record_teacher(setup, 0, ensemble=False)
+    assert teachers.is_recorded(setup, 0, ensemble=False)
+    assert not teachers.is_recorded(setup, 0, ensemble=True)
+    teachers.record_teacher(setup, 0, ensemble=True)
+    assert teachers.is_recorded(setup, 0, ensemble=True)
     recorded = teachers.RecordedTeacher(folder, "logits", ["block2", "flatten"])
     kept: dict[str, torch.Tensor] = {}
     for network, where in ((teacher.eval(), "live"), (recorded, "recorded")):
