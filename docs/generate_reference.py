@@ -5,16 +5,15 @@ Run `make reference` after a change of a public name; a test compares the pages 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from compression_manager import Plugin, PluginConfig, hookspecs
 from compression_manager.loading import installed_plugins, load_plugin_class
+from compression_manager.options import describe_options, nested_kinds
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -56,19 +55,16 @@ def hooks_page() -> str:
 def options_page() -> str:
     """Return a table of options for every installed plugin, and for the values they hold."""
     parts = [NOTE, "# Options\n"]
-    nested: dict[type, str | None] = {}
-    for name in sorted(installed_plugins()):
-        config_class = load_plugin_class(name).config_class
+    config_classes = {
+        name: load_plugin_class(name).config_class for name in sorted(installed_plugins())
+    }
+    for name, config_class in config_classes.items():
         parts += [f"## {config_class.__name__}\n", f"In a recipe: `plugins.{name}`.\n"]
-        parts += _options(config_class, nested)
-    shown: set[type] = set()
-    # Describing one kind may add further ones.
-    while remaining := [kind for kind in nested if kind not in shown]:
-        kind, type_name = remaining[0], nested[remaining[0]]
-        shown.add(kind)
+        parts += _options(config_class)
+    for kind, type_name in nested_kinds(config_classes.values()).items():
         parts += [f"## {kind.__name__}\n"]
         parts += [f"In a recipe: `type: {type_name}`.\n"] if type_name else []
-        parts += _options(kind, nested)
+        parts += _options(kind)
     return "\n".join(parts)
 
 
@@ -122,42 +118,15 @@ def _public_members(owner: type) -> Iterator[tuple[str, Any]]:
                 yield name, getattr(owner, name) if isinstance(value, classmethod) else value
 
 
-def _options(config_class: type, nested: dict[type, str | None]) -> list[str]:
-    hints = typing.get_type_hints(config_class)
+def _options(config_class: type) -> list[str]:
     rows = [_docstring(config_class), "| option | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(config_class):
-        registry = field.metadata.get("registry")
-        for kind in _dataclasses_in(hints[field.name]) if registry is None else ():
-            nested.setdefault(kind, None)
-        for type_name, kind in (registry or {}).items():
-            nested[kind] = type_name
-        text = field.metadata.get("help", "")
-        if field.metadata.get("runtime"):
+    for option in describe_options(config_class):
+        text = option.help
+        if option.is_live_object:
             text += " A live object: an argument of `prepare_compression`, not part of a recipe."
-        kind_name = _type_name(hints[field.name]).replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{kind_name}` | `{_default(field)}` | {text} |")
+        kind_name = option.type.replace("|", "\\|")
+        rows.append(f"| `{option.name}` | `{kind_name}` | `{option.default}` | {text} |")
     return [*rows, ""]
-
-
-def _dataclasses_in(hint: Any) -> Iterator[type]:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        yield hint
-    for argument in typing.get_args(hint):
-        yield from _dataclasses_in(argument)
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-        return str(value) if dataclasses.is_dataclass(value) else repr(value)
-    if field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-        return f"{type(value).__name__}()" if dataclasses.is_dataclass(value) else repr(value)
-    return "required"
 
 
 def _signature(name: str, value: Any) -> str:

@@ -7,11 +7,11 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from compression_manager.config import build_config, describe_config
+from compression_manager.config import MissingObject, build_config, describe_config
 from compression_manager.errors import CompressionError, ConfigError, suggest
 from compression_manager.loading import create_plugin, implemented_hooks, load_plugin_class
 from compression_manager.plugin import Plugin, PluginConfig
-from compression_manager.recipe import load_recipe
+from compression_manager.recipe import Recipe, load_recipe
 
 PluginSpec = PluginConfig | Plugin[Any]
 
@@ -49,13 +49,33 @@ def plugins_from_recipe(
         ConfigError: names file and key path.
     """
     recipe = load_recipe(path, overrides)
+    configs = configs_from_recipe(recipe, runtime_objects)
+    plugins = [create_plugin(plugin_class, config) for plugin_class, config in configs.values()]
+    return plugins, recipe.seed
+
+
+def configs_from_recipe(
+    recipe: Recipe,
+    runtime_objects: Mapping[str, Any],
+    missing: list[MissingObject] | None = None,
+) -> dict[str, tuple[type[Plugin[Any]], PluginConfig]]:
+    """Return instance name -> class and config of every plugin that is enabled, in order.
+
+    Args:
+        recipe: as it was read.
+        runtime_objects: as for `plugins_from_recipe`.
+        missing: takes the live objects that are missing, which else are an error.
+
+    Raises:
+        ConfigError: names file and key path.
+    """
     classes = {
         instance: _load_listed(instance, node.get("plugin", instance), recipe.source)
         for instance, node in recipe.plugins.items()
     }
     # Before the configs: a mistyped argument often is what a config then lacks.
     _refuse_unknown_arguments(set(runtime_objects), classes, recipe.source)
-    plugins: list[Plugin[Any]] = []
+    configs: dict[str, tuple[type[Plugin[Any]], PluginConfig]] = {}
     for instance, node in recipe.plugins.items():
         if node.get("enabled") is False:
             continue
@@ -71,9 +91,10 @@ def plugins_from_recipe(
                 for key in (option, f"{instance}.{option}")
                 if key in runtime_objects
             },
+            missing=missing,
         )
-        plugins.append(create_plugin(classes[instance], config))
-    return plugins, recipe.seed
+        configs[instance] = (classes[instance], config)
+    return configs
 
 
 def refuse_runtime_objects(names: set[str], items: object) -> None:
@@ -147,16 +168,19 @@ def complete(plugins: list[Plugin[Any]]) -> list[Plugin[Any]]:
 
 def describe(plugins: Sequence[Plugin[Any]], seed: int | None) -> dict[str, Any]:
     """Return the whole configuration as plain values, in the shape of a recipe."""
-    return {"seed": seed, "plugins": {plugin.name: _describe(plugin) for plugin in plugins}}
+    return {
+        "seed": seed,
+        "plugins": {plugin.name: describe_node(plugin.name, plugin.config) for plugin in plugins},
+    }
 
 
-def _describe(plugin: Plugin[Any]) -> dict[str, Any]:
+def describe_node(
+    instance: str, config: PluginConfig, *, live_objects: bool = True
+) -> dict[str, Any]:
     """Return the options; what the place in the recipe says already is left out."""
-    options = describe_config(plugin.config)
+    options = describe_config(config, live_objects=live_objects)
     del options["name"], options["enabled"]
-    if plugin.name == plugin.config.plugin:
-        return options
-    return {"plugin": plugin.config.plugin, **options}
+    return options if instance == config.plugin else {"plugin": config.plugin, **options}
 
 
 def _plugin_from_item(item: object) -> Plugin[Any]:

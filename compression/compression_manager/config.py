@@ -20,11 +20,24 @@ from pathlib import PurePath
 from typing import Any, TypeVar
 
 from compression_manager.config_values import convert_scalar, show_type, show_value
-from compression_manager.errors import CompressionError, ConfigError, suggest
+from compression_manager.errors import CompressionError, ConfigError, MissingObjectError, suggest
 from compression_manager.plugin import PluginConfig
 
 ConfigType = TypeVar("ConfigType", bound=PluginConfig)
 Registry = Mapping[str, type]
+
+
+@dataclass(frozen=True)
+class MissingObject:
+    """A live object that options need and that was not given.
+
+    Attributes:
+        key_path: of the option that takes it, for example `plugins.distillation.teacher_model`.
+        blocks_checks: whether the options beside it could not be checked without it.
+    """
+
+    key_path: str
+    blocks_checks: bool
 
 
 def build_config(
@@ -34,6 +47,7 @@ def build_config(
     path: str,
     source: str,
     runtime: Mapping[str, Any],
+    missing: list[MissingObject] | None = None,
 ) -> ConfigType:
     """Construct a config from its node of a recipe.
 
@@ -45,22 +59,29 @@ def build_config(
         path: key path of the node, for example `plugins.distillation`.
         source: file, for error messages.
         runtime: option name -> live object.
+        missing: takes the live objects that are missing; the config then holds the options that
+            were given and is good for nothing but to be described. None: they are an error.
 
     Raises:
+        MissingObjectError: a live object is missing, and `missing` is None.
         ConfigError: an unknown, missing or ill-typed option, or one that `__post_init__` refuses.
     """
-    built = _build(config_class, node, _Place(source, path, runtime), base=None)
+    built = _build(config_class, node, _Place(source, path, runtime, missing), base=None)
     return typing.cast(ConfigType, built)
 
 
-def describe_config(config: Any) -> dict[str, Any]:
+def describe_config(config: Any, *, live_objects: bool = True) -> dict[str, Any]:
     """Return a config dataclass as JSON-able values; `build_config` reads them back.
 
-    Live objects are shown by the name of their class, functions by their own.
+    Live objects are shown by the name of their class, functions by their own; or left out, as in
+    a recipe.
     """
     return {
-        field.name: _describe(getattr(config, field.name), field.metadata.get("registry"))
+        field.name: _describe(
+            getattr(config, field.name), field.metadata.get("registry"), live_objects
+        )
         for field in _fields(type(config))
+        if live_objects or not field.metadata.get("runtime")
     }
 
 
@@ -71,6 +92,7 @@ class _Place:
     source: str
     path: str
     runtime: Mapping[str, Any]
+    missing: list[MissingObject] | None
 
     def __truediv__(self, key: object) -> _Place:
         return dataclasses.replace(self, path=f"{self.path}.{key}")
@@ -120,25 +142,52 @@ def _take_runtime(
     if field.name in place.runtime:
         values[field.name] = place.runtime[field.name]
     elif _is_required(field):
-        raise ConfigError(
-            f"{place} needs the keyword argument prepare_compression(model, recipe, "
-            f"{field.name}=...): {_help(field)}"
-        )
+        if place.missing is None:
+            raise MissingObjectError(
+                f"{place} needs the keyword argument prepare_compression(model, recipe, "
+                f"{field.name}=...): {_help(field)}",
+                option=field.name,
+            )
+        place.missing.append(MissingObject(f"{place.path}.{field.name}", blocks_checks=True))
 
 
 def _construct(config_class: type, values: dict[str, Any], place: _Place, base: Any) -> Any:
+    if base is not None:
+        values = {
+            **{field.name: getattr(base, field.name) for field in _fields(config_class)},
+            **values,
+        }
+    # Made in two steps, so that what a missing object leaves unfinished can be described.
+    config = config_class.__new__(config_class)
+    if any(_is_required(field) and field.name not in values for field in _fields(config_class)):
+        _fill_unchecked(config, values)
+        return config
     try:
-        if base is not None:
-            return dataclasses.replace(base, **values)
-        return config_class(**values)
+        config_class.__init__(config, **values)
+    except MissingObjectError as error:
+        if place.missing is None:
+            _put_before(error, place)
+            raise
+        place.missing.append(MissingObject(f"{place.path}.{error.option}", blocks_checks=False))
     except CompressionError as error:
-        error.args = (f"{place}: {error}", *error.args[1:])
+        _put_before(error, place)
         raise
     except Exception as error:
         raise ConfigError(
             f"{place}: {config_class.__name__} refuses these options: "
             f"{type(error).__name__}: {error}"
         ) from error
+    return config
+
+
+def _fill_unchecked(config: Any, values: Mapping[str, Any]) -> None:
+    for field in _fields(type(config)):
+        if field.name in values or not _is_required(field):
+            object.__setattr__(config, field.name, values.get(field.name, _default(field)))
+
+
+def _put_before(error: CompressionError, place: _Place) -> None:
+    error.args = (f"{place}: {error}", *error.args[1:])
 
 
 @dataclass(frozen=True)
@@ -288,11 +337,12 @@ def _help(field: Field[Any]) -> str:
     return str(field.metadata.get("help", "it has no default."))
 
 
-def _describe(value: Any, registry: Registry | None = None) -> Any:
+def _describe(value: Any, registry: Registry | None, live_objects: bool) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = {config_class: name for name, config_class in (registry or {}).items()}
         kind = names.get(type(value), type(value).__name__)
-        return {**({"type": kind} if registry is not None else {}), **describe_config(value)}
+        options = describe_config(value, live_objects=live_objects)
+        return {"type": kind, **options} if registry is not None else options
     if isinstance(value, Enum):
         return value.name
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -300,7 +350,7 @@ def _describe(value: Any, registry: Registry | None = None) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _describe(item, registry) for key, item in value.items()}
+        return {str(key): _describe(item, registry, live_objects) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_describe(item, registry) for item in value]
+        return [_describe(item, registry, live_objects) for item in value]
     return getattr(value, "__qualname__", type(value).__name__)

@@ -28,6 +28,23 @@ class ConfigError(CompressionError):
     """A configuration, recipe or argument is invalid."""
 
 
+class MissingObjectError(ConfigError):
+    """A live object, which a recipe cannot hold, is missing beside options that need it.
+
+    A config's `__post_init__` raises it after all its other checks, so that
+    `compression-manager check` can tell a sound recipe without its objects from a wrong one.
+
+    Attributes:
+        option: the option that takes the object, for example `teacher_model`.
+    """
+
+    option: str
+
+    def __init__(self, message: str, *, option: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 class LifecycleError(CompressionError):
     """Hooks were called in an order that the training loop does not allow."""
 

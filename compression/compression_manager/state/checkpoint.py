@@ -121,7 +121,20 @@ def list_checkpoints(root: Path) -> list[Manifest]:
     return sorted(_manifests(root), key=_global_step)
 
 
-def _check_newest_is_there(root: Path, found: list[Manifest]) -> None:
+def candidates(root: Path) -> list[Path]:
+    """Return what in a folder may be a checkpoint, by name; temporaries are left out.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        names = {original_name(name) for name in os.listdir(root) if not is_temporary(name)}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {root}: {error}") from error
+    return [root / name for name in sorted(names)]
+
+
+def check_newest_is_there(root: Path, found: list[Manifest]) -> None:
     """Raise if the index lists a newer checkpoint than those found: it was damaged or deleted."""
     if not os.path.lexists(root / INDEX_NAME):
         return
@@ -139,7 +152,7 @@ def _check_newest_is_there(root: Path, found: list[Manifest]) -> None:
 
 def _latest(root: Path) -> Path:
     found = list_checkpoints(root)
-    _check_newest_is_there(root, found)
+    check_newest_is_there(root, found)
     if not found:
         names = sorted(os.listdir(root))[:8]
         raise CheckpointError(
@@ -160,14 +173,10 @@ def _best(root: Path) -> Path:
 
 
 def _manifests(root: Path) -> list[Manifest]:
-    try:
-        names = {original_name(name) for name in os.listdir(root) if not is_temporary(name)}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {root}: {error}") from error
     manifests = []
-    for name in sorted(names):
+    for path in candidates(root):
         with contextlib.suppress(ForeignDirectoryError):
-            manifests.append(read_manifest(root / name, format_name=CHECKPOINT_FORMAT))
+            manifests.append(read_manifest(path, format_name=CHECKPOINT_FORMAT))
     return manifests
 
 

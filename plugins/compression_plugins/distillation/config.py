@@ -14,7 +14,7 @@ from compression_manager.checks import (
     require_integer,
     require_type,
 )
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, MissingObjectError
 from compression_manager.plugin import PluginConfig, option
 from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.criteria import (
@@ -145,11 +145,12 @@ class DistillationConfig(PluginConfig):
             self._check_cache()
             return
         if self.teacher_model is None and source == "model":
-            raise ConfigError(
+            raise MissingObjectError(
                 f"{owner}.teacher_model is missing. Pass the teacher (with a recipe: "
                 "prepare_compression(..., teacher_model=teacher)), or set "
                 "teacher_outputs='caller' and give its outputs to on_after_compute_loss, or pass a "
-                "teacher_cache."
+                "teacher_cache.",
+                option="teacher_model",
             )
         if self.teacher_model is not None and source != "model":
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from compression_manager.checks import require_choice, require_integer, require_type
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, MissingObjectError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme
 from compression_plugins.fake_quant.config import (
@@ -122,14 +122,8 @@ class PTQConfig(PluginConfig):
                     )
             return
         data = self.calibration_data
-        if data is None:
-            reason = "mode='static'" if self.mode == "static" else "bias_correction=True"
-            raise ConfigError(
-                f"PTQConfig.calibration_data is missing, which {reason} needs. Pass some batches, "
-                "for example a DataLoader (with a recipe: prepare_compression(..., "
-                "calibration_data=loader))."
-            )
-        if isinstance(data, (Tensor, Mapping, str)) or not isinstance(data, Iterable):
+        is_single = isinstance(data, (Tensor, Mapping, str))
+        if data is not None and (is_single or not isinstance(data, Iterable)):
             raise ConfigError(
                 "PTQConfig.calibration_data takes an iterable of batches, for example a DataLoader "
                 f"or a list; got a {type(data).__name__}. Put a single batch into a list."
@@ -140,4 +134,12 @@ class PTQConfig(PluginConfig):
             raise ConfigError(
                 "PTQConfig.calibration_forward must be a function of the model and a batch, "
                 f"got {self.calibration_forward!r}."
+            )
+        if data is None:
+            reason = "mode='static'" if self.mode == "static" else "bias_correction=True"
+            raise MissingObjectError(
+                f"PTQConfig.calibration_data is missing, which {reason} needs. Pass some batches, "
+                "for example a DataLoader (with a recipe: prepare_compression(..., "
+                "calibration_data=loader)).",
+                option="calibration_data",
             )
