@@ -124,7 +124,7 @@ def _options(config_class: type) -> list[str]:
         text = option.help
         if option.is_live_object:
             text += " A live object: an argument of `prepare_compression`, not part of a recipe."
-        kind_name = option.type.replace("|", "\\|")
+        kind_name = option.type_name.replace("|", "\\|")
         rows.append(f"| `{option.name}` | `{kind_name}` | `{option.default}` | {text} |")
     return [*rows, ""]
 

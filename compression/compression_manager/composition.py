@@ -7,7 +7,8 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
-from compression_manager.config import MissingObject, build_config, describe_config
+from compression_manager.config import MissingObject, build_config
+from compression_manager.config_description import describe_config
 from compression_manager.errors import CompressionError, ConfigError, suggest
 from compression_manager.loading import create_plugin, implemented_hooks, load_plugin_class
 from compression_manager.plugin import Plugin, PluginConfig
@@ -57,14 +58,14 @@ def plugins_from_recipe(
 def configs_from_recipe(
     recipe: Recipe,
     runtime_objects: Mapping[str, Any],
-    missing: list[MissingObject] | None = None,
+    missing: dict[str, list[MissingObject]] | None = None,
 ) -> dict[str, tuple[type[Plugin[Any]], PluginConfig]]:
     """Return instance name -> class and config of every plugin that is enabled, in order.
 
     Args:
         recipe: as it was read.
         runtime_objects: as for `plugins_from_recipe`.
-        missing: takes the live objects that are missing, which else are an error.
+        missing: takes the live objects that each instance lacks; None: they are an error.
 
     Raises:
         ConfigError: names file and key path.
@@ -91,7 +92,7 @@ def configs_from_recipe(
                 for key in (option, f"{instance}.{option}")
                 if key in runtime_objects
             },
-            missing=missing,
+            missing=None if missing is None else missing.setdefault(instance, []),
         )
         configs[instance] = (classes[instance], config)
     return configs

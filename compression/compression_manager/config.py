@@ -1,4 +1,4 @@
-"""Config dataclasses from plain recipe nodes, and back.
+"""Config dataclasses from plain recipe nodes; `config_description` goes the way back.
 
 Frozen dataclasses are built field by field from their own type hints, so that every error names
 file and key path. Options that a node leaves out keep their defaults, in nested dataclasses
@@ -16,7 +16,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass
 from enum import Enum
-from pathlib import PurePath
 from typing import Any, TypeVar
 
 from compression_manager.config_values import convert_scalar, show_type, show_value
@@ -70,21 +69,6 @@ def build_config(
     return typing.cast(ConfigType, built)
 
 
-def describe_config(config: Any, *, live_objects: bool = True) -> dict[str, Any]:
-    """Return a config dataclass as JSON-able values; `build_config` reads them back.
-
-    Live objects are shown by the name of their class, functions by their own; or left out, as in
-    a recipe.
-    """
-    return {
-        field.name: _describe(
-            getattr(config, field.name), field.metadata.get("registry"), live_objects
-        )
-        for field in _fields(type(config))
-        if live_objects or not field.metadata.get("runtime")
-    }
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a node stands, and the live objects that its fields may need."""
@@ -108,7 +92,7 @@ def _build(config_class: type, node: Any, place: _Place, base: Any) -> Any:
     """Return an instance of `config_class`; what `node` leaves out is taken from `base`."""
     if not isinstance(node, Mapping):
         raise ConfigError(f"{place}: expected a mapping of options, got {show_value(node)}.")
-    fields = _fields(config_class)
+    fields = init_fields(config_class)
     for key in node:
         if key not in {field.name for field in fields}:
             valid = [field.name for field in fields if not field.metadata.get("runtime")]
@@ -151,19 +135,22 @@ def _take_runtime(
         place.missing.append(MissingObject(f"{place.path}.{field.name}", blocks_checks=True))
 
 
-def _construct(config_class: type, values: dict[str, Any], place: _Place, base: Any) -> Any:
+def _construct(config_class: type[Any], values: dict[str, Any], place: _Place, base: Any) -> Any:
     if base is not None:
         values = {
-            **{field.name: getattr(base, field.name) for field in _fields(config_class)},
+            **{field.name: getattr(base, field.name) for field in init_fields(config_class)},
             **values,
         }
-    # Made in two steps, so that what a missing object leaves unfinished can be described.
-    config = config_class.__new__(config_class)
-    if any(_is_required(field) and field.name not in values for field in _fields(config_class)):
-        _fill_unchecked(config, values)
-        return config
+    lacks = any(
+        _is_required(field) and field.name not in values for field in init_fields(config_class)
+    )
     try:
-        config_class.__init__(config, **values)
+        # Made in two steps, so that what a missing object leaves unfinished can be described.
+        config = object.__new__(config_class)
+        if lacks:
+            _fill_unchecked(config, values)
+        else:
+            type(config).__init__(config, **values)
     except MissingObjectError as error:
         if place.missing is None:
             _put_before(error, place)
@@ -181,7 +168,7 @@ def _construct(config_class: type, values: dict[str, Any], place: _Place, base: 
 
 
 def _fill_unchecked(config: Any, values: Mapping[str, Any]) -> None:
-    for field in _fields(type(config)):
+    for field in init_fields(type(config)):
         if field.name in values or not _is_required(field):
             object.__setattr__(config, field.name, values.get(field.name, _default(field)))
 
@@ -281,7 +268,8 @@ class _Conversion:
 _NODE_OF: dict[type | None, type] = {dict: dict, list: list, tuple: list}
 
 
-def _fields(config_class: type) -> list[Field[Any]]:
+def init_fields(config_class: type) -> list[Field[Any]]:
+    """Return the fields that are options."""
     return [field for field in dataclasses.fields(config_class) if field.init]
 
 
@@ -335,22 +323,3 @@ def _is_required(field: Field[Any]) -> bool:
 
 def _help(field: Field[Any]) -> str:
     return str(field.metadata.get("help", "it has no default."))
-
-
-def _describe(value: Any, registry: Registry | None, live_objects: bool) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = {config_class: name for name, config_class in (registry or {}).items()}
-        kind = names.get(type(value), type(value).__name__)
-        options = describe_config(value, live_objects=live_objects)
-        return {"type": kind, **options} if registry is not None else options
-    if isinstance(value, Enum):
-        return value.name
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _describe(item, registry, live_objects) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_describe(item, registry, live_objects) for item in value]
-    return getattr(value, "__qualname__", type(value).__name__)

@@ -15,7 +15,7 @@ class OptionDescription:
 
     Attributes:
         name: of the field.
-        type: its type hint, for example `int | None`.
+        type_name: its type hint, for example `int | None`.
         default: as Python writes it; "required" if there is none.
         help: one line for users.
         is_live_object: it is an argument of `prepare_compression`, not part of a recipe.
@@ -24,7 +24,7 @@ class OptionDescription:
     """
 
     name: str
-    type: str
+    type_name: str
     default: str
     help: str
     is_live_object: bool
@@ -73,7 +73,7 @@ def _describe(field: Field[Any], hint: Any) -> OptionDescription:
         kinds = {kind: name for name, kind in registry.items()}
     return OptionDescription(
         name=field.name,
-        type=_type_name(hint),
+        type_name=_type_name(hint),
         default=_default(field),
         help=field.metadata.get("help", ""),
         is_live_object=bool(field.metadata.get("runtime")),

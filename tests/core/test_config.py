@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compression_manager.checks import require_positive
-from compression_manager.config import build_config, describe_config
+from compression_manager.config import build_config
+from compression_manager.config_description import describe_config
 from compression_manager.errors import ConfigError, PluginError, QuantizationError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.schedule import StartAt

@@ -2,54 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import types
-from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
 
 import toys
-from compression_manager import ConfigError, Plugin, PluginError, loading, prepare_compression
-from compression_manager.plugin import ENTRY_POINT_GROUP
+from compression_manager import ConfigError, Plugin, PluginError, prepare_compression
 from probes import ProbeConfig
-
-
-class _Distribution:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-class _EntryPoint(EntryPoint):
-    """An entry point that says which distribution installed it."""
-
-    def with_distribution(self, name: str) -> EntryPoint:
-        vars(self)["dist"] = _Distribution(name)
-        return self
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install fake distributions: `install((name, "module:attribute", distribution), ...)`."""
-
-    def install(*plugins: tuple[str, str, str]) -> None:
-        points = [
-            _EntryPoint(name, value, ENTRY_POINT_GROUP).with_distribution(distribution)
-            for name, value, distribution in plugins
-        ]
-        monkeypatch.setattr(
-            loading, "entry_points", lambda group: points if group == ENTRY_POINT_GROUP else []
-        )
-
-    return install
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    module = types.ModuleType("third_party_module")
-    monkeypatch.setitem(sys.modules, "third_party_module", module)
-    return module
 
 
 class GoodPlugin(Plugin[ProbeConfig]):

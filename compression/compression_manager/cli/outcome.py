@@ -1,0 +1,40 @@
+"""What a subcommand found, and how documents are written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # ships no types
+
+_WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a subcommand found.
+
+    Attributes:
+        output: for stdout, ending with a line break unless it is empty.
+        problems: for stderr; the exit code is 1 if there is one.
+    """
+
+    output: str
+    problems: tuple[str, ...] = ()
+
+
+Subcommand = Callable[[argparse.Namespace], Outcome]
+
+
+def to_json(document: Any) -> str:
+    """Return JSON, indented, with a line break at its end."""
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def to_yaml(document: Any) -> str:
+    """Return YAML in the document's own order."""
+    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    return text
