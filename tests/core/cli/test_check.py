@@ -171,6 +171,7 @@ class StrictConfig(PluginConfig):
     plugin: ClassVar[str] = "strict"
     model: nn.Module = field(metadata=option("A model.", runtime=True))
     size: int = field(default=1, metadata=option("A size."))
+    more: list[int] = field(default_factory=lambda: [3], metadata=option("More sizes."))
 
     def __post_init__(self) -> None:
         self.model.train()
@@ -226,7 +227,7 @@ def test_required_object_leaves_types_to_be_checked(
     output = capsys.readouterr().out
     assert "plugins.strict.model: to be passed" in output
     assert "only the types of the options in plugins.strict can be checked" in output
-    assert yaml.safe_load(output)["plugins"] == {"strict": {"size": 2}}
+    assert yaml.safe_load(output)["plugins"] == {"strict": {"size": 2, "more": [3]}}
     assert main(["check", write("plugins: {strict: {size: two}}")]) == 1
     assert "plugins.strict.size" in capsys.readouterr().err
 
@@ -237,3 +238,23 @@ def test_broken_plugin_is_named_with_its_distribution(
     install(("broken", "no_such_module_at_all:Plugin", "dist-broken"))
     assert main(["check", write("plugins: {broken: {}}")]) == 1
     assert "dist-broken" in capsys.readouterr().err
+
+
+def test_plugin_that_requires_no_hook_of_ours_is_refused(
+    install: Any, module: Any, write: Any, capsys: Any
+) -> None:
+    @dataclass(frozen=True)
+    class DemandingConfig(PluginConfig):
+        plugin: ClassVar[str] = "demanding"
+
+    module.Plugin = type(
+        "DemandingPlugin",
+        (Plugin,),
+        {"config_class": DemandingConfig, "required_hooks": lambda self: {"on_epoch_begn"}},
+    )
+    install(("demanding", "third_party_module:Plugin", "dist-demanding"))
+    path = write("plugins: {demanding: {}}")
+    assert main(["check", path]) == 1
+    error = capsys.readouterr().err
+    assert path in error
+    assert "did you mean 'on_epoch_begin'" in error

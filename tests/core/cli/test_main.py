@@ -68,12 +68,23 @@ def test_installed_command_is_this_function() -> None:
     assert cli.main is main
 
 
-def test_module_runs_and_survives_a_closed_pipe() -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [["plugins"], ["check", str(ROOT / "examples" / "recipes" / "distill_and_quantize.yaml")]],
+    ids=["longer than a buffer", "shorter"],
+)
+def test_module_runs_and_survives_a_closed_pipe(arguments: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:
         ended = subprocess.run(
-            [*RUN, "plugins"], stdout=writing, stderr=subprocess.PIPE, text=True, check=False
+            [*RUN, *arguments],
+            # Without a buffer nothing would be left to flush at exit.
+            env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
         )
     finally:
         os.close(writing)
