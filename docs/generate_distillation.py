@@ -153,7 +153,9 @@ def _measured_section(summary: Summary | None) -> str:
     )
     parts = [described, distillation_summary.to_markdown(summary)]
     if "further" in summary:
-        parts += [prose.FURTHER, distillation_summary.to_markdown(summary["further"])]
+        # What it did not measure either is the first table.
+        further = distillation_summary.to_markdown(summary["further"])
+        parts += [prose.FURTHER, further.partition("\nNot measured")[0]]
     return "\n".join(parts)
 
 
