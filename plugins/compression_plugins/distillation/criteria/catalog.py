@@ -90,8 +90,10 @@ class NamedLoss:
     def agreement(self) -> Agreement:
         """In what both shapes must agree; of a third party's loss, in everything."""
         builtin = CATALOG.get(self.name)
-        is_builtin = isinstance(self._function, functools.partial) and builtin is not None
-        return builtin.agreement if is_builtin and builtin is not None else "everything"
+        # A third party may answer to a name of ours, too.
+        if builtin is None or getattr(self._function, "func", None) is not builtin.function:
+            return "everything"
+        return builtin.agreement
 
     @property
     def takes_temperature(self) -> bool:

@@ -1,5 +1,7 @@
 """What a loss chosen by name is called with, whoever offers it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -69,3 +71,9 @@ def test_only_the_built_in_loss_of_a_name_may_compare_other_shapes():
 def test_what_the_loop_passes_is_no_option():
     with pytest.raises(ConfigError, match="'DKD' has no option 'target'"):
         make_loss("DKD", {"target": TARGET})
+
+
+def test_a_partial_of_a_third_party_under_a_built_in_name_agrees_in_everything():
+    own = functools.partial(lambda student, teacher, scale: (student - teacher).sum(), scale=1)
+    assert NamedLoss("rkd_distance", own).agreement == "everything"
+    assert NamedLoss("rkd_distance", make_loss("rkd_distance", {})).agreement == "samples"
