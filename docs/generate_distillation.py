@@ -25,20 +25,20 @@ for folder in (ROOT / "examples", ROOT / "docs"):
     sys.path.insert(0, str(folder))
 
 import distillation_prose as prose  # noqa: E402  (found only after the lines above)
-import distillation_rows as rows  # noqa: E402
-from distillation_rows import Row  # noqa: E402
+import distillation_rows as rows  # noqa: E402  (likewise)
+from distillation_rows import Row  # noqa: E402  (likewise)
 
-import compression_plugins  # noqa: E402
-import distillation_summary  # noqa: E402
-from compression_plugins.distillation import (  # noqa: E402
+import compression_plugins  # noqa: E402  (likewise)
+import distillation_summary  # noqa: E402  (likewise)
+from compression_plugins.distillation import (  # noqa: E402  (likewise)
     DistillationConfig,
     SelfKnowledgeDistillationLossConfig,
     TokenDistillationLossConfig,
 )
-from compression_plugins.distillation.criteria.catalog import CATALOG  # noqa: E402
-from compression_plugins.distillation.criteria.schedules import SCHEDULES  # noqa: E402
-from compression_plugins.distillation.criteria.tokens import DIVERGENCES  # noqa: E402
-from study_statistics import points  # noqa: E402
+from compression_plugins.distillation.criteria.catalog import CATALOG  # noqa: E402  (likewise)
+from compression_plugins.distillation.criteria.schedules import SCHEDULES  # noqa: E402  (likewise)
+from compression_plugins.distillation.criteria.tokens import DIVERGENCES  # noqa: E402  (likewise)
+from study_statistics import points  # noqa: E402  (likewise)
 
 Summary = dict[str, Any]
 GIVEN_BY_LOOP = {"target": "labels (`target`)", "mask": "`mask`", "num_items": ""}

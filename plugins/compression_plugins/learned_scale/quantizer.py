@@ -274,7 +274,7 @@ class LearnedScaleQuantizer(FakeQuantizer):
         if not wanted or is_exporting():
             return output
         # Function.apply is untyped in torch.
-        attached: Tensor = ZeroGradient.apply(  # type: ignore[no-untyped-call]
+        attached: Tensor = ZeroGradient.apply(  # type: ignore[no-untyped-call]  # untyped in torch
             output, self.log_scale, self.zero_fraction
         )
         return attached

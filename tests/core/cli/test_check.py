@@ -163,7 +163,7 @@ class ImpatientPlugin(Plugin[NeedyConfig]):
 
     def __init__(self, config: NeedyConfig) -> None:
         super().__init__(config)
-        self.weight = config.model.weight  # type: ignore[union-attr]
+        self.weight = config.model.weight
 
 
 @dataclass(frozen=True)

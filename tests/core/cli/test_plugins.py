@@ -146,7 +146,7 @@ def test_unknown_name_gets_the_nearest(capsys: Any) -> None:
 def test_what_a_plugin_prints_at_import_stays_out_of_the_output(
     install: Any, module: Any, capsys: Any, monkeypatch: Any
 ) -> None:
-    class Loud(type(module)):  # type: ignore[misc]
+    class Loud(type(module)):
         @property
         def Plugin(self) -> type:
             print("hello")

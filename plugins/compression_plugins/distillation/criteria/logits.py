@@ -164,11 +164,11 @@ def named_loss(
     return loss
 
 
-def check_loss_options(owner: object, options: object) -> None:
+def check_loss_options(owner: object, options: Mapping[str, Any]) -> None:
     """Check the field `loss_options` of a criterion, and give it a copy of its own."""
     require_type(owner, "loss_options", options, Mapping)
-    object.__setattr__(owner, "loss_options", dict(options))  # type: ignore[call-overload]  # a Mapping
-    if "temperature" in dict(options):  # type: ignore[call-overload]  # a Mapping
+    object.__setattr__(owner, "loss_options", dict(options))
+    if "temperature" in options:
         name = type(owner).__name__
         raise ConfigError(f"{name}.loss_options holds 'temperature'; use {name}.temperature.")
 
