@@ -14,12 +14,14 @@ class Row:
         formula: in the page's notation.
         source: paper or system, and the place in it.
         measured: names of the study's strategies that show its effect.
+        same_as: why it needs no figure of its own, where it must have the same effect as another.
     """
 
     name: str
     formula: str
     source: str
     measured: tuple[str, ...] = ()
+    same_as: str = ""
 
 
 _HINTON = "Hinton, Vinyals, Dean 2015, section 2"
@@ -107,6 +109,7 @@ LAYERS = (
         "contrastive",
         "as above, of features; T is `temperature` of the criterion",
         "as above",
+        ("contrastive_features",),
     ),
 )
 
@@ -119,22 +122,35 @@ SELF = (
     ),
 )
 
+# The study's student answers once for each image: a sequence of one token.
+ONE_TOKEN = "that of `{}` of logits: with one token for each sample they are equal"
+
 TOKENS = (
     Row(
         "forward_kl",
         "sum over counted tokens of T² KL(p_t || p_s), over `num_items`",
         f"{_HINTON}, at each token",
+        ("KL",),
+        same_as=ONE_TOKEN.format("KL"),
     ),
-    Row("reverse_kl", "the same with KL(p_s || p_t)", f"{_MINILLM}, at each token"),
+    Row(
+        "reverse_kl",
+        "the same with KL(p_s || p_t)",
+        f"{_MINILLM}, at each token",
+        ("reverse_KL",),
+        same_as=ONE_TOKEN.format("reverse_KL"),
+    ),
     Row(
         "jensen_shannon",
         "the same with beta KL(p_t || m) + (1 - beta) KL(p_s || m)",
         f"{_AGARWAL}, at each token",
+        ("JS",),
+        same_as=ONE_TOKEN.format("JS"),
     ),
 )
 
 SCHEDULES = (
-    Row("linear", "start + (end - start) · progress", "ours"),
+    Row("linear", "start + (end - start) · progress", "ours", ("KL_linear_temperature",)),
     Row(
         "cosine",
         "start + (end - start) · (1 - cos(pi · progress)) / 2",
@@ -188,6 +204,17 @@ TEACHERS = (
         "AiDotNet's QuantizedTeacherModel",
         ("int8_teacher",),
     ),
-    Row("TeacherCache", "stored outputs, by `sample_ids`", "ours"),
-    Row("TeacherRuntime", "the same teacher in another precision, or compiled", "ours"),
+    Row(
+        "TeacherCache",
+        "stored outputs, by `sample_ids`",
+        "ours",
+        ("KL",),
+        same_as="that of the live teacher: with float32 logits the losses are equal bit for bit",
+    ),
+    Row(
+        "TeacherRuntime",
+        "the same teacher in another precision, or compiled",
+        "ours",
+        ("bfloat16_teacher",),
+    ),
 )

@@ -73,7 +73,7 @@ def page(summary: Summary | None) -> str:
         ),
         "## Tokens\n",
         "`TokenDistillationLossConfig` (`type: tokens`), `divergence`, for language models. "
-        "Options are fields of the config. The study, whose student classifies images, has none.\n",
+        "Options are fields of the config.\n",
         _table(
             rows.TOKENS,
             summary,
@@ -111,7 +111,9 @@ def _table(
         _row(["---"] * 6),
     ]
     for row in found:
-        effects = dict.fromkeys(effect(name, summary) for name in row.measured or ("",))
+        effects = dict.fromkeys(
+            (row.same_as and f"{row.same_as}: ") + effect(name, summary) for name in row.measured
+        )
         cells = [
             f"`{row.name}`",
             row.formula,

@@ -92,6 +92,7 @@ def make_teacher(setup: Setup, strategy: Strategy, seed: int) -> nn.Module | Non
     logits = {
         "recorded": "logits",
         "int8": "int8_logits",
+        "bfloat16": "bfloat16_logits",
         "ensemble": "ensemble_logits",
     }[strategy.source]
     return RecordedTeacher(teacher_folder(setup, seed), logits, strategy.layers)

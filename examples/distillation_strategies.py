@@ -20,13 +20,15 @@ from compression_plugins import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
+    LinearSchedule,
     SelfKnowledgeDistillationLossConfig,
 )
 
 Setting = dict[str, float]
 # What the student learns from: the teacher's recorded answers (logits of the teacher itself, of its
-# int8 form, of an ensemble), answers that the loop gets from the live teacher, itself, or nobody.
-Source = Literal["recorded", "int8", "ensemble", "caller", "itself", "nobody"]
+# int8 or bfloat16 form, of an ensemble), answers that the loop gets from the live teacher, itself,
+# or nobody.
+Source = Literal["recorded", "int8", "bfloat16", "ensemble", "caller", "itself", "nobody"]
 # (teacher, optimizer steps of the training, setting) -> plugins
 Build = Callable[[nn.Module | None, int, Setting], list[PluginConfig]]
 
@@ -82,13 +84,16 @@ def _adaptive(teacher: nn.Module | None, steps: int, setting: Setting) -> list[P
     return [DistillationConfig(teacher, criterion=criterion)]
 
 
-def _cosine(teacher: nn.Module | None, steps: int, setting: Setting) -> list[PluginConfig]:
-    criterion = KnowledgeDistillationLossConfig(
-        temperature=CosineSchedule(setting["start"], setting["end"], steps),
-        loss_types=("CE", "KL"),
-        loss_weights=(setting["task"], setting["weight"]),
-    )
-    return [DistillationConfig(teacher, criterion=criterion)]
+def _falling_temperature(schedule: type[LinearSchedule] | type[CosineSchedule]) -> Build:
+    def build(teacher: nn.Module | None, steps: int, setting: Setting) -> list[PluginConfig]:
+        criterion = KnowledgeDistillationLossConfig(
+            temperature=schedule(setting["start"], setting["end"], steps),
+            loss_types=("CE", "KL"),
+            loss_weights=(setting["task"], setting["weight"]),
+        )
+        return [DistillationConfig(teacher, criterion=criterion)]
+
+    return build
 
 
 def _curriculum(teacher: nn.Module | None, steps: int, setting: Setting) -> list[PluginConfig]:
@@ -102,12 +107,12 @@ def _curriculum(teacher: nn.Module | None, steps: int, setting: Setting) -> list
     return [DistillationConfig(teacher, criterion=criterion)]
 
 
-def _layers(loss: str, *layers: str) -> Build:
+def _layers(loss: str, *layers: str, **config: Any) -> Build:
     """Compare layers of the same name, each with the setting's weight."""
 
     def build(teacher: nn.Module | None, steps: int, setting: Setting) -> list[PluginConfig]:
         criterion = IntermediateLayersKnowledgeDistillationLossConfig(
-            layers, loss_types=loss, loss_weights=setting["weight"]
+            layers, loss_types=loss, loss_weights=setting["weight"], **config
         )
         return [DistillationConfig(teacher, criterion=criterion)]
 
@@ -215,7 +220,13 @@ STRATEGIES = (
     Strategy(
         "KL_cosine_temperature",
         "KL, temperature along a cosine",
-        _cosine,
+        _falling_temperature(CosineSchedule),
+        _grid((8, 2, 0.1, 0.9), (6, 1, 0.1, 0.9), names="start end task weight"),
+    ),
+    Strategy(
+        "KL_linear_temperature",
+        "KL, temperature along a line",
+        _falling_temperature(LinearSchedule),
         _grid((8, 2, 0.1, 0.9), (6, 1, 0.1, 0.9), names="start end task weight"),
     ),
     Strategy(
@@ -277,6 +288,13 @@ STRATEGIES = (
         _soft((0.1, 1, 0.2), (0.1, 1, 1)),
     ),
     Strategy(
+        "contrastive_features",
+        "contrastive, what the classifier sees",
+        _layers("contrastive", FEATURES, temperature=0.1),
+        _weights(0.2, 1),
+        layers=(FEATURES,),
+    ),
+    Strategy(
         "KL_and_hint",
         "KL and hint together",
         _soft_targets_and_hint,
@@ -318,8 +336,15 @@ STRATEGIES = (
         like="KL",
         source="int8",
     ),
+    Strategy(
+        "bfloat16_teacher",
+        "KL, bfloat16 teacher (check)",
+        _logits("KL"),
+        like="KL",
+        source="bfloat16",
+    ),
 )
 # Takes four times as long as the others, so that it has to begin first.
 SLOWEST = "rkd_angle"
-CHECKS = ("caller_outputs", "int8_teacher")
+CHECKS = tuple(strategy.name for strategy in STRATEGIES if strategy.like)
 BY_NAME = {strategy.name: strategy for strategy in STRATEGIES}

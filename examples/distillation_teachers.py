@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import distill_and_quantize as demo
 import fashion_mnist
-from compression_plugins import EnsembleTeacher, QuantizedTeacher
+from compression_plugins import EnsembleTeacher, QuantizedTeacher, TeacherRuntime
+from compression_plugins.distillation.teachers.runtime import running_teacher
 from distillation_strategies import BLOCKS, FEATURES
 from fashion_mnist import Split, Splits
 
@@ -129,7 +130,7 @@ def load_teacher(setup: Setup, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
-    """Write down what the teacher, its int8 form and perhaps an ensemble say to every variant."""
+    """Write down what the teacher, its forms and perhaps an ensemble say to every variant."""
     folder = teacher_folder(setup, seed)
     (folder / "recorded").unlink(missing_ok=True)
     teacher = load_teacher(setup, seed)
@@ -139,6 +140,8 @@ def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
             lambda module, args, output, name=name: outputs.update({name: output})
         )
     int8 = QuantizedTeacher(load_teacher(setup, seed), weights=True, dynamic=True)
+    half = TeacherRuntime(precision="bfloat16")
+    bfloat16 = running_teacher(load_teacher(setup, seed), half)
     members = (seed, seed + SECOND_TEACHER) if ensemble else (seed,)
     together = EnsembleTeacher([load_teacher(setup, member) for member in members])
     images = variants(setup)
@@ -147,6 +150,7 @@ def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
         batch = images[start : start + 500]
         outputs["logits"] = teacher(batch)
         outputs["int8_logits"] = int8(batch)
+        outputs["bfloat16_logits"] = bfloat16(batch)
         if ensemble:
             outputs["ensemble_logits"] = together(batch)
         for name, output in outputs.items():

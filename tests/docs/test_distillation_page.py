@@ -62,7 +62,7 @@ def test_there_is_a_row_for_all_that_configs_take(generator: ModuleType) -> None
             assert len(cells) == 6, name
             assert cells[1], name
             assert cells[2], name
-            assert cells[5] == "not measured", name
+            assert cells[5].endswith("not measured"), name
 
 
 def test_every_strategy_of_the_study_has_its_row(generator: ModuleType) -> None:
