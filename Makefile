@@ -8,7 +8,7 @@ DATA ?=
 WORKERS ?= 2
 
 .PHONY: help venv demo study distillation-study tables bench-teacher bench-distillation test \
-	test-cuda check reference readme
+	test-cuda check docs reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -53,6 +53,10 @@ check: $(STAMP)  ## lint, types, direction of imports, code blocks of the docume
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest docs README.md
+	$(MAKE) docs
+
+docs: $(STAMP)  ## build the documentation's site; warnings are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py

@@ -10,5 +10,6 @@ from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 torch.set_num_threads(1)
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/**/*.md"]
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md", "docs/**/*.md"],
 ).pytest()

@@ -1,4 +1,4 @@
-"""Write docs/reference from the code: hooks, options and public names.
+"""Write docs/reference from the code: hooks, options, errors and public names.
 
 Run `make reference` after a change of a public name; a test compares the pages with the code.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from compression_manager import Plugin, PluginConfig, hookspecs
+from compression_manager import CompressionError, Plugin, PluginConfig, errors, hookspecs
 from compression_manager.loading import installed_plugins, load_plugin_class
 from compression_manager.options import describe_options, nested_kinds
 
@@ -40,7 +40,12 @@ def main() -> None:
 
 def pages() -> dict[str, str]:
     """Return file name -> content of every generated page."""
-    return {"hooks.md": hooks_page(), "options.md": options_page(), "api.md": api_page()}
+    return {
+        "hooks.md": hooks_page(),
+        "options.md": options_page(),
+        "errors.md": errors_page(),
+        "api.md": api_page(),
+    }
 
 
 def hooks_page() -> str:
@@ -66,6 +71,35 @@ def options_page() -> str:
         parts += [f"In a recipe: `type: {type_name}`.\n"] if type_name else []
         parts += _options(kind)
     return "\n".join(parts)
+
+
+def errors_page() -> str:
+    """Return the exceptions as a tree, each with its meaning."""
+    parts = [
+        NOTE,
+        "# Errors\n",
+        _docstring(errors),
+        "```text",
+        *_error_tree(CompressionError),
+        "```\n",
+    ]
+    for value in _error_classes(CompressionError):
+        parts += [f"## {value.__name__}\n", _docstring(value)]
+    return "\n".join(parts)
+
+
+def _error_classes(base: type[CompressionError]) -> Iterator[type[CompressionError]]:
+    yield base
+    for value in base.__subclasses__():
+        if value.__module__ == errors.__name__:
+            yield from _error_classes(value)
+
+
+def _error_tree(base: type[CompressionError], depth: int = 0) -> Iterator[str]:
+    yield "    " * depth + base.__name__
+    for value in base.__subclasses__():
+        if value.__module__ == errors.__name__:
+            yield from _error_tree(value, depth + 1)
 
 
 def api_page() -> str:
@@ -138,12 +172,32 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _docstring(value: Any) -> str:
-    text = inspect.getdoc(value) or ""
-    lines = [f"**{line}**" if line in _SECTIONS else line for line in text.splitlines()]
+    """Return a docstring as Markdown: its sections become lists."""
+    lines: list[str] = []
+    section = ""
+    for line in (inspect.getdoc(value) or "").splitlines():
+        if line in _SECTIONS:
+            section = line
+            lines += [f"**{line}**", ""]
+        elif section and line.startswith("    "):
+            lines.append(_item(line, named=section in _NAMED))
+        else:
+            section = section if not line else ""
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-_SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")
+def _item(line: str, named: bool) -> str:
+    """Return a line of a section: one indented by four spaces starts an item, others go on."""
+    text = line[4:]
+    if text.startswith(" ") or not named:
+        return "  " + text.strip() if named else text
+    name, _, meaning = text.partition(": ")
+    return f"- `{name.rstrip(':')}`: {meaning}".rstrip()
+
+
+_NAMED = ("Args:", "Raises:", "Attributes:")
+_SECTIONS = (*_NAMED, "Returns:", "Yields:")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
+from compression_manager import hookspecs
+
+SPEC_MARK = "compression_manager_spec"  # what pluggy's marker leaves on a specification
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -19,7 +23,7 @@ def _generator():
     return module
 
 
-@pytest.mark.parametrize("page", ["hooks.md", "options.md", "api.md"])
+@pytest.mark.parametrize("page", ["hooks.md", "options.md", "errors.md", "api.md"])
 def test_page_is_up_to_date(page: str) -> None:
     expected = _generator().pages()[page]
     actual = (DOCS / "reference" / page).read_text(encoding="utf-8")
@@ -42,3 +46,15 @@ def test_every_option_has_help() -> None:
     for row in rows:
         assert row.rstrip(" |").count("|") >= 3, row
         assert row.split("|")[-2].strip(), row
+
+
+def test_every_hook_and_every_public_name_occurs_in_a_test() -> None:
+    generator = _generator()
+    folder = DOCS.parent / "tests"
+    text = "\n".join(path.read_text(encoding="utf-8") for path in folder.rglob("test_*.py"))
+    words = set(re.findall(r"\w+", text))
+    names = {name for name, value in vars(hookspecs).items() if hasattr(value, SPEC_MARK)}
+    for module_name in generator.PUBLIC_MODULES:
+        module = importlib.import_module(module_name)
+        names |= {name for name, _ in generator.public_names(module)}
+    assert names - words == set()

@@ -9,7 +9,7 @@ from torch import nn
 
 import toys
 from compression_manager import Plugin, hookimpl, prepare_compression
-from compression_manager.deploy import check_parity
+from compression_manager.deploy import Parity, check_parity
 from compression_manager.deploy.conversion import Replacement
 from compression_manager.errors import ConfigError, ParityError
 from compression_manager.plugin import PluginConfig
@@ -134,6 +134,7 @@ def test_layers_that_the_input_does_not_reach_are_absent():
     model.unused = nn.Linear(6, 4)
     model.forward = lambda input: model[2](model[1](model[0](input)))
     parity = check_parity(model, converted.model, [*converted.replacements, unused], VECTORS)
+    assert isinstance(parity, Parity)
     assert set(parity.layer_errors) == {"0", "2"}
     assert parity.worst_layer in {"0", "2"}
 

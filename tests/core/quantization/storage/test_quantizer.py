@@ -12,6 +12,7 @@ from compression_manager.quantization import (
     MinMaxCalibration,
     QuantizationScheme,
     Quantizer,
+    StorageReport,
 )
 from compression_manager.quantization.layers import quantize_layer
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
@@ -266,6 +267,7 @@ def test_report():
     assert before.bytes_before == before.bytes_after == 4 * (600 + 20 + 200 + 10 + 10)
     quantizer.quantize_weights(model)
     report = quantizer.report(model)
+    assert isinstance(report, StorageReport)
     stored, *others = report.weights
     assert (stored.name, stored.detail) == ("0.weight", "int4 symmetric per channel (axis 0)")
     # Integers, scales, and the note on the scheme.

@@ -12,6 +12,7 @@ import torch
 import toys
 from cached_teachers import built, counting_teacher, live
 from compression_manager import ConfigError
+from compression_plugins.distillation.cache import CacheDistortion
 
 IDS = torch.arange(3, 40)
 
@@ -46,6 +47,7 @@ def test_it_is_the_difference_of_the_losses(
     assert found.kl == pytest.approx(_kl(right, stored, 1.0).mean(), rel=1e-9)
     assert found.top1_agreement == (right.argmax(-1) == stored.argmax(-1)).mean()
     assert found.temperature == temperature
+    assert isinstance(found, CacheDistortion)
 
 
 def test_it_is_zero_for_exact_outputs(tmp_path: Path) -> None:
