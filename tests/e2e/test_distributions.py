@@ -57,10 +57,10 @@ assert torch.equal(deploy.load(folder, nn.Linear(4, 3))(data[0][0]), int8(data[0
 """
 
 
-def _run(*arguments: str, cwd: Path, **environment: str) -> str:
+def _run(*arguments: str, cwd: Path, python: str = sys.executable, **environment: str) -> str:
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=cwd,
         env={**outside, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -150,3 +150,13 @@ def test_a_standard_library_package_of_the_name_does_no_harm(
         cwd=ROOT if working_directory == "the sources" else tmp_path,
         PYTHONPATH=os.pathsep.join([str(package.parent), str(installed)]),
     )
+
+
+def test_the_installed_wheel_works_on_python_3_14(installed: Path, tmp_path: Path) -> None:
+    """Its standard library has the package that the test above imitates."""
+    python = shutil.which("python3.14")
+    needed = "import omegaconf, pluggy, safetensors, tensorboard, torch, tqdm"
+    if python is None or subprocess.run([python, "-c", needed], check=False).returncode:
+        pytest.skip("no python3.14 with what the package depends on")
+    int8 = str(tmp_path / "int8")
+    _run("-c", USE, str(installed), int8, cwd=ROOT, python=python, PYTHONPATH=str(installed))
