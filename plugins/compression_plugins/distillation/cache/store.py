@@ -10,7 +10,7 @@ index lists belong to a build that has not finished: they are resumed, never rea
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from compression_manager.state import (
     remove_directory,
     verify_directory,
 )
+from compression_manager.state.manifest import ForeignDirectoryError
 from compression_plugins.distillation.cache.key import CacheKey
 
 FORMAT = "compression_plugins.teacher_cache"
@@ -93,7 +94,7 @@ class SeedStore:
         """Return the key of what is there, finished or not; None if nothing is readable."""
         for name in [*(["index"] if self.has_index() else []), *self.shard_names()]:
             try:
-                manifest = read_manifest(self.folder / name, format_name=FORMAT)
+                manifest = self._manifest(name, read_manifest)
             except CheckpointCorruptError:
                 continue
             return _mapping(manifest, "key")
@@ -116,7 +117,7 @@ class SeedStore:
             CheckpointCorruptError: its bytes are not those that were written.
             CheckpointMismatchError: it belongs to another key.
         """
-        manifest = verify_directory(self.folder / name, format_name=FORMAT)
+        manifest = self._manifest(name, verify_directory)
         self._check(manifest, key)
         shape = manifest.metadata.get("shape")
         path = manifest.path(_ROWS)
@@ -148,7 +149,7 @@ class SeedStore:
             CheckpointCorruptError: any byte is not the one that was written.
             CheckpointMismatchError: it belongs to another key.
         """
-        manifest = verify_directory(self.folder / "index", format_name=FORMAT)
+        manifest = self._manifest("index", verify_directory)
         self._check(manifest, key)
         path = manifest.path(_INDEX)
         tensors, shards = _mapped(path), manifest.metadata.get("shards")
@@ -174,6 +175,16 @@ class SeedStore:
     def remove(self, name: str | None = None) -> None:
         """Remove one folder of the store, or all of it."""
         remove_directory(self.folder if name is None else self.folder / name)
+
+    def _manifest(self, name: str, read: Callable[..., Manifest]) -> Manifest:
+        folder = self.folder / name
+        try:
+            return read(folder, format_name=FORMAT)
+        except ForeignDirectoryError as error:
+            # Without its manifest it is damaged; with anything else in it, it is somebody else's.
+            if folder.is_dir() and {*os.listdir(folder)} <= {_ROWS, _INDEX}:
+                raise CheckpointCorruptError(f"{folder} lost its manifest.json.") from error
+            raise
 
     def _check(self, manifest: Manifest, key: CacheKey) -> None:
         differences = key.differences(_mapping(manifest, "key"))

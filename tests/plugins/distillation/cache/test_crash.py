@@ -122,8 +122,6 @@ def test_a_damaged_file_is_refused_by_name_and_built_again(tmp_path: Path, damag
         folder = tmp_path / f"{damage}-{number}"
         built(folder, teacher)
         path = _files(folder)[number]
-        if damage == "remove" and path.name == "manifest.json":
-            continue
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 4
         path.unlink()
@@ -140,16 +138,20 @@ def test_a_damaged_file_is_refused_by_name_and_built_again(tmp_path: Path, damag
         torch.testing.assert_close(cache.lookup(IDS), exact)
 
 
-def test_a_folder_without_its_manifest_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["manifest.json", "notes.txt"])
+def test_what_others_put_there_is_refused_and_stays(tmp_path: Path, name: str) -> None:
     teacher = counting_teacher()
     cache = built(tmp_path / "cache", teacher)
-    (tmp_path / "cache" / "seed-0" / "shard-00000001" / "manifest.json").unlink()
+    shard = tmp_path / "cache" / "seed-0" / "shard-00000001"
+    (shard / "manifest.json").unlink()
+    (shard / name).write_text("{}")
     for call in (
         lambda: TeacherCache(tmp_path / "cache").lookup(IDS),
         lambda: cache.build(teacher, cached_teachers.loader()),
     ):
         with pytest.raises(CheckpointError, match=r"shard-00000001 is not a"):
             call()
+    assert (shard / name).read_text() == "{}"
 
 
 def test_a_missing_shard_is_refused_and_built_again(tmp_path: Path) -> None:
