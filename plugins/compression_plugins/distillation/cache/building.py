@@ -175,8 +175,8 @@ class Builder:
         difference = (decode(new) - decode(old)).abs().max().item()
         if difference > _SAME * decode(old).abs().max().item():
             raise ConfigError(
-                f"the teacher's logits of the sample id {sample} differ by {difference:g} between "
-                "two batches of the loader: either two samples share the id, or random "
+                f"the teacher's logits of the sample id {sample}, which the loader yields twice, "
+                f"differ by {difference:g}: either two samples share the id, or random "
                 "augmentation does not follow from the sample id and the seed (see "
                 "IndexedDataset(augmentation_seed=...))."
             )
