@@ -21,6 +21,20 @@ if sys.platform != "win32":
 
 _TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{16}")
 
+# Descriptors of `exclusive`.
+_exclusive: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    # A lock outlives its process as long as a forked one, such as a loader's worker, shares it.
+    for descriptor in _exclusive:
+        os.close(descriptor)
+    _exclusive.clear()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -76,6 +90,34 @@ def temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold `folder`, created if need be, until the block or the process ends, however it ends.
+
+    What was created here and is empty in the end is removed again. Where the system or the file
+    system has no locks, nothing is held.
+
+    Raises:
+        BlockingIOError: it is held already, here or in another process.
+        OSError: it cannot be created.
+    """
+    target = Path(os.path.realpath(folder))
+    created, descriptor = _create_and_lock(target)
+    if descriptor is not None:
+        _exclusive.add(descriptor)
+    try:
+        yield
+    finally:
+        try:
+            with contextlib.suppress(OSError):  # it is not empty
+                for path in created:
+                    path.rmdir()
+        finally:
+            if descriptor is not None:
+                _exclusive.discard(descriptor)
+                os.close(descriptor)
+
+
 def remove_abandoned(folder: Path) -> None:
     """Remove the temporaries in `folder` that killed processes left."""
     for name in os.listdir(folder):
@@ -101,6 +143,27 @@ def _create_and_hold(target: Path, create: Callable[[Path], object]) -> tuple[Pa
             return path, descriptor
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _create_and_lock(target: Path) -> tuple[list[Path], int | None]:
+    """Return the folders that were created, innermost first, and the descriptor of the lock."""
+    created = [path for path in (target, *target.parents) if not path.exists()]
+    while True:
+        make_folder(target)
+        try:
+            descriptor = _hold(target)
+        except BlockingIOError:
+            raise
+        except FileNotFoundError:
+            continue  # who held it before removed it
+        except OSError:
+            return created, None
+        if descriptor is None:
+            return created, None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), target.stat()):
+                return created, descriptor
+        os.close(descriptor)
 
 
 def _hold(path: Path) -> int | None:

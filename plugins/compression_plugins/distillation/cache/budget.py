@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from compression_manager.batches import number_of_batches
 from compression_manager.errors import ConfigError
 from compression_plugins.distillation.cache.encoding import DTYPES, OWNER, Encoding
 
@@ -13,6 +14,21 @@ _ID_BYTES = 8 + 16
 # Manifest and safetensors header of a shard, and those of the index with a line per shard.
 _SHARD_BYTES = 2048
 _INDEX_BYTES = 2048
+
+
+def expected_samples(loader: object, first_batch: int) -> int:
+    """Return how many samples a loader will yield at most, as far as can be told.
+
+    A sampler may choose a part of the data set, and a list of batches has no data set.
+
+    Args:
+        loader: it may have a length, and a data set with a length.
+        first_batch: samples of its first batch, taken for the largest.
+    """
+    batches = number_of_batches(loader, None)
+    by_batches = None if batches is None else batches * first_batch
+    by_data_set = number_of_batches(getattr(loader, "dataset", None), by_batches)
+    return first_batch if by_data_set is None else by_data_set
 
 
 def estimate(rows: int, shape: Sequence[int], encoding: Encoding, shard_size: int) -> int:

@@ -16,27 +16,27 @@ from compression_manager.checks import (
     require_type,
     require_writable_folder,
 )
-from compression_manager.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointMismatchError,
-)
+from compression_manager.errors import CheckpointMismatchError
 from compression_manager.model_call import quiet_evaluation
 from compression_plugins.distillation.cache.batch_reader import BatchReader
-from compression_plugins.distillation.cache.budget import check_budget
+from compression_plugins.distillation.cache.budget import check_budget, expected_samples
 from compression_plugins.distillation.cache.building import Builder
 from compression_plugins.distillation.cache.distortion import CacheDistortion, compare
 from compression_plugins.distillation.cache.encoding import OWNER, Encoding
 from compression_plugins.distillation.cache.key import CacheKey
 from compression_plugins.distillation.cache.lookup import CachedRows, as_sample_ids
-from compression_plugins.distillation.cache.ownership import key_of, stores_of_others
+from compression_plugins.distillation.cache.opening import finished_seeds, open_rows, rows_of
+from compression_plugins.distillation.cache.ownership import (
+    key_of,
+    only_builder,
+    stores_of_others,
+)
 from compression_plugins.distillation.cache.progress import progress_bar
 from compression_plugins.distillation.cache.store import (
     SeedStore,
     mismatch_message,
     size_of,
     size_of_store,
-    stores_in,
 )
 from compression_plugins.distillation.teachers.teacher import weights_hash
 
@@ -102,7 +102,7 @@ class TeacherCache:
         Raises:
             CheckpointError: nothing was built yet.
         """
-        return self._key().teacher_sha256
+        return key_of(self.directory, self.preprocessing, self.encoding).teacher_sha256
 
     @property
     def size_bytes(self) -> int:
@@ -112,7 +112,7 @@ class TeacherCache:
     @property
     def augmentation_seeds(self) -> list[int]:
         """The augmentation seeds whose build has finished, sorted."""
-        return [store.seed for store in stores_in(self.directory) if store.has_index()]
+        return finished_seeds(self.directory)
 
     def sample_shape(self, augmentation_seed: int = 0) -> tuple[int, ...]:
         """Return the shape (*, classes) of one output; errors as of `verify`."""
@@ -136,7 +136,7 @@ class TeacherCache:
         loader's own generators are left as found. Killed at any moment, it goes on with the next
         call; damaged files are built again. Only batches with an id that is missing reach the
         teacher, and the loader is not gone through when its number of samples and its first batch
-        show that all are there. Call it in one process only.
+        show that all are there. One build at a time: another one is refused.
 
         Args:
             teacher: the trained teacher; inputs are moved to its device.
@@ -156,29 +156,28 @@ class TeacherCache:
                 outputs that are not finite or differ in shape; an id that comes twice with
                 different outputs; a batch of another form.
             CheckpointMismatchError: the directory holds something else's outputs.
-            CheckpointError: the directory cannot be written.
+            CheckpointError: the directory cannot be written, or another build is running.
         """
         require_integer(f"{OWNER}.build", "augmentation_seed", augmentation_seed)
         require_type(f"{OWNER}.build", "teacher", teacher, nn.Module)
         require_writable_folder(self.directory)
         key = CacheKey.of(weights_hash(teacher), self.preprocessing, self.encoding)
-        stale = stores_of_others(self.directory, key, allowed=overwrite)
         reader = BatchReader(teacher, inputs_of, ids_of, teacher_forward, teacher_output)
         samples = number_of_batches(getattr(loader, "dataset", None), None)
-        with quiet_evaluation(teacher), undisturbed(loader):
+        with only_builder(self.directory), quiet_evaluation(teacher), undisturbed(loader):
+            stale = stores_of_others(self.directory, key, allowed=overwrite)
             if stale:
                 # Nothing is removed for a call that fails at once.
-                self._try_first_batch(loader, reader, samples, sum(map(size_of_store, stale)))
+                self._try_first_batch(loader, reader, sum(map(size_of_store, stale)))
                 for store in stale:
                     store.remove()
             self._opened.clear()
             store = SeedStore(self.directory, augmentation_seed)
             builder = Builder(store, key, self.encoding, self.shard_size, self._check_room)
-            with progress_bar(loader) as batches:
-                self._fill(builder, batches, reader, samples)
+            self._fill(builder, loader, reader, samples)
             index, shards = builder.finish()
-        self._opened[augmentation_seed] = CachedRows(
-            index, shards, self.encoding, self._where(augmentation_seed)
+        self._opened[augmentation_seed] = rows_of(
+            self.directory, augmentation_seed, index, shards, self.encoding
         )
 
     def lookup(
@@ -254,63 +253,36 @@ class TeacherCache:
         return compare(student, live, cached, temperature)
 
     def _fill(
-        self, builder: Builder, batches: Iterable[Any], reader: BatchReader, samples: int | None
+        self, builder: Builder, loader: Iterable[Any], reader: BatchReader, samples: int | None
     ) -> None:
-        room_checked = samples is None
-        for batch in batches:
-            ids = reader.ids(batch)
-            if builder.needs(ids):
-                logits = reader.logits(batch)
-                if samples is not None and not room_checked:
-                    self._check_room(max(samples - len(builder), 1), tuple(logits.shape[1:]))
-                    room_checked = True
-                builder.add(ids, logits)
-            elif builder.finished and len(builder) == samples:
-                break
+        room_checked = False
+        with progress_bar(loader) as batches:
+            for batch in batches:
+                ids = reader.ids(batch)
+                if builder.needs(ids):
+                    logits = reader.logits(batch)
+                    if not room_checked:
+                        rows = max(expected_samples(loader, len(ids)) - len(builder), 1)
+                        self._check_room(rows, tuple(logits.shape[1:]))
+                        room_checked = True
+                    builder.add(ids, logits)
+                elif builder.finished and len(builder) == samples:
+                    break
 
-    def _try_first_batch(
-        self, loader: Iterable[Any], reader: BatchReader, samples: int | None, freed: int
-    ) -> None:
+    def _try_first_batch(self, loader: Iterable[Any], reader: BatchReader, freed: int) -> None:
         for batch in loader:
             count, logits = len(reader.ids(batch)), reader.logits(batch)
             self.encoding.encode(logits)
-            rows = count if samples is None else samples
+            rows = expected_samples(loader, count)
             self._check_room(rows, tuple(logits.shape[1:]), freed=freed)
             return
 
     def _rows(self, seed: int) -> CachedRows:
         if seed not in self._opened:
-            self._opened[seed] = self._open(seed)
+            self._opened[seed] = open_rows(self.directory, seed, self.preprocessing, self.encoding)
         return self._opened[seed]
-
-    def _open(self, seed: int) -> CachedRows:
-        store, where = SeedStore(self.directory, seed), self._where(seed)
-        if not store.has_index():
-            done = store.shard_names()
-            state = "its build has not finished" if done else "nothing was built there"
-            built = self.augmentation_seeds
-            others = f" (complete are the seeds {', '.join(map(str, built))})" if built else ""
-            raise CheckpointError(
-                f"{where} cannot be read: {state}{others}. Call cache.build(teacher, loader, "
-                f"augmentation_seed={seed}); it goes on where it stopped."
-            )
-        try:
-            key = self._key()
-            index = store.read_index(key)
-            return CachedRows(index, store.read_shards(key, index), self.encoding, where)
-        except CheckpointCorruptError as error:
-            raise CheckpointCorruptError(
-                f"{error} Call cache.build(teacher, loader, augmentation_seed={seed}): it builds "
-                "again what is damaged."
-            ) from error
-
-    def _key(self) -> CacheKey:
-        return key_of(self.directory, self.preprocessing, self.encoding)
 
     def _check_room(self, rows: int, shape: tuple[int, ...], *, freed: int = 0) -> None:
         if self.byte_budget is not None:
             used = self.size_bytes - freed
             check_budget(self.byte_budget, used, rows, shape, self.encoding, self.shard_size)
-
-    def _where(self, seed: int) -> str:
-        return f"the teacher cache {self.directory} for augmentation seed {seed}"

@@ -1,14 +1,36 @@
-"""Whose outputs a cache's folder holds."""
+"""Whose outputs a cache's folder holds, and who builds it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from compression_manager.errors import CheckpointError, CheckpointMismatchError
-from compression_manager.state.files import remove_abandoned
+from compression_manager.state.files import exclusive, remove_abandoned, writing
 from compression_plugins.distillation.cache.encoding import Encoding
 from compression_plugins.distillation.cache.key import CacheKey
 from compression_plugins.distillation.cache.store import SeedStore, mismatch_message, stores_in
+
+
+@contextmanager
+def only_builder(directory: Path) -> Iterator[None]:
+    """Keep other builds out of a cache's folder until the block or the process ends.
+
+    Raises:
+        CheckpointError: another build is running, or the folder cannot be created.
+    """
+    with ExitStack() as until_built:
+        with writing(directory):
+            try:
+                until_built.enter_context(exclusive(directory))
+            except BlockingIOError:
+                raise CheckpointError(
+                    f"the teacher cache {directory} is being built already, by another process or "
+                    "in this one. Wait until that build has finished; of several ranks let one "
+                    "build, and the others wait for it."
+                ) from None
+        yield
 
 
 def key_of(directory: Path, preprocessing: str, encoding: Encoding) -> CacheKey:

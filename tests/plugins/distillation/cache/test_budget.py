@@ -18,6 +18,7 @@ from compression_plugins import TeacherCache
 from compression_plugins.distillation.cache.budget import check_budget, estimate
 from compression_plugins.distillation.cache.encoding import Encoding
 
+ALL = Encoding(None, "float32")
 encodings = st.builds(
     Encoding, st.none() | st.integers(1, 50), st.sampled_from(["float32", "float16", "int8"])
 )
@@ -80,6 +81,20 @@ def test_all_seeds_share_the_budget(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"beside the {first.size_bytes:,} that it takes already"):
         cache.build(teacher, cached_teachers.loader(), augmentation_seed=1)
     assert cache.augmentation_seeds == [0]
+
+
+def test_a_list_of_batches_beyond_the_budget_is_refused_before_writing(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", byte_budget=20_000, shard_size=16)
+    batches = [batch(range(start, start + 16)) for start in range(0, 1600, 16)]
+    with pytest.raises(ConfigError, match=r"but 1,600 outputs"):
+        cache.build(counting_teacher(), batches)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_part_of_the_data_set_needs_the_room_of_that_part(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", byte_budget=estimate(16, (4,), ALL, 16384))
+    cache.build(counting_teacher(), cached_teachers.loader(sampler=range(16)))
+    assert cache.lookup(torch.arange(16)).shape == (16, 4)
 
 
 def test_a_loader_of_unknown_length_stops_at_the_budget(tmp_path: Path) -> None:
