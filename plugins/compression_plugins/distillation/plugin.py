@@ -206,6 +206,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 student_output = call_model(context.model, inputs)
                 teacher_output = source.outputs(context, inputs)
                 comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
+                self._note_memory(context)
         finally:
             self._stop_recording()
             context.step_cache.clear()
@@ -230,11 +231,14 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         if parameters:
             self._take_parameters_away = context.add_parameters(parameters, owner=self.name)
 
+    def _note_memory(self, context: Context) -> None:
+        teacher = self._teacher_source.model
+        kept = sum(recorder.bytes() for recorder in self._running.recorders)
+        context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
+
     def _look_ahead(self, context: Context, batch: Batch) -> None:
-        teacher, config = self._teacher_source.model, self.config
-        if teacher is not None:
-            kept = sum(recorder.bytes() for recorder in self._running.recorders)
-            context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
+        config = self.config
+        self._note_memory(context)
         is_trained = config.criterion.needs_teacher and config.teacher_outputs == "model"
         # A resumed run was told already.
         if is_trained and batch.target is not None and batch.global_step == 0:

@@ -1,4 +1,4 @@
-"""What is looked at once, when the first loss of a training is computed."""
+"""What is looked at once, before the first update of a training."""
 
 from __future__ import annotations
 
@@ -53,11 +53,17 @@ def warn_if_worse(
     )
 
 
-def describe_memory(student: nn.Module, teacher: nn.Module, feature_bytes: int) -> str:
-    """Return in words what both models and the kept features take in memory."""
+def describe_memory(student: nn.Module, teacher: nn.Module | None, feature_bytes: int) -> str:
+    """Return in words what both models and the kept features take in memory.
+
+    Args:
+        student: the model.
+        teacher: what is run as the teacher, if anything is.
+        feature_bytes: of the layers' outputs that one batch keeps until the loss is computed.
+    """
     sizes = {
         "student": _model_bytes(student),
-        "teacher": _model_bytes(teacher),
+        "teacher": 0 if teacher is None else _model_bytes(teacher),
         "features kept per step": feature_bytes,
     }
     return "memory: " + ", ".join(

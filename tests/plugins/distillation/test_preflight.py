@@ -1,14 +1,20 @@
 """What is looked at once, with the first loss."""
 
+import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 import toys
-from compression_manager import prepare_compression
-from compression_plugins import DistillationConfig
+from compression_manager import ConfigError, PluginError, prepare_compression
+from compression_plugins import (
+    DistillationConfig,
+    IntermediateLayersKnowledgeDistillationLossConfig,
+    SelfKnowledgeDistillationLossConfig,
+)
 from compression_plugins.distillation.preflight import warn_if_worse
 from toy_teachers import begin, criterion
 
@@ -115,3 +121,46 @@ def test_the_report_estimates_the_memory():
     assert manager.report().notes == {"distillation": "memory: student 0.0 MiB, teacher 4.0 MiB"}
     assert "distillation: memory: student 0.0 MiB, teacher 4.0 MiB" in str(manager.report())
     assert manager.report().to_dict()["notes"] == manager.report().notes
+
+
+def test_with_example_inputs_the_memory_is_known_at_prepare():
+    big = nn.Sequential(nn.Linear(1, 2**18), nn.Linear(2**18, toys.CLASSES))
+    config = DistillationConfig(big, IntermediateLayersKnowledgeDistillationLossConfig(["0"]))
+    manager = prepare_compression(copy.deepcopy(big), [config], example_inputs=torch.zeros(2, 1))
+    # 2 * 2**18 + 4 * 2**18 + 4 float32 weights each; 2 * 2**18 float32 outputs of each layer.
+    assert manager.report().notes == {
+        "distillation": "memory: student 6.0 MiB, teacher 6.0 MiB, features kept per step 4.0 MiB"
+    }
+
+
+def test_features_of_a_student_that_teaches_itself_count():
+    model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 4))
+    criterion = SelfKnowledgeDistillationLossConfig([[["0", "1"]]])
+    manager = begin(prepare_compression(model, [DistillationConfig(criterion=criterion)]))
+    inputs = torch.zeros(2**16, 1)  # 2**16 * 4 float32 of each of two layers
+    output = model(inputs)
+    manager.on_after_compute_loss(inputs, output, output.mean())
+    assert manager.report().notes == {
+        "distillation": "memory: student 0.0 MiB, features kept per step 2.0 MiB"
+    }
+
+
+@pytest.mark.parametrize("example_inputs", [None, INPUTS])
+def test_a_teacher_that_takes_other_inputs_is_named(example_inputs):
+    config = DistillationConfig(nn.Linear(7, toys.CLASSES))
+    student = nn.Linear(1, toys.CLASSES)
+
+    def until_first_loss():
+        manager = begin(prepare_compression(student, [config], example_inputs=example_inputs))
+        manager.on_after_compute_loss(INPUTS, student(INPUTS), student(INPUTS).mean())
+
+    with pytest.raises(ConfigError, match=r"teacher cannot be called .*16x1 and 7x4.*_forward"):
+        until_first_loss()
+
+
+def test_a_teacher_that_fails_later_is_no_mistake_of_the_configuration():
+    teacher, student = nn.Linear(1, toys.CLASSES), nn.Linear(1, toys.CLASSES)
+    manager = begin(prepare_compression(student, [DistillationConfig(teacher)]))
+    for inputs, kind in ((INPUTS, None), (INPUTS[:, :0], PluginError)):
+        with pytest.raises(kind) if kind else nullcontext():
+            manager.on_after_compute_loss(inputs, student(INPUTS), student(INPUTS).mean())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.context import Context
-from compression_manager.errors import ConfigError
+from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.model_call import call_model, tensors_in, without_labels
 
 
@@ -30,6 +30,7 @@ class Teacher:
         self.model = model
         self._forward = forward
         self._shared: list[nn.Module] = []
+        self._has_answered = False
 
     def freeze(self, context: Context, owner: str) -> None:
         """Switch to eval mode and stop gradients until the manager closes."""
@@ -55,12 +56,31 @@ class Teacher:
 
         Moves the teacher to the inputs' device first; whatever `train()` was called on, it runs
         in eval mode.
+
+        Raises:
+            ConfigError: the first call fails.
         """
         self._follow_device(inputs)
         with self._in_eval_mode(), torch.no_grad():
             if self._forward is not None:
                 return self._forward(self.model, inputs)
-            return call_model(self.model, without_labels(inputs))
+            return self._called(without_labels(inputs))
+
+    def _called(self, inputs: Any) -> Any:
+        try:
+            output = call_model(self.model, inputs)
+        except CompressionError:
+            raise
+        except Exception as error:
+            if self._has_answered:
+                raise
+            raise ConfigError(
+                f"the teacher cannot be called with the student's inputs ({error!r}). If it takes "
+                "them in another form, wrap it in a module that converts them, or pass "
+                "DistillationConfig(teacher_forward=...), a function of the teacher and the inputs."
+            ) from error
+        self._has_answered = True
+        return output
 
     @contextmanager
     def _in_eval_mode(self) -> Iterator[None]:
