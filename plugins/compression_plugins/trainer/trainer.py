@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compression_manager import CompressionManager, prepare_compression
+from compression_manager.batches import undisturbed
 from compression_manager.checks import require_integer, require_type
 from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError, LifecycleError
@@ -201,13 +202,18 @@ class KnowledgeDistillationTrainer:
         if device is not None:
             student.to(device)
         place = device_of(student)
-        example = first_batch(validation_loader, source="validation_loader", device=place)
+        with undisturbed(validation_loader):
+            example = first_batch(validation_loader, source="validation_loader", device=place)
         task_loss = cross_entropy if criterion is None else criterion
 
         def evaluation() -> dict[str, float]:
-            if metrics is not None:
-                return evaluate(student, lambda: metrics(student, validation_loader))
-            return evaluate(student, lambda: measure(student, validation_loader, task_loss, place))
+            # In the same order each time, also after resuming: sums depend on it in the last bits.
+            with undisturbed(validation_loader):
+                if metrics is not None:
+                    return evaluate(student, lambda: metrics(student, validation_loader))
+                return evaluate(
+                    student, lambda: measure(student, validation_loader, task_loss, place)
+                )
 
         with ExitStack() as until_closed:
             manager = prepare_compression(

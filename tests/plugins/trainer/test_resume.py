@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import toys
 from compression_manager import CheckpointMismatchError
@@ -99,6 +100,35 @@ def test_a_training_that_stopped_early_stays_stopped(tmp_path):
     assert again[0] == history
     assert again[0].stop_reason is not None
     toys.assert_identical(again[1], weights)
+
+
+def test_a_shuffled_validation_loader_with_its_own_generator(tmp_path):
+    def process(folder, fails_at=None):
+        batches = train_loader() if fails_at is None else Failing(train_loader(), fails_at)
+        generator = torch.Generator().manual_seed(3)
+        orders = []
+
+        def order(model, loader):
+            orders.append([value.item() for _, targets in loader for value in targets])
+            return {"loss": 1.0}
+
+        trainer = KnowledgeDistillationTrainer(teacher(), KL, CheckpointConfig(folder), seed=0)
+        model = student()
+        data = toys.images(20, seed=1)
+        trainer.train(
+            model, batches, DataLoader(data, 4, shuffle=True, generator=generator), 3,
+            torch.optim.SGD(model.parameters(), 0.1), metrics=order, resume=True, progress=False,
+        )  # fmt: skip
+        return orders, generator.get_state()
+
+    orders, state = process(tmp_path / "whole")
+    assert len(orders) == 4
+    assert orders[0] != [target.item() for _, target in toys.images(20, seed=1)]
+    assert all(item == orders[0] for item in orders)
+    assert torch.equal(state, torch.Generator().manual_seed(3).get_state())
+    with pytest.raises(Interrupted):
+        process(tmp_path / "cut", STEPS + 1)
+    assert process(tmp_path / "cut")[0][-1] == orders[-1]
 
 
 def _scripted(folder, script, batches=None):
