@@ -140,9 +140,10 @@ class AveragedStudent(LiveTeacher):
     """An exponential moving average of the student's weights: the mean teacher.
 
     average = d * average + (1 - d) * weights after every optimizer step, with
-    d = min(decay, n / (n + 1)) at update n, so that the first ones are a plain mean (Tarvainen,
-    Valpola 2017, "Mean teachers are better role models", section 2 and their code). Buffers,
-    such as BatchNorm's statistics, are copied. It is a float model, whatever the student becomes.
+    d = min(decay, n / (n + 1)) at update n = 0, 1, ..., so that the first ones are a plain mean
+    (Tarvainen, Valpola 2017, "Mean teachers are better role models", section 2 and their code, which
+    counts from 1 and so has the initial weights in that mean). Buffers, such as BatchNorm's
+    statistics, are copied. It is a float model, whatever the student becomes.
     """
 
     def __init__(self, config: DistillationConfig, student: nn.Module) -> None:

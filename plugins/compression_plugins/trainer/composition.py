@@ -12,6 +12,7 @@ from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation import DistillationConfig
+from compression_plugins.distillation.criteria import CriterionConfig
 from compression_plugins.early_stopping import EarlyStoppingConfig
 from compression_plugins.progress import ProgressConfig
 from compression_plugins.trainer.evaluation import DEFAULT_METRICS
@@ -41,6 +42,8 @@ def deciding_metric(
 def distillation_configs(teacher: nn.Module, strategy: Any) -> list[DistillationConfig]:
     """Return a config per criterion; all have the same teacher, which runs once per step.
 
+    In self-distillation the student is its own teacher, and the other one has no part.
+
     Raises:
         ConfigError: the strategy is empty, or holds what is no criterion.
     """
@@ -50,7 +53,17 @@ def distillation_configs(teacher: nn.Module, strategy: Any) -> list[Distillation
             "strategy is empty; pass a criterion of DistillationConfig, such as "
             "KnowledgeDistillationLossConfig(temperature=4), or a list of them."
         )
-    return [DistillationConfig(teacher, criterion=criterion) for criterion in criteria]
+    for criterion in criteria:
+        if not isinstance(criterion, CriterionConfig):
+            raise ConfigError(
+                "strategy takes a criterion of DistillationConfig, such as "
+                "KnowledgeDistillationLossConfig(temperature=4), or a list of them, got "
+                f"{criterion!r}."
+            )
+    return [
+        DistillationConfig(teacher if criterion.needs_teacher else None, criterion=criterion)
+        for criterion in criteria
+    ]
 
 
 def with_metric(

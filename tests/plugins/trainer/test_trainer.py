@@ -19,7 +19,9 @@ from compression_plugins import (
     KnowledgeDistillationLossConfig,
     KnowledgeDistillationTrainer,
     ProgressConfig,
+    SelfKnowledgeDistillationLossConfig,
     TensorBoardConfig,
+    TokenDistillationLossConfig,
 )
 from compression_plugins.checkpoint import best_checkpoint
 from toy_teachers import CountingTeacher, condition
@@ -268,6 +270,35 @@ def test_the_teacher_runs_once_per_step_in_eval_mode_for_several_strategies():
     assert [name.split("/")[1] for name in names] == ["KL", "MSE"]
     total = 0.5 * losses["task"] + 0.5 * losses[names[0]] + 0.25 * losses[names[1]]
     assert losses["total"] == pytest.approx(total, rel=1e-12)
+
+
+def test_self_distillation_is_a_strategy_alone_and_beside_others():
+    itself = SelfKnowledgeDistillationLossConfig([[["conv1", "conv2"]]], "attention_transfer")
+    for strategy, forwards in ((itself, False), ([KL, itself], True)):
+        counting = CountingTeacher(teacher())
+        history = run(KnowledgeDistillationTrainer(counting, strategy, seed=0), student(), 1)
+        assert bool(counting.calls) == forwards
+        terms = [name for name in history.epochs[0].losses if "attention_transfer" in name]
+        assert len(terms) == 1
+
+
+def test_token_distillation_takes_the_labels_of_the_batches_as_targets():
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (4, 5))
+    labels = tokens.masked_fill(torch.rand(4, 5) < 0.5, -100)
+    model, frozen = (
+        CountingTeacher(nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 9)))
+        for width in (4, 8)
+    )
+    batches = [{"input": tokens, "labels": labels}]
+    with torch.no_grad():
+        own, other = (item.inner(tokens).log_softmax(-1) for item in (model, frozen))
+    expected = (other.exp() * (other - own)).sum(-1)[labels != -100].mean().item()
+    history = KnowledgeDistillationTrainer(frozen, TokenDistillationLossConfig()).train(
+        model, batches, batches, 1, torch.optim.SGD(model.parameters(), 0.1), progress=False
+    )
+    (name,) = set(history.epochs[0].losses) - {"task", "total"}
+    assert history.epochs[0].losses[name] == pytest.approx(expected, rel=1e-5)
 
 
 def test_own_criterion_is_what_is_trained_and_measured():

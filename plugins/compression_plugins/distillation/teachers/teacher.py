@@ -75,8 +75,8 @@ class Teacher:
             if self._has_answered:
                 raise
             raise ConfigError(
-                f"the teacher cannot be called with the student's inputs ({error!r}). If it takes "
-                "them in another form, wrap it in a module that converts them, or pass "
+                f"the teacher cannot be called with these inputs ({error!r}). If it takes them in "
+                "another form than the student, wrap it in a module that converts them, or pass "
                 "DistillationConfig(teacher_forward=...), a function of the teacher and the inputs."
             ) from error
         self._has_answered = True
