@@ -241,9 +241,10 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         self._note_memory(context)
         is_trained = config.criterion.needs_teacher and config.teacher_outputs == "model"
         # A resumed run was told already.
-        if is_trained and batch.target is not None and batch.global_step == 0:
+        labels = preflight.comparable_labels(batch, config.criterion)
+        if is_trained and labels is not None and batch.global_step == 0:
             preflight.warn_if_worse(
-                batch.target,
+                labels,
                 student=lambda: self._student_logits(batch.student_output),
                 teacher=lambda: self._teacher_logits(batch.teacher_output),
                 plugin=self.name,

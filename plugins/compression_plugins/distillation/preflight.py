@@ -6,9 +6,12 @@ import math
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import ConfigError
+from compression_plugins.distillation.criteria import CriterionConfig, TokenDistillationLossConfig
+from compression_plugins.distillation.criteria.batch import Batch
 
 # In standard deviations: a few unlucky samples are no reason to warn.
 _SIGNIFICANT = 3.0
@@ -27,7 +30,7 @@ def warn_if_worse(
     student's and c the teacher's, and b - c > 3 * sqrt(b + c).
 
     Args:
-        target: class indices (*).
+        target: class indices (*); negative ones do not count.
         student: returns logits (*, classes); or raises ConfigError where the model has none.
         teacher: likewise.
         plugin: instance name, for the message.
@@ -39,7 +42,8 @@ def warn_if_worse(
     is_class_index = not target.is_floating_point() and target.shape == logits[0].shape[:-1]
     if not is_class_index or logits[0].shape != logits[1].shape or target.numel() == 0:
         return
-    right = [(item.detach().argmax(-1) == target.to(item.device)).cpu() for item in logits]
+    target = target.cpu()
+    right = [(item.detach().argmax(-1).cpu() == target)[target >= 0] for item in logits]
     only_student = int((right[0] & ~right[1]).sum())
     only_teacher = int((right[1] & ~right[0]).sum())
     if only_student - only_teacher <= _SIGNIFICANT * math.sqrt(only_student + only_teacher):
@@ -47,10 +51,26 @@ def warn_if_worse(
     shares = [float(item.float().mean()) for item in right]
     warnings.warn(
         f"plugin '{plugin}': on the first batch the teacher is right in {shares[1]:.1%} of "
-        f"{target.numel()} cases and the student in {shares[0]:.1%}. Was the teacher trained, and "
+        f"{len(right[0])} cases and the student in {shares[0]:.1%}. Was the teacher trained, and "
         "does it get its inputs in the form that it knows (normalization, size, order of classes)?",
         stacklevel=2,
     )
+
+
+def comparable_labels(batch: Batch, criterion: CriterionConfig) -> Tensor | None:
+    """Return the labels (*) for logits (*, classes), or None if there are none or it is unclear.
+
+    A mapping's labels of sequences may belong to the same or to the next position, which only the
+    criterion for tokens knows.
+    """
+    labels = batch.labels()
+    if labels is None or labels.dim() < 2:
+        return labels
+    if not isinstance(criterion, TokenDistillationLossConfig):
+        return batch.target
+    if not criterion.shift:
+        return labels
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], criterion.ignore_index)], 1)
 
 
 def describe_memory(student: nn.Module, teacher: nn.Module | None, feature_bytes: int) -> str:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import toys
@@ -14,6 +15,7 @@ from compression_plugins import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
     SelfKnowledgeDistillationLossConfig,
+    TokenDistillationLossConfig,
 )
 from compression_plugins.distillation.preflight import warn_if_worse
 from toy_teachers import begin, criterion
@@ -112,6 +114,60 @@ def test_targets_that_are_no_classes_judge_nobody(target):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_worse(target, student=lambda: right, teacher=lambda: wrong, plugin="distillation")
+
+
+class Tokens(nn.Module):
+    """Predicts at each position the token there plus `offset`."""
+
+    def __init__(self, offset):
+        super().__init__()
+        self.offset = offset
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, tokens, labels=None):
+        return F.one_hot((tokens + self.offset) % 4, 4).float() * self.scale
+
+
+@pytest.mark.parametrize(
+    ("criterion", "student", "teacher", "warns"),
+    [
+        (TokenDistillationLossConfig(shift=True), 1, 0, True),
+        # Who repeats the present token is not right where the next one is asked for.
+        (TokenDistillationLossConfig(shift=True), 0, 1, False),
+        (TokenDistillationLossConfig(), 0, 1, True),
+        (TokenDistillationLossConfig(), 1, 0, False),
+        (criterion(), 0, 1, False),  # it is unclear whether labels are shifted
+    ],
+)
+def test_labels_of_sequences_are_compared_where_they_belong(criterion, student, teacher, warns):
+    tokens = torch.arange(24).reshape(2, 12) % 4  # each token is followed by the next number
+    labels = tokens.clone()
+    labels[0, :2] = -100
+    batch = {"tokens": tokens, "labels": labels}
+    model = Tokens(student)
+    manager = begin(prepare_compression(model, [DistillationConfig(Tokens(teacher), criterion)]))
+    output = model(**batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        manager.on_after_compute_loss(batch, output, output.mean() * 0)
+    assert bool(caught) is warns
+    if warns:
+        # Of 24 two are masked; shifted, the first of them and both last positions have no label.
+        counted = 21 if criterion.shift else 22
+        assert f"0.0% of {counted} cases" in str(caught[0].message)
+
+
+def test_labels_that_the_model_was_called_with_are_targets_too():
+    class Named(Answers):
+        def forward(self, input, labels=None):
+            return super().forward(input)
+
+    model = Named(0)
+    manager = begin(prepare_compression(model, [DistillationConfig(Named(1), criterion())]))
+    batch = {"input": INPUTS, "labels": TARGET}
+    output = model(**batch)
+    with pytest.warns(UserWarning, match=r"right in 0\.0% of 16 cases"):
+        manager.on_after_compute_loss(batch, output, output.mean() * 0)
 
 
 def test_the_report_estimates_the_memory():

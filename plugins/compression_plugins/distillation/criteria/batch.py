@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from compression_manager.errors import ConfigError
+from compression_manager.model_call import LABEL_KEYS
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,13 @@ class Batch:
     num_items: int | Tensor | None = None
     global_step: int = 0
     is_training: bool = True
+
+    def labels(self) -> Tensor | None:
+        """Return the target, else the labels in the mapping that the model was called with."""
+        if self.target is not None or not isinstance(self.input, Mapping):
+            return self.target
+        found = (self.input.get(key) for key in sorted(LABEL_KEYS))
+        return next((value for value in found if isinstance(value, Tensor)), None)
 
     def require(self, name: str, loss: str) -> Any:
         """Return the argument `name`; `num_items` alone may be left out.

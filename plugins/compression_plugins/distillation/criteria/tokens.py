@@ -201,16 +201,12 @@ def counted_positions(batch: Batch, logits: Tensor, config: TokenDistillationLos
 
 
 def _labels(batch: Batch) -> Tensor:
-    if batch.target is not None:
-        return batch.target
-    if isinstance(batch.input, Mapping):
-        for key in sorted(LABEL_KEYS):
-            if isinstance(batch.input.get(key), Tensor):
-                labels: Tensor = batch.input[key]
-                return labels
-    raise ConfigError(
-        "token distillation needs to know which positions count, or it would learn from padding; "
-        "pass mask=... (1 where a position counts; torch.ones(batch, sequence) for all) or "
-        "target=labels to manager.on_after_compute_loss, or call the model with a mapping that "
-        "holds 'labels'."
-    )
+    labels = batch.labels()
+    if labels is None:
+        raise ConfigError(
+            "token distillation needs to know which positions count, or it would learn from "
+            "padding; pass mask=... (1 where a position counts; torch.ones(batch, sequence) for "
+            "all) or target=labels to manager.on_after_compute_loss, or call the model with a "
+            "mapping that holds 'labels'."
+        )
+    return labels
