@@ -181,8 +181,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     @property
     def _takes_from_loop(self) -> bool:
         config = self.config
-        is_passed = config.teacher_outputs == "caller" or config.teacher_cache is not None
-        return config.criterion.needs_teacher and is_passed
+        return config.criterion.needs_teacher and config.teacher_outputs == "caller"
 
     def _make_loss(self, name: str, options: Mapping[str, Any], chosen_by: str) -> NamedLoss:
         assert self._context is not None  # set by validate_composition
@@ -204,7 +203,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         try:
             with quiet_evaluation(*models):
                 student_output = call_model(context.model, inputs)
-                teacher_output = source.outputs(context, inputs)
+                teacher_output = source.example_outputs(
+                    context, inputs, lambda: self._student_logits(student_output)
+                )
                 comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
                 self._note_memory(context)
         finally:

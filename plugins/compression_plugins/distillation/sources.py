@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compression_manager.context import Context
 from compression_manager.deploy.copying import copy_model
@@ -47,6 +47,18 @@ class TeacherSource(ABC):
             teacher_output: what the loop passed.
             sample_ids: what the loop passed.
         """
+
+    def example_outputs(
+        self, context: Context, input: Any, student_logits: Callable[[], Tensor]
+    ) -> Any:
+        """Return outputs for example inputs, or what has their form.
+
+        Args:
+            context: of the manager.
+            input: the example inputs.
+            student_logits: returns the student's logits (*, classes) for them.
+        """
+        return self.outputs(context, input)
 
     def follow(self, student: nn.Module) -> None:  # noqa: B027 (most stay as they are)
         """The student was updated."""
@@ -141,8 +153,8 @@ class AveragedStudent(LiveTeacher):
 
     average = d * average + (1 - d) * weights after every optimizer step, with
     d = min(decay, n / (n + 1)) at update n = 0, 1, ..., so that the first ones are a plain mean
-    (Tarvainen, Valpola 2017, "Mean teachers are better role models", section 2 and their code, which
-    counts from 1 and so has the initial weights in that mean). Buffers, such as BatchNorm's
+    (Tarvainen, Valpola 2017, "Mean teachers are better role models", section 2 and their code,
+    which counts from 1 and so has the initial weights in that mean). Buffers, such as BatchNorm's
     statistics, are copied. It is a float model, whatever the student becomes.
     """
 
@@ -221,6 +233,13 @@ class CachedTeacher(TeacherSource):
         seed = self._seeds[context.epoch % len(self._seeds)]
         device = main_device(input)
         return self._cache.lookup(sample_ids, augmentation_seed=seed, device=device)
+
+    def example_outputs(
+        self, context: Context, input: Any, student_logits: Callable[[], Tensor]
+    ) -> Any:
+        """Return zeros of the student's shape, but with the cached classes; examples have no id."""
+        logits, classes = student_logits(), self._cache.sample_shape(self._seeds[0])[-1]
+        return logits.new_zeros(*logits.shape[:-1], classes)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hash of the teacher's weights, as the live teacher would."""

@@ -184,6 +184,21 @@ def test_what_cannot_be_read_is_found_at_prepare(tmp_path, cache, teacher):
         )
 
 
+def test_other_classes_are_found_at_prepare(tmp_path, cache):
+    other = TeacherCache(tmp_path / "other")
+    other.build(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 7)), DataLoader(DATA, 8)
+    )
+    inputs = DATA[0][0].unsqueeze(0)
+    prepare_compression(
+        toys.ConvNet(), [DistillationConfig(teacher_cache=cache)], example_inputs=inputs
+    )
+    with pytest.raises(ConfigError, match=r"differ in their classes: \(1, 4\) and \(1, 7\)"):
+        prepare_compression(
+            toys.ConvNet(), [DistillationConfig(teacher_cache=other)], example_inputs=inputs
+        )
+
+
 def test_with_a_recipe(tmp_path, cache):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("plugins: {distillation: {augmentation_seeds: [0, 0]}}")

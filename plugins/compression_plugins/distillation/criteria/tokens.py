@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,6 @@ from compression_manager.checks import (
 )
 from compression_manager.errors import ConfigError
 from compression_manager.loss import LossTerms
-from compression_manager.model_call import LABEL_KEYS
 from compression_manager.plugin import option
 from compression_plugins.distillation import losses as loss_functions
 from compression_plugins.distillation.criteria.base import (
