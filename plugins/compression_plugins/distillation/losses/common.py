@@ -113,13 +113,16 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 
 def magnitude(vectors: Tensor) -> Tensor:
-    """Return max|x| over the last dimension, kept with size 1; 1 where all are 0. A constant.
+    """Return the power of two below max|x| of the last dimension, kept with size 1. A constant.
 
     A loss that does not depend on the scale of its vectors may divide by it without changing its
-    gradient; then squares neither overflow nor vanish.
+    gradient; then squares neither overflow nor vanish. The quotients, whose largest is from 1 to 2,
+    are exact: those by the largest value itself would round away what little tells vectors far
+    from the origin apart. Vectors of zeros have 1.
     """
     largest = vectors.detach().abs().amax(-1, keepdim=True)
-    return largest.masked_fill(largest < torch.finfo(vectors.dtype).tiny, 1)
+    largest = largest.masked_fill(largest < torch.finfo(vectors.dtype).tiny, 1)
+    return largest / (2 * torch.frexp(largest).mantissa)
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both as (N, features), scaled to at most 1: none of the losses sees the scale."""
+    """Return both as (N, features), scaled to less than 2: none of the losses sees the scale."""
     check_same_samples(student, teacher)
     student, teacher = (item.flatten(1) for item in promoted(student, teacher))
     return student / magnitude(student.flatten()), teacher / magnitude(teacher.flatten())

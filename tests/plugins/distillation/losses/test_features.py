@@ -142,6 +142,13 @@ def test_close_samples_far_from_the_origin_keep_their_distances():
     assert value.item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("loss", [rkd_distance_loss, rkd_angle_loss])
+def test_far_from_the_origin_float32_is_as_exact_as_float64(loss):
+    student, teacher = 0.01 * torch.randn(6, 4) + 1000, torch.randn(6, 4)
+    exact = loss(student.double(), teacher.double())
+    torch.testing.assert_close(loss(student, teacher).double(), exact, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("loss", RELATIONS)
 def test_one_of_many_equal_samples_has_a_finite_gradient(loss):
     student, teacher = torch.randn(2, 5, 3)
