@@ -137,7 +137,8 @@ class AdaptiveSchedule(Schedule):
     `confidence`: c is the teacher's largest probability, scaled so that the uniform distribution
     has 0 and certainty has 1. `entropy`: c is the teacher's entropy divided by its largest
     possible value, log(classes), so that the uniform distribution has 1. As a weight, the mean
-    over the batch is taken. `low` may be the larger of the two.
+    over the batch is taken, of tokens over those that count. `low` may be the larger of the two.
+    All of the teacher's logits are looked at in float32 at once, which `chunk_size` does not bound.
     """
 
     low: float = field(metadata=option("Value where c is 0."))
@@ -194,11 +195,21 @@ def value_at(
 
 
 def weight_at(
-    number: float | Schedule, global_step: int, teacher_logits: Tensor | None
+    number: float | Schedule,
+    global_step: int,
+    teacher_logits: Tensor | None,
+    counted: Tensor | None = None,
 ) -> float | Tensor:
-    """Return a weight as a number or a scalar tensor; of values per sample, their mean."""
+    """Return a weight as a number or a scalar tensor.
+
+    Of values per position it is their mean over those where `counted`, bool, is true; default: all.
+    """
     value = value_at(number, global_step, teacher_logits)
-    return value.mean() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    if counted is None:
+        return value.mean()
+    return value.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
 
 
 def require_temperature(owner: object, field: str, value: object) -> None:

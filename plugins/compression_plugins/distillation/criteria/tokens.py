@@ -141,17 +141,18 @@ class TokenComparison(Comparison):
         """Add the weighted divergence at the counted positions."""
         config = self._config
         student, teacher = self._logits(batch)
+        counted = counted_positions(batch, student, config)
         options: dict[str, Any] = {"num_items": batch.num_items, "chunk_size": config.chunk_size}
         if config.divergence == "jensen_shannon":
             options["beta"] = config.beta
         value = DIVERGENCES[config.divergence](
             student,
             teacher.detach(),
-            counted_positions(batch, student, config),
+            counted,
             temperature=value_at(config.temperature, batch.global_step, teacher),
             **options,
         )
-        weight = weight_at(config.loss_weights[1], batch.global_step, teacher)
+        weight = weight_at(config.loss_weights[1], batch.global_step, teacher, counted)
         losses.add(f"{prefix}/{config.divergence}", value, weight)
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,37 @@ def test_a_temperature_for_each_token():
     assert value == pytest.approx(expected, rel=1e-4)
 
 
+class Fixed(nn.Module):
+    """Returns the same logits for any input."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self, input):
+        return self.logits
+
+
+@pytest.mark.parametrize("padding", [0.0, 50.0, float("nan")])
+@pytest.mark.parametrize("by", ["confidence", "entropy"])
+@pytest.mark.parametrize("what", ["temperature", "weight"])
+def test_padding_changes_no_adaptive_temperature_or_weight(what, by, padding):
+    schedule = AdaptiveSchedule(1.0, 3.0, by)
+    options = {"temperature": schedule} if what == "temperature" else {"loss_weights": (0, schedule)}
+    real = torch.randn(2, 2, 4, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([real, torch.full((2, 2, 3, VOCABULARY), padding)], 2)
+    totals = []
+    for student, teacher in (real, padded):
+        criterion = TokenDistillationLossConfig(**options)
+        manager, _ = prepared(criterion, Fixed(student), Fixed(teacher))
+        task = torch.zeros((), requires_grad=True)
+        mask = torch.arange(student.shape[1]).expand(2, -1) < 4
+        output = manager.model(None)
+        totals.append(manager.on_after_compute_loss(None, output, task, mask=mask))
+        assert published(manager)["loss/distillation/forward_kl"] > 0
+    torch.testing.assert_close(totals[1], totals[0])
+
+
 def test_another_vocabulary_is_refused_unless_the_common_part_is_chosen():
     wide = LanguageModel(VOCABULARY + 5)
     manager, _ = prepared(TokenDistillationLossConfig(), teacher=wide)
