@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from compression_manager.held_attributes import hold
+
 # In eval mode without gradients these modules hand their children's weights to one fused
 # kernel and never call the children. Each attribute, set to the value, makes them compute as in
 # training (which leaves the outputs of padded positions as they come, not zero).
@@ -17,15 +19,13 @@ _SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
 
 def disable_fused_paths(model: nn.Module) -> Callable[[], None]:
     """Make every module of `model` call its children; return a function that undoes it."""
-    found: list[tuple[nn.Module, str, object]] = []
-    for module in model.modules():
-        for kind, attribute, value in _SWITCHES:
-            if isinstance(module, kind):
-                found.append((module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, value)
-
-    def undo() -> None:
-        for module, attribute, value in found:
-            setattr(module, attribute, value)
-
+    changes = [
+        (module, attribute, value)
+        for module in model.modules()
+        for kind, attribute, value in _SWITCHES
+        if isinstance(module, kind)
+    ]
+    undo = hold((module, attribute) for module, attribute, _ in changes)
+    for module, attribute, value in changes:
+        setattr(module, attribute, value)
     return undo

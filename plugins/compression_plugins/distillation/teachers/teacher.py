@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compression_manager.context import Context
 from compression_manager.errors import CompressionError, ConfigError
+from compression_manager.held_attributes import hold
 from compression_manager.model_call import call_model, tensors_in, without_labels
 
 
@@ -36,18 +37,14 @@ class Teacher:
         """Switch to eval mode and stop gradients until the manager closes."""
         students = {id(module) for module in context.model.modules()}
         self._shared = [module for module in self.model.modules() if id(module) in students]
-        own = [module for module in self.model.modules() if id(module) not in students]
-        modes = [(module, module.training) for module in own]
-        gradients = {name: p.requires_grad for name, p in self.model.named_parameters()}
-
-        def restore() -> None:
-            for module, training in modes:
-                module.training = training
-            # By name: moving between some kinds of devices replaces the Parameters.
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(gradients.get(name, parameter.requires_grad))
-
-        context.add_cleanup(restore, owner=owner)
+        modes = [(item, "training") for item in self.model.modules() if id(item) not in students]
+        # By name: moving between some kinds of devices replaces the Parameters.
+        gradients = [
+            (module, f"{name}.requires_grad")
+            for module in self.model.modules()
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+        context.add_cleanup(hold([*modes, *gradients]), owner=owner)
         with self._in_eval_mode():
             self.model.requires_grad_(False)
 

@@ -423,6 +423,50 @@ def test_a_teacher_of_transformer_layers_calls_the_layers_that_are_watched():
     assert teacher[0].activation_relu_or_gelu == layer.activation_relu_or_gelu == 1
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_manager_that_closes_leaves_the_other_its_teachers_layers(order):
+    teacher = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0))
+    inputs, managers = torch.randn(3, 5, 8), []
+    for student in (copy.deepcopy(teacher), copy.deepcopy(teacher)):
+        managers.append(start(student, teacher, layers("0.linear1")))
+    managers[order[0]].close()
+    loss_of(managers[order[1]], inputs)
+    managers[order[1]].close()
+    assert teacher[0].activation_relu_or_gelu == 1
+
+
+def test_two_managers_on_one_student_do_not_disturb_each_other():
+    torch.manual_seed(0)
+    student, teachers = toys.ConvNet(), [toys.ConvNet(), toys.ConvNet(6)]
+    first = start(student, teachers[0], layers("conv1", loss_weights=1.0))
+    second = start(student, teachers[1], layers("conv1", "conv2"))
+    optimizer = first._context.tracked["optimizer"]
+    second.track(optimizer=optimizer)
+    output = student(IMAGES)
+    loss = first.on_after_compute_loss(IMAGES, output, output.mean() * 0)
+    expected = np.mean((conv1_of(student) - conv1_of(teachers[0])) ** 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    both = second.on_after_compute_loss(IMAGES, output, loss)
+    both.backward()
+    names = {"MSE/conv1", "MSE/conv2"}
+    own = {f"loss/distillation/{name}" for name in names}
+    values = published(second)
+    assert own <= set(values)
+    terms = sum(values[name] for name in own) / 2
+    assert both.item() == pytest.approx(loss.item() + terms, rel=1e-5)
+    assert [group.get("name") for group in optimizer.param_groups] == [None, "distillation"]
+    first.close()
+    for step in (1, 2):
+        second.on_before_optimizer_step()
+        optimizer.step()
+        second.on_step_end()
+        second.on_step_begin(step)
+        loss_of(second).backward()
+    second.close()
+    assert len(optimizer.param_groups) == 1
+    assert not any(module._forward_hooks for module in student.modules())
+
+
 def test_taps_follow_a_model_that_quantization_changes():
     """Neural Compressor loses the hook of a convolution that is fused with BatchNorm."""
     torch.manual_seed(0)

@@ -176,10 +176,10 @@ class Fixed(nn.Module):
 
 @pytest.mark.parametrize("padding", [0.0, 50.0, float("nan")])
 @pytest.mark.parametrize("by", ["confidence", "entropy"])
-@pytest.mark.parametrize("what", ["temperature", "weight"])
+@pytest.mark.parametrize("what", ["temperature", "loss_weights"])
 def test_padding_changes_no_adaptive_temperature_or_weight(what, by, padding):
     schedule = AdaptiveSchedule(1.0, 3.0, by)
-    options = {"temperature": schedule} if what == "temperature" else {"loss_weights": (0, schedule)}
+    options = {what: schedule if what == "temperature" else (0, schedule)}
     real = torch.randn(2, 2, 4, VOCABULARY, generator=torch.Generator().manual_seed(0))
     padded = torch.cat([real, torch.full((2, 2, 3, VOCABULARY), padding)], 2)
     totals = []

@@ -66,6 +66,18 @@ def test_two_instances_restore_their_common_teacher():
     assert condition(teacher) == before
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_managers_restore_their_common_teacher_in_any_order(order):
+    teacher = half_trained(toys.ConvNet())
+    before = condition(teacher)
+    managers = [prepare_compression(toys.ConvNet(), [DistillationConfig(teacher)]) for _ in "ab"]
+    frozen = condition(teacher)
+    managers[order[0]].close()
+    assert condition(teacher) == frozen
+    managers[order[1]].close()
+    assert condition(teacher) == before
+
+
 @pytest.mark.parametrize("example_inputs", [None, torch.zeros(2, 1, 8, 8)])
 def test_failing_prepare_restores_modes_and_gradients(example_inputs):
     teacher, model = half_trained(toys.ConvNet()), half_trained(toys.ConvNet())
