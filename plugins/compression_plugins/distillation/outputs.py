@@ -95,7 +95,13 @@ def pick_feature(output: Any, key: OutputKey, *, where: str) -> Tensor:
         ConfigError: nothing fits, or what fits is no floating-point tensor.
     """
     if callable(key):
-        found = key(output)
+        try:
+            found = key(output)
+        except Exception as error:
+            raise ConfigError(
+                f"the {where}: the function failed with {error!r} on the layer's output, a "
+                f"{type(output).__name__}."
+            ) from error
     elif key is None and not isinstance(output, (Tensor, tuple, list)):
         raise ConfigError(
             f"the {where} returned {type(output).__name__}; say which part is meant: [layer, "

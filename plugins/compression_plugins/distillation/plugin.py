@@ -112,11 +112,13 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         comparison = self._running
         try:
             if not self._is_checked:
-                comparison.check(batch)
+                with blame_option("criterion"):
+                    comparison.check(batch)
                 self._train_parameters(context)
                 self._look_ahead(context, batch)
                 self._is_checked = True
-            comparison.add_terms(batch, losses, self.name)
+            with blame_option("criterion"):
+                comparison.add_terms(batch, losses, self.name)
         finally:
             for recorder in comparison.recorders:
                 recorder.clear()
@@ -206,7 +208,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 teacher_output = source.example_outputs(
                     context, inputs, lambda: self._student_logits(student_output)
                 )
-                comparison.check(Batch(inputs, student_output, teacher_output, is_training=False))
+                batch = Batch(inputs, student_output, teacher_output, is_training=False)
+                with blame_option("criterion"):
+                    comparison.check(batch)
                 self._note_memory(context)
         finally:
             self._stop_recording()

@@ -87,13 +87,20 @@ class NamedLoss:
         self._takes = _GIVEN & set(inspect.signature(function).parameters)
 
     @property
+    def is_builtin(self) -> bool:
+        """Whether it is one of ours: a third party may answer to a name of ours, too."""
+        builtin = CATALOG.get(self.name)
+        return builtin is not None and getattr(self._function, "func", None) is builtin.function
+
+    @property
     def agreement(self) -> Agreement:
         """In what both shapes must agree; of a third party's loss, in everything."""
-        builtin = CATALOG.get(self.name)
-        # A third party may answer to a name of ours, too.
-        if builtin is None or getattr(self._function, "func", None) is not builtin.function:
-            return "everything"
-        return builtin.agreement
+        return CATALOG[self.name].agreement if self.is_builtin else "everything"
+
+    @property
+    def can_be_tried(self) -> bool:
+        """Whether it may be computed once more to see if it can: has no state, needs no labels."""
+        return self.is_builtin and not self._takes & set(_FROM_BATCH)
 
     @property
     def takes_temperature(self) -> bool:

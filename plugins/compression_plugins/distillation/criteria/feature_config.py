@@ -91,13 +91,14 @@ class FeatureCriterionConfig(CriterionConfig):
         equal = 1.0 / count
         weights = _one_for_each(equal if self.loss_weights is None else self.loss_weights, count)
         pairs: list[FeaturePair] = []
-        for name, weight, mappings in zip(types, weights, entries, strict=True):
+        for index, (name, weight, mappings) in enumerate(zip(types, weights, entries, strict=True)):
             loss = named_loss(
                 surroundings, name, self.temperature, self.loss_options, ".loss_types"
             )
             for mapping in mappings:
                 unique = _unique_name(f"{name}/{mapping.name}", pairs)
-                pairs.append(FeaturePair(mapping, loss, weight, unique))
+                option = f"criterion.layer_mappings[{index}]"
+                pairs.append(FeaturePair(mapping, loss, weight, unique, option))
         return pairs
 
     def _check_each(

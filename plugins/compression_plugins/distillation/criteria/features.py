@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compression_manager.errors import CheckpointMismatchError, ConfigError
+from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_manager.loss import LossTerms
 from compression_plugins.distillation.criteria.base import Comparison
 from compression_plugins.distillation.criteria.batch import Batch
@@ -33,6 +33,7 @@ class FeaturePair:
         loss: how.
         weight: factor of the term.
         name: of the term and of the projection's parameters.
+        option: of the config, for errors.
         projection: brings the student's feature to the teacher's shape; None where nothing must
             be, and before the first features were seen.
     """
@@ -41,6 +42,7 @@ class FeaturePair:
     loss: NamedLoss
     weight: float | Schedule
     name: str
+    option: str = "criterion.layer_mappings"
     projection: Projection | None = None
 
 
@@ -79,27 +81,14 @@ class FeatureComparison(Comparison):
     def check(self, batch: Batch) -> None:
         """Refuse dead layers and features that cannot be compared; create the projections."""
         for pair in self._pairs:
-            student, teacher = self._features(pair, batch)
-            if batch.is_training and not student.requires_grad:
-                raise ConfigError(
-                    f"no gradient reaches the student through {pair.mapping.student}: the layer is "
-                    "frozen, detached or inside of a checkpoint with use_reentrant=True, so that "
-                    "distilling it trains nothing. Map another layer."
-                )
-            if pair.projection is None:
-                pair.projection = self._projection(pair, student, teacher)
+            with blame_option(pair.option):
+                self._check(pair, batch)
 
     def add_terms(self, batch: Batch, losses: LossTerms, prefix: str) -> None:
         """Add the weighted comparison of each pair."""
         for pair in self._pairs:
-            student, teacher = self._features(pair, batch)
-            if pair.projection is not None:
-                pair.projection.to(student.device)
-                student = pair.projection(student)
-            logits = teacher if pair.loss.agreement == "everything" else None
-            temperature = scheduled(self._temperature, batch, logits)
-            value = pair.loss(student, teacher, batch, temperature)
-            weight = weight_at(pair.weight, batch.global_step, logits)
+            with blame_option(pair.option):
+                value, weight = self._compare(pair, batch)
             losses.add(f"{prefix}/{pair.name}", value, weight)
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -139,6 +128,32 @@ class FeatureComparison(Comparison):
             else:
                 base = pair.projection or identity_projection()
                 pair.projection = base.restore(described, pair.name)
+
+    def _check(self, pair: FeaturePair, batch: Batch) -> None:
+        student, teacher = self._features(pair, batch)
+        if batch.is_training and not student.requires_grad:
+            raise ConfigError(
+                f"no gradient reaches the student through {pair.mapping.student}: the layer is "
+                "frozen, detached or inside of a checkpoint with use_reentrant=True, so that "
+                "distilling it trains nothing. Map another layer."
+            )
+        if pair.projection is None:
+            pair.projection = self._projection(pair, student, teacher)
+        if not batch.is_training and pair.loss.can_be_tried:
+            self._compare(pair, batch)
+
+    def _compare(self, pair: FeaturePair, batch: Batch) -> tuple[Tensor, float | Tensor]:
+        """Return the value and its weight."""
+        student, teacher = self._features(pair, batch)
+        if pair.projection is not None:
+            pair.projection.to(student.device)
+            student = pair.projection(student)
+        temperature = scheduled(self._temperature, pair.loss, batch, teacher)
+        value = pair.loss(student, teacher, batch, temperature)
+        # Images have no classes in their last dimension.
+        has_classes = pair.loss.agreement == "everything" and teacher.dim() < 4
+        weight = weight_at(pair.weight, batch.global_step, teacher if has_classes else None)
+        return value, weight
 
     def _features(self, pair: FeaturePair, batch: Batch) -> tuple[Tensor, Tensor]:
         mapping = pair.mapping

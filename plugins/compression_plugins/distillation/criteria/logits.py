@@ -113,16 +113,21 @@ class LogitComparison(Comparison):
         self._surroundings = surroundings
 
     def check(self, batch: Batch) -> None:
-        """Refuse logits of different shape."""
+        """Refuse logits of different shape, or that the loss cannot be computed of."""
         self._logits(batch)
+        if not batch.is_training and self._loss.can_be_tried:
+            self._compare(batch)
 
     def add_terms(self, batch: Batch, losses: LossTerms, prefix: str) -> None:
         """Add the weighted comparison of both logits."""
+        losses.add(f"{prefix}/{self._loss.name}", *self._compare(batch))
+
+    def _compare(self, batch: Batch) -> tuple[Tensor, float | Tensor]:
+        """Return the value and its weight."""
         student, teacher = self._logits(batch)
-        temperature = scheduled(self._temperature, batch, teacher)
+        temperature = scheduled(self._temperature, self._loss, batch, teacher)
         value = self._loss(student, teacher, batch, temperature)
-        weight = weight_at(self._weight, batch.global_step, teacher)
-        losses.add(f"{prefix}/{self._loss.name}", value, weight)
+        return value, weight_at(self._weight, batch.global_step, teacher)
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         student = self._surroundings.student_logits(batch.student_output)
@@ -132,10 +137,10 @@ class LogitComparison(Comparison):
 
 
 def scheduled(
-    temperature: float | Schedule, batch: Batch, teacher: Tensor | None
+    temperature: float | Schedule, loss: NamedLoss, batch: Batch, teacher: Tensor | None
 ) -> float | Tensor | None:
-    """Return the present value of a schedule; None where the temperature is fixed."""
-    if not isinstance(temperature, Schedule):
+    """Return the present value of a schedule; None where the temperature is fixed, or unused."""
+    if not isinstance(temperature, Schedule) or not loss.takes_temperature:
         return None
     return value_at(temperature, batch.global_step, teacher)
 
@@ -155,7 +160,8 @@ def named_loss(
     is_scheduled = isinstance(temperature, Schedule)
     fixed = {} if is_scheduled else {"temperature": temperature}
     loss = surroundings.make_loss(name, {**fixed, **options}, f"criterion{chosen_by}")
-    if is_scheduled and not loss.takes_temperature:
+    # Ours that know no temperature leave out a schedule, as they do a number.
+    if is_scheduled and not loss.takes_temperature and not loss.is_builtin:
         with blame_option("criterion.temperature"):
             raise ConfigError(
                 f"the distillation loss '{name}' takes no temperature at each call, so that it "

@@ -45,6 +45,9 @@ class LayerMapping:
         """How the comparison is called in metrics: by the student's layer."""
         return self.student.layer or "output"
 
+    def __str__(self) -> str:
+        return f"{self.student} and {self.teacher}"
+
 
 def parse_mappings(owner: object, field: str, value: object) -> tuple[LayerMapping, ...]:
     """Read `layer_mappings`.

@@ -81,8 +81,8 @@ def check_one_temperature(temperature: float) -> None:
     """Refuse anything but a finite number above 0."""
     if isinstance(temperature, Tensor):
         raise ConfigError(
-            "temperature is a tensor; this loss compares samples with one another, so that it "
-            "must be one number for all."
+            "the temperature has a value for each position; this loss compares samples with one "
+            "another, so that it must be one number for all, which AdaptiveSchedule is not."
         )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ConfigError(f"temperature must be a finite number above 0, got {temperature}.")

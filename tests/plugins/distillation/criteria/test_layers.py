@@ -13,6 +13,7 @@ from torch import nn
 import toys
 from compression_manager import ConfigError, LifecycleError, prepare_compression
 from compression_plugins import (
+    AdaptiveSchedule,
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
@@ -238,12 +239,72 @@ def test_a_temperature_reaches_the_losses_that_know_one():
 
 def test_projection_none_refuses_other_shapes():
     criterion = layers("conv1", projection="none")
-    with pytest.raises(ConfigError, match=r"have shapes .* projection='none'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^distillation\.criterion\.layer_mappings\[0\]: 'conv1' and 'conv1' have shapes .* "
+        "projection='none'",
+    ):
         prepare_compression(
             toys.ConvNet(4),
             [DistillationConfig(toys.ConvNet(6), criterion)],
             example_inputs=IMAGES[:2],
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_types": "attention_transfer"}, r"attention transfer needs \(N, channels, \*\)"),
+        (
+            {"loss_types": "KL", "loss_options": {"label_smoothing": 2}},
+            "must be from 0 to 1, got 2",
+        ),
+        (
+            {"loss_types": "contrastive", "temperature": AdaptiveSchedule(1, 2)},
+            "one number for all, which AdaptiveSchedule is not",
+        ),
+        (
+            {"loss_types": "rkd_angle", "loss_weights": AdaptiveSchedule(1, 2)},
+            "AdaptiveSchedule follows the teacher's logits",
+        ),
+    ],
+)
+@pytest.mark.parametrize("early", [True, False])
+def test_a_loss_that_cannot_be_computed_names_its_mapping(options, message, early):
+    """At prepare, if there are example inputs."""
+    arguments = {"example_inputs": IMAGES[:2]} if early else {}
+    criterion = layers("fc", **options)
+    where = r"^distillation\.criterion\.layer_mappings\[0\]: .*"
+
+    def prepare():
+        return prepare_compression(
+            toys.ConvNet(), [DistillationConfig(toys.ConvNet(), criterion)], **arguments
+        )
+
+    with pytest.raises(ConfigError, match=where + message):
+        prepare() if early else loss_of(begin(prepare()))
+
+
+def test_images_have_no_classes_that_a_weight_could_follow():
+    criterion = layers("conv1", loss_weights=AdaptiveSchedule(1, 2))
+    with pytest.raises(ConfigError, match="AdaptiveSchedule follows the teacher's logits"):
+        start(toys.ConvNet(), toys.ConvNet(), criterion, example_inputs=IMAGES[:2])
+
+
+def test_losses_without_temperature_stand_beside_a_scheduled_one():
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    types = ["attention_transfer", "KL"]
+    for schedule in (LinearSchedule(4.0, 2.0, 5), AdaptiveSchedule(4.0, 4.0)):
+        criterion = layers("conv1", "fc", loss_types=types, temperature=schedule)
+        manager = start(student, teacher, criterion)
+        loss_of(manager)
+        values = published(manager)
+        with torch.no_grad():
+            expected = kd_loss(student(IMAGES), teacher(IMAGES), 4.0).item()
+        assert values["loss/distillation/KL/fc"] == pytest.approx(expected, rel=1e-4)
+        assert values["loss/distillation/attention_transfer/conv1"] > 0
+        manager.close()
 
 
 def test_a_weight_schedule_moves_with_the_steps():
@@ -302,6 +363,14 @@ def test_what_is_no_feature_is_refused():
             [DistillationConfig(copy.deepcopy(student), layers("1"))],
             example_inputs=toys.vectors(8).tensors[0],
         )
+
+
+def test_a_function_that_fails_on_the_output_is_named():
+    criterion = layers([["conv1", lambda output: output.hidden], "conv1"])
+    with pytest.raises(
+        ConfigError, match=r"layer_mappings\[0\]: the student's 'conv1', .*failed with .*hidden"
+    ):
+        start(toys.ConvNet(), toys.ConvNet(), criterion, example_inputs=IMAGES[:2])
 
 
 def watch(layer, kept):
