@@ -20,14 +20,23 @@ from compression_plugins import (
     AdaptiveSchedule,
     CheckpointConfig,
     CosineSchedule,
+    CurriculumSchedule,
     DistillationConfig,
+    EnsembleTeacher,
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
+    LinearSchedule,
     QATConfig,
     QuantizedTeacher,
     SelfKnowledgeDistillationLossConfig,
     TokenDistillationLossConfig,
 )
+from compression_plugins.distillation.config import SOURCES
+from compression_plugins.distillation.criteria import CRITERIA
+from compression_plugins.distillation.criteria.catalog import CATALOG
+from compression_plugins.distillation.criteria.schedules import SCHEDULES
+from compression_plugins.distillation.criteria.tokens import DIVERGENCES
+from compression_plugins.distillation.teachers.ensemble import COMBINATIONS
 
 ORDERS = list(itertools.permutations(("distillation", "qat", "checkpoint")))
 EPOCHS, STEPS, MIDDLE = 2, 3, 2
@@ -60,6 +69,20 @@ def layers(loss: str, *mappings: Any) -> Distillers:
     return lambda teacher: [DistillationConfig(teacher, criterion)]
 
 
+def tokens(divergence: str, **options: Any) -> Distillers:
+    criterion = TokenDistillationLossConfig(divergence, **options)  # type: ignore[arg-type]
+    return lambda teacher: [DistillationConfig(teacher, criterion)]
+
+
+def ensemble(mode: str) -> Distillers:
+    def distillers(teacher: nn.Module) -> list[DistillationConfig]:
+        weights = [2.0, 1.0] if mode in ("average", "geometric") else None
+        both = EnsembleTeacher([teacher, toys.ConvNet(5)], weights, mode)
+        return [DistillationConfig(both, KnowledgeDistillationLossConfig(4.0, ("CE", "KL")))]
+
+    return distillers
+
+
 def two_with_one_teacher(teacher: nn.Module) -> list[DistillationConfig]:
     soft = KnowledgeDistillationLossConfig(
         CosineSchedule(8.0, 2.0, 4), ("CE", "KL"), (1.0, CosineSchedule(1.0, 0.0, 4))
@@ -86,6 +109,15 @@ STRATEGIES: dict[str, Distillers] = {
     },
     "hint": layers("MSE"),
     "two": two_with_one_teacher,
+    "linear temperature": logits("KL", LinearSchedule(8.0, 2.0, 4)),
+    "weight in stages": lambda teacher: [
+        DistillationConfig(
+            teacher,
+            KnowledgeDistillationLossConfig(
+                4.0, ("CE", "KL"), (0.5, CurriculumSchedule([2.0, 1.0, 0.5], [1, 3]))
+            ),
+        )
+    ],
     "self": lambda teacher: [
         DistillationConfig(
             criterion=SelfKnowledgeDistillationLossConfig(
@@ -100,15 +132,21 @@ STRATEGIES: dict[str, Distillers] = {
             criterion=KnowledgeDistillationLossConfig(2.0, ("CE", "KL")),
         )
     ],
+    "outputs of the loop": lambda teacher: [
+        DistillationConfig(
+            teacher_outputs="caller", criterion=KnowledgeDistillationLossConfig(3.0, ("CE", "KL"))
+        )
+    ],
+    **{f"ensemble, {mode}": ensemble(mode) for mode in COMBINATIONS},
     "quantized teacher": lambda teacher: [
         DistillationConfig(
             QuantizedTeacher(teacher, dynamic=True, weights=True),
             KnowledgeDistillationLossConfig(4.0, ("CE", "KL")),
         )
     ],
-    "tokens": lambda teacher: [
-        DistillationConfig(teacher, TokenDistillationLossConfig("jensen_shannon", chunk_size=2))
-    ],
+    "tokens, forward": tokens("forward_kl"),
+    "tokens, reverse": tokens("reverse_kl", temperature=2.0),
+    "tokens, Jensen-Shannon": tokens("jensen_shannon", chunk_size=2),
 }
 
 
@@ -122,11 +160,12 @@ class Run:
     """One training from a common start; `resume` continues it from the middle in a new model."""
 
     def __init__(self, strategy: str, order: tuple[str, ...], folder: Path) -> None:
-        self._tokens = strategy == "tokens"
+        self._tokens = strategy.startswith("tokens")
         torch.manual_seed(0)
         kind = TokenModel if self._tokens else toys.ConvNet
         teacher = kind(6)
         self.model = kind(4)
+        self._asked_by_loop = teacher.eval() if strategy == "outputs of the loop" else None
         checkpoint = CheckpointConfig(folder, save_every_steps=MIDDLE, keep_last=EPOCHS * STEPS)
         plugins = {
             "distillation": STRATEGIES[strategy](teacher),
@@ -150,7 +189,8 @@ class Run:
                 else:
                     counted = {"target": labels}
                 task = F.cross_entropy(output.flatten(0, -2), labels.flatten())
-                loss = manager.on_after_compute_loss(inputs, output, task, **counted)
+                said = None if self._asked_by_loop is None else self._asked_by_loop(inputs)
+                loss = manager.on_after_compute_loss(inputs, output, task, said, **counted)
                 loss.backward()
                 manager.on_before_optimizer_step()
                 self.optimizer.step()
@@ -183,7 +223,7 @@ def test_every_order_trains_resumes_and_converts_alike(strategy: str, tmp_path: 
     losses = results[0].losses
     assert len(set(losses)) == EPOCHS * STEPS
     directory = whole.manager.save_converted(tmp_path / "int8")
-    fresh = TokenModel(4) if strategy == "tokens" else toys.ConvNet(4)
+    fresh = TokenModel(4) if strategy.startswith("tokens") else toys.ConvNet(4)
     served = load(directory, fresh)
     assert torch.equal(served(toys.images(16, seed=7).tensors[0]), results[0].converted)
     kept = {name.partition(".")[0] for name in served.state_dict()}
@@ -195,11 +235,36 @@ def test_every_order_trains_resumes_and_converts_alike(strategy: str, tmp_path: 
 
 
 def test_strategies_differ(tmp_path: Path) -> None:
-    """Each strategy takes part: no two trainings of the convolutional student are alike."""
+    """Each strategy takes part: no two trainings are alike."""
     order = ORDERS[0]
     ends = {
         name: Run(name, order, tmp_path / name).train().losses[-1]
         for name in STRATEGIES
-        if name != "tokens"
+        if name != "ensemble, median"  # Of two teachers it is their mean.
     }
     assert len(set(ends.values())) == len(ends)
+
+
+def _schedules(value: Any) -> set[type]:
+    values = value if isinstance(value, tuple) else (value,)
+    return {type(item) for item in values if type(item) in SCHEDULES.values()}
+
+
+def test_every_name_that_configs_take_is_a_strategy() -> None:
+    configs = [item for make in STRATEGIES.values() for item in make(toys.ConvNet(6))]
+    criteria = [config.criterion for config in configs]
+    losses: set[str] = set()
+    for criterion in criteria:
+        types = getattr(criterion, "loss_types", ())
+        losses |= {types} if isinstance(types, str) else set(types[-1:])
+    assert losses == set(CATALOG)
+    assert {type(criterion) for criterion in criteria} == set(CRITERIA.values())
+    assert {config.teacher_outputs for config in configs} == set(SOURCES)
+    divergences = {getattr(criterion, "divergence", None) for criterion in criteria}
+    assert divergences - {None} == set(DIVERGENCES)
+    schedules = [
+        _schedules(getattr(criterion, name, None))
+        for criterion in criteria
+        for name in ("temperature", "loss_weights")
+    ]
+    assert set().union(*schedules) == set(SCHEDULES.values())
