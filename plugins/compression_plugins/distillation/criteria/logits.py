@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -71,15 +71,10 @@ class KnowledgeDistillationLossConfig(CriterionConfig):
     def __post_init__(self) -> None:
         owner = type(self).__name__
         require_temperature(owner, "temperature", self.temperature)
-        for name in ("loss_types", "loss_weights"):
-            value = getattr(self, name)
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise ConfigError(f"{owner}.{name} must be a list of two entries, got {value!r}.")
-            object.__setattr__(self, name, tuple(value))
+        require_two(self, "loss_types")
         require_choice(owner, "loss_types[0]", self.loss_types[0], TASK_LOSS_TYPES)
         require_type(owner, "loss_types[1]", self.loss_types[1], str)
-        require_not_negative(owner, "loss_weights[0]", self.loss_weights[0])
-        require_weight(owner, "loss_weights[1]", self.loss_weights[1])
+        check_loss_weights(self, self.loss_weights)
         check_loss_options(self, self.loss_options)
 
     @property
@@ -168,6 +163,22 @@ def named_loss(
                 "cannot follow a schedule; give a number."
             )
     return loss
+
+
+def require_two(owner: object, field: str) -> None:
+    """Raise ConfigError unless a criterion's field holds two entries; make it a tuple."""
+    value = getattr(owner, field)
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        name = type(owner).__name__
+        raise ConfigError(f"{name}.{field} must be a list of two entries, got {value!r}.")
+    object.__setattr__(owner, field, tuple(value))
+
+
+def check_loss_weights(owner: object, weights: Sequence[float | Schedule]) -> None:
+    """Check the field `loss_weights` of a criterion, those of the task's loss and of its own."""
+    require_two(owner, "loss_weights")
+    require_not_negative(owner, "loss_weights[0]", weights[0])
+    require_weight(owner, "loss_weights[1]", weights[1])
 
 
 def check_loss_options(owner: object, options: Mapping[str, Any]) -> None:

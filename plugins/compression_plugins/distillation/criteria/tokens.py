@@ -11,7 +11,6 @@ from torch import Tensor
 from compression_manager.checks import (
     require_choice,
     require_integer,
-    require_not_negative,
     require_positive,
     require_type,
 )
@@ -25,12 +24,11 @@ from compression_plugins.distillation.criteria.base import (
     Surroundings,
 )
 from compression_plugins.distillation.criteria.batch import Batch
-from compression_plugins.distillation.criteria.logits import check_same_logits
+from compression_plugins.distillation.criteria.logits import check_loss_weights, check_same_logits
 from compression_plugins.distillation.criteria.schedules import (
     SCHEDULES,
     Schedule,
     require_temperature,
-    require_weight,
     value_at,
     weight_at,
 )
@@ -95,15 +93,7 @@ class TokenDistillationLossConfig(CriterionConfig):
     def __post_init__(self) -> None:
         require_choice(self, "divergence", self.divergence, DIVERGENCES)
         require_temperature(self, "temperature", self.temperature)
-        weights = self.loss_weights
-        if not isinstance(weights, (list, tuple)) or len(weights) != 2:
-            raise ConfigError(
-                f"TokenDistillationLossConfig.loss_weights must be a list of two entries, got "
-                f"{weights!r}."
-            )
-        object.__setattr__(self, "loss_weights", tuple(weights))
-        require_not_negative(self, "loss_weights[0]", weights[0])
-        require_weight(self, "loss_weights[1]", weights[1])
+        check_loss_weights(self, self.loss_weights)
         require_positive(self, "beta", self.beta)
         if self.beta >= 1:
             raise ConfigError(
