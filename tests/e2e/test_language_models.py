@@ -116,3 +116,39 @@ def test_a_loop_that_passes_batches_needs_nothing_else(kind: Any, qat_first: boo
     assert losses[-1] < losses[0]
     int8 = manager.convert(copy.deepcopy(inputs))
     assert not any(module._forward_hooks for module in int8.modules())
+
+
+@pytest.mark.parametrize("teacher_outputs", ["model", "ema"])
+def test_hidden_states_of_the_output_are_distilled_and_stay_in_the_converted_model(
+    teacher_outputs: Any,
+) -> None:
+    torch.manual_seed(0)
+    inputs, student = batch(causal), causal(8)
+    student.config.output_hidden_states = True
+    with torch.no_grad():
+        before = student(**inputs).hidden_states  # transformers places its hooks.
+    teacher = copy.deepcopy(student) if teacher_outputs == "model" else None
+
+    def first_block(output: Any) -> Tensor:
+        return output.hidden_states[1]
+
+    criterion = IntermediateLayersKnowledgeDistillationLossConfig(
+        [[["", first_block], ["transformer", first_block]]]
+    )
+    distillation = DistillationConfig(teacher, criterion, teacher_outputs=teacher_outputs)
+    manager = prepare_compression(student, [distillation, QATConfig()], example_inputs=inputs)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    manager.track(optimizer=optimizer)
+    for _ in manager.epochs(1):
+        for step, _ in manager.steps(range(3)):
+            output = student(**inputs)
+            loss = manager.on_after_compute_loss(inputs, output, output.loss)
+            value = published(manager)["loss/distillation/MSE/output"]
+            assert (value == 0) == (step == 0)
+            loss.backward()
+            manager.on_before_optimizer_step()
+            optimizer.step()
+            manager.on_after_optimizer_step()
+            optimizer.zero_grad()
+    int8 = manager.convert(inputs)
+    assert [item.shape for item in int8(**inputs).hidden_states] == [item.shape for item in before]

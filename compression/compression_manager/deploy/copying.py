@@ -18,12 +18,15 @@ _OPTION_DICTS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks_with_kwargs",
 )
+# Their hooks are part of the model. transformers notes in the model that it placed its own.
+_LIBRARIES = ("torch", "transformers", "compression_manager")
 
 
 def copy_model(model: nn.Module, *, keep_user_hooks: bool) -> nn.Module:
     """Return an eval-mode copy of `model` without gradients and without any manager's hooks.
 
-    Hooks that are part of the model stay: methods of its own modules, and torch's (weight_norm).
+    Hooks that are part of the model stay: methods of its own modules, torch's (weight_norm), and
+    those by which transformers' models return their hidden states.
     Activations that a module keeps as attributes are copied without their graph.
 
     Args:
@@ -69,7 +72,7 @@ def _belongs_to_model(hook: Any, own: set[int]) -> bool:
     if id(getattr(hook, "__self__", None)) in own:
         return True
     origin = getattr(hook, "__module__", None) or type(hook).__module__
-    return origin.partition(".")[0] in ("torch", "compression_manager")
+    return origin.partition(".")[0] in _LIBRARIES
 
 
 def _remove_hooks(model: nn.Module, unwanted: set[int]) -> None:
