@@ -67,8 +67,8 @@ def _pick(output: Any, key: str | int | None, where: str, option: str, advice: s
             f"the {where} returned {len(output)} elements; {option}={index} is out of range."
         )
     raise ConfigError(
-        f"the {where} returned {type(output).__name__}, which holds no {name!r}; choose its logits "
-        f"with {advice}; {suggest(str(name), _names(output))}"
+        f"the {where} returned {type(output).__name__}, which holds no {name!r}; choose what is "
+        f"meant with {advice}; {suggest(str(name), _names(output))}"
     )
 
 

@@ -121,7 +121,7 @@ class FeatureCriterionConfig(CriterionConfig):
 def feature_at(point: TapPoint, model_output: Any, recorder: Recorder, where: str) -> Tensor:
     """Return the feature at `point`: of the model's own output, or of a layer's that was kept."""
     output = recorder.output(point.layer) if point.layer else model_output
-    return pick_feature(output, point.output, where=f"{where}'s {point}")
+    return pick_feature(output, point.output, where=point.within(where))
 
 
 def _require_name(owner: object, field: str, value: object) -> None:

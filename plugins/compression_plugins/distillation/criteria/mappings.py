@@ -26,11 +26,16 @@ class TapPoint:
     output: OutputKey = None
 
     def __str__(self) -> str:
-        name = repr(self.layer) if self.layer else "the whole model"
+        return f"{repr(self.layer) if self.layer else 'the whole model'}{self._part()}"
+
+    def within(self, model: str) -> str:
+        """Return the point as a part of `model`, `student` or `teacher`, for messages."""
+        return f"{model}'s {self}" if self.layer else f"{model}{self._part()}"
+
+    def _part(self) -> str:
         if self.output is None:
-            return name
-        shown = getattr(self.output, "__qualname__", repr(self.output))
-        return f"{name}, output {shown}"
+            return ""
+        return f", output {getattr(self.output, '__qualname__', repr(self.output))}"
 
 
 @dataclass(frozen=True)

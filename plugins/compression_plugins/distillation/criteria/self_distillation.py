@@ -77,7 +77,7 @@ class SelfKnowledgeDistillationLossConfig(FeatureCriterionConfig):
             if point.layer in layers or not point.layer:
                 return feature_at(point, batch.student_output, recorder, "student")
             named = _named_output(point.layer, batch, surroundings.student)
-            return pick_feature(named, point.output, where=f"student's {point}")
+            return pick_feature(named, point.output, where=point.within("student"))
 
         return FeatureComparison(
             pairs,

@@ -365,6 +365,28 @@ def test_what_is_no_feature_is_refused():
         )
 
 
+def test_a_part_that_the_whole_model_lacks_is_named():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, input):
+            return {"logits": self.inner(input)}
+
+    with pytest.raises(
+        ConfigError,
+        match=r"the student, output 'logit' returned dict, which holds no 'logit'; choose what is "
+        r"meant with \[layer, output\]; did you mean 'logits'",
+    ):
+        start(
+            Named(),
+            Named(),
+            layers([["", "logit"], ["", "logits"]]),
+            example_inputs=toys.vectors(8).tensors[0],
+        )
+
+
 def test_a_function_that_fails_on_the_output_is_named():
     criterion = layers([["conv1", lambda output: output.hidden], "conv1"])
     with pytest.raises(
