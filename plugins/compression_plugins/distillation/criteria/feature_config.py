@@ -34,8 +34,8 @@ class FeatureCriterionConfig(CriterionConfig):
         default="MSE",
         metadata=option(
             "Loss of all entries, or of each: 'MSE', 'L1', 'attention_transfer', "
-            "'similarity_preserving', 'rkd_distance', 'rkd_angle', 'contrastive', 'KL', or a loss "
-            "that a plugin offers."
+            "'similarity_preserving', 'rkd_distance', 'rkd_angle', 'contrastive', 'KL' or another "
+            "loss of logits (classes are the last dimension), or one that a plugin offers."
         ),
     )
     loss_weights: float | Schedule | Sequence[float | Schedule] | None = field(
