@@ -27,7 +27,7 @@ class TestBatchNormReestimation(PluginContract):
 
 class TestCalibration(PluginContract):
     def make_config(self) -> PluginConfig:
-        return CalibrationConfig(observer="histogram")
+        return CalibrationConfig(observer="percentile")
 
     def make_companions(self) -> Sequence[PluginConfig]:
         return [QATConfig()]
@@ -65,7 +65,7 @@ class TestProgress(PluginContract):
 
 class TestPTQ(PluginContract):
     def make_config(self) -> PluginConfig:
-        return PTQConfig(calibration_data=loader(images()), bias_correction=True)
+        return PTQConfig(calibration_data=loader(images(8)), bias_correction=True)
 
 
 class TestQAT(PluginContract):

@@ -84,14 +84,20 @@ def optimizer_traces(optimizer: Optimizer) -> Traces:
     return found
 
 
-def process_traces() -> Traces:
-    """Return the settings of the process and of torch, its threads, children and open files."""
+def resource_traces() -> Traces:
+    """Return the threads, children and open files of the process."""
     return {
-        **{f"handler of {s.name}": _Identity(signal.getsignal(s)) for s in signal.Signals},
-        **{f"environment variable {key}": value for key, value in os.environ.items()},
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "child processes": sorted(child.name for child in multiprocessing.active_children()),
         "open files": _open_files(),
+    }
+
+
+def setting_traces() -> Traces:
+    """Return the settings of the process and of torch."""
+    return {
+        **{f"handler of {s.name}": _Identity(signal.getsignal(s)) for s in signal.Signals},
+        **{f"environment variable {key}": value for key, value in os.environ.items()},
         "working directory": os.getcwd(),
         "sys.excepthook": _Identity(sys.excepthook),
         "sys.stdout": _Identity(sys.stdout),

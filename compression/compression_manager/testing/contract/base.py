@@ -135,12 +135,15 @@ class ContractRuns:
     @pytest.fixture(autouse=True)
     def _begin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """Give each test folders of its own, and leave the random state as it was."""
-        self._root = self.folder = tmp_path
-        if self.plugin_class is not None:
-            installing.install_plugin(monkeypatch, self.plugin_class)
         before = capture_random_state()
+        self._set_up(tmp_path, monkeypatch)
         yield
         restore_random_state(before)
+
+    def _set_up(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._root = self.folder = folder
+        if self.plugin_class is not None:
+            installing.install_plugin(monkeypatch, self.plugin_class)
 
     def _build(self, name: str) -> Parts:
         """Return new objects, equal for each call with the same `name` of the run's folder."""
