@@ -32,7 +32,12 @@ class PluginContract(
     in any hook names it; closing leaves no trace on model, optimizer and process; the converted
     model needs no plugin. Each failure says what is wrong and what to do.
 
-    The plugin is found by its entry point, as users find it. Where it is not installed, set
-    `plugin_class`. All `make_...` methods are called anew for every run, with all random
-    generators seeded, and must return new objects that are equal each time.
+    `make_config` must be overridden; `make_companions`, `make_model`, `make_batches` and
+    `loss_arguments` may be. They are called anew for every run, with all random generators seeded,
+    and must return new objects that are equal each time.
+
+    Attributes:
+        plugin_class: the plugin's class, where its distribution is not installed; None: the one
+            that is registered under the config's name, as users find it.
+        folder: an empty folder of the present run, for configs that name files.
     """

@@ -89,13 +89,7 @@ class Run:
 
 
 class ContractRuns:
-    """What authors may override, and how the tests run a training.
-
-    Attributes:
-        plugin_class: the plugin's class, where its distribution is not installed; None: the one
-            that is registered under the config's name.
-        folder: an empty folder of the present run, for configs that name files.
-    """
+    """What authors may override, and how the tests run a training."""
 
     plugin_class: ClassVar[type[Plugin[Any]] | None] = None
     folder: Path
