@@ -27,7 +27,7 @@ class TestBatchNormReestimation(PluginContract):
 
 class TestCalibration(PluginContract):
     def make_config(self) -> PluginConfig:
-        return CalibrationConfig(observer="percentile")
+        return CalibrationConfig(observer="min_max")
 
     def make_companions(self) -> Sequence[PluginConfig]:
         return [QATConfig()]
