@@ -22,6 +22,7 @@ PUBLIC_MODULES = (
     "compression_manager.quantization",
     "compression_manager.deploy",
     "compression_manager.integrations.onnx_translation",
+    "compression_manager.testing",
     "compression_plugins",
     "compression_plugins.distillation.cache",
     "compression_plugins.distillation.losses",
@@ -147,7 +148,8 @@ def _public_members(owner: type) -> Iterator[tuple[str, Any]]:
             continue
         for name, value in vars(base).items():
             is_member = isinstance(value, (property, classmethod)) or inspect.isfunction(value)
-            if is_member and name[0] != "_" and name not in seen:
+            is_hook = hasattr(value, "compression_manager_impl")  # on the page of hooks
+            if is_member and not is_hook and name[0] != "_" and name not in seen:
                 seen.add(name)
                 yield name, getattr(owner, name) if isinstance(value, classmethod) else value
 

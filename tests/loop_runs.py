@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import toys
 from compression_manager import prepare_compression
-from probes import recorder
+from compression_manager.testing import RecordingPlugin
 
 BATCHES = ["a", "b", "c"]
 SHORT = {
@@ -61,12 +61,12 @@ class Run:
     """A manager, and the events that it sent as short text."""
 
     def __init__(self, *plugins: Any) -> None:
-        self._log: list[Any] = []
-        self.manager = prepare_compression(toys.mlp(), [recorder(self._log), *plugins])
+        self._recording = RecordingPlugin()
+        self.manager = prepare_compression(toys.mlp(), [self._recording, *plugins])
 
     @property
     def events(self) -> str:
-        return " ".join(SHORT[hook] for _, hook in self._log if hook in SHORT)
+        return " ".join(SHORT[hook] for hook in self._recording.hooks if hook in SHORT)
 
 
 STEPS = "S+ S- S+ S- S+ S-"

@@ -1,22 +1,16 @@
-"""Small plugins that record what happens to them, for tests of the framework."""
+"""Small plugins and steps by hand, for tests of the framework."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from compression_manager import CompressionManager, Plugin, PluginConfig, hookimpl, hookspecs
-
-HOOKS: dict[str, list[str]] = {
-    name: list(inspect.signature(function).parameters)
-    for name, function in vars(hookspecs).items()
-    if hasattr(function, "compression_manager_spec")
-}
+from compression_manager import CompressionManager, Plugin, PluginConfig, hookimpl
+from compression_manager.testing.recording import HOOKS
 
 
 @dataclass(frozen=True)
@@ -31,21 +25,6 @@ def probe(name: str = "probe", **members: Any) -> Plugin[Any]:
         for key, value in members.items()
     }
     return type("Probe", (Plugin,), {"config_class": ProbeConfig, **body})(ProbeConfig(name=name))
-
-
-def recorder(log: list[Any], name: str = "probe", **marks: bool) -> Plugin[Any]:
-    """Return a plugin that appends `(name, hook)` to `log` in every hook."""
-    body = {hook: hookimpl(_recording(log, name, hook), **marks) for hook in HOOKS}
-    return type("Recorder", (Plugin,), {"config_class": ProbeConfig, **body})(
-        ProbeConfig(name=name)
-    )
-
-
-def _recording(log: list[Any], name: str, hook: str) -> Callable[..., None]:
-    def record(self: Any) -> None:
-        log.append((name, hook))
-
-    return record
 
 
 def loss_of(model: nn.Module) -> torch.Tensor:

@@ -127,22 +127,3 @@ def _loader(own_generator: str | None, seed: int) -> DataLoader[Any]:
         batches = torch.utils.data.BatchSampler(sampler, 8, drop_last=False)
         return DataLoader(data, batch_sampler=batches)
     return DataLoader(data, 8, shuffle=True, generator=generator)
-
-
-def differences(left: Any, right: Any, path: str = "") -> list[str]:
-    """Return the paths at which two states differ, bit for bit."""
-    if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
-        same = type(left) is type(right) and left.dtype == right.dtype
-        return [] if same and torch.equal(left, right) else [path]
-    if isinstance(left, dict) and isinstance(right, dict):
-        if left.keys() != right.keys():
-            return [f"{path}: {sorted(left.keys() ^ right.keys(), key=str)}"]
-        return [d for key in left for d in differences(left[key], right[key], f"{path}/{key}")]
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
-        if len(left) != len(right):
-            return [f"{path}: length"]
-        pairs = enumerate(zip(left, right, strict=True))
-        return [d for index, (a, b) in pairs for d in differences(a, b, f"{path}[{index}]")]
-    if hasattr(left, "shape"):
-        return [] if bool((left == right).all()) else [path]
-    return [] if left == right else [path]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +20,7 @@ from compression_manager.composition import (
 from compression_manager.context import Context
 from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.manager import CompressionManager
+from compression_manager.state import seed_everything
 
 MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
 
@@ -75,7 +73,7 @@ def prepare_compression(
         plugins = plugins_from_list(configs)
     plugins = complete(plugins)
     if seed is not None:
-        _seed_everything(seed)
+        seed_everything(seed)
     context = Context(model, example_inputs=example_inputs, recipe=describe(plugins, seed))
     manager = CompressionManager(context, plugins)
     try:
@@ -98,10 +96,3 @@ def _check_seed(seed: object) -> None:
         return
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"seed takes a whole number from 0 to {MAX_SEED}, got {seed!r}.")
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed)

@@ -17,8 +17,9 @@ from compression_manager import (
     PluginError,
     prepare_compression,
 )
+from compression_manager.testing import Event, RecordingConfig, RecordingPlugin
 from compression_plugins import DistillationConfig, QATConfig
-from probes import begin_step, call_loss, finish, probe, recorder
+from probes import begin_step, call_loss, finish, probe
 
 
 def _with_cleanups(log: list[str], **failing: Exception) -> list[Any]:
@@ -83,12 +84,16 @@ def test_failures_do_not_hide_what_the_body_raised() -> None:
 
 
 def test_every_plugin_is_told_about_the_exception_even_if_one_fails() -> None:
-    log: list[Any] = []
+    log: list[Event] = []
+
+    def recording(name: str) -> RecordingPlugin:
+        return RecordingPlugin(RecordingConfig(name=name), log)
+
     failing = probe("fails", on_exception=lambda self: 1 / 0)
-    plugins = [recorder(log, "a"), failing, recorder(log, "b")]
+    plugins = [recording("a"), failing, recording("b")]
     with pytest.raises(KeyboardInterrupt), prepare_compression(toys.mlp(), plugins):
         raise KeyboardInterrupt
-    assert [name for name, hook in log if hook == "on_exception"] == ["a", "b"]
+    assert [event.plugin for event in log if event.hook == "on_exception"] == ["a", "b"]
 
 
 def test_failures_after_a_loop_that_raised_come_at_the_next_call() -> None:

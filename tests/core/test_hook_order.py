@@ -8,12 +8,30 @@ from typing import Any
 import pytest
 
 import toys
-from compression_manager import CompressionManager, prepare_compression
+from compression_manager import CompressionManager, Plugin, hookimpl, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
-from probes import HOOKS, begin_step, call_loss, finish, probe, recorder
+from compression_manager.testing import RecordingPlugin
+from compression_manager.testing.recording import HOOKS
+from probes import begin_step, call_loss, finish, probe
 
 SERVICES = {"make_observer", "make_fake_quantizer", "make_distillation_loss"}
 SITE = QuantizationSite("0", "weight")
+
+
+def _marked(log: list[Any], name: str, **marks: bool) -> Any:
+    """A plugin that appends `(name, hook)` to `log` in every hook, with pluggy's marks."""
+
+    def recording(hook: str) -> Any:
+        def record(self: Any) -> None:
+            log.append((name, hook))
+
+        return hookimpl(record, **marks)
+
+    body = {hook: recording(hook) for hook in HOOKS}
+    config_class = RecordingPlugin.config_class
+    return type("Marked", (Plugin,), {"config_class": config_class, **body})(
+        config_class(name=name)
+    )
 
 
 def _use_every_hook(manager: CompressionManager) -> None:
@@ -44,7 +62,7 @@ def _use_every_hook(manager: CompressionManager) -> None:
 def test_every_hook_follows_the_list(marks: dict[str, bool]) -> None:
     log: list[tuple[str, str]] = []
     names = ["b", "c", "a"]
-    plugins = [recorder(log, name, **marks) for name in names]
+    plugins = [_marked(log, name, **marks) for name in names]
     _use_every_hook(prepare_compression(toys.mlp(), plugins))
     order: dict[str, list[str]] = {}
     for name, hook in log:
@@ -57,7 +75,7 @@ def test_every_hook_follows_the_list(marks: dict[str, bool]) -> None:
 @pytest.mark.parametrize("names", list(itertools.permutations("abc")))
 def test_trylast_comes_after_all_others(names: tuple[str, ...]) -> None:
     log: list[Any] = []
-    plugins = [recorder(log, name, trylast=name == "b") for name in names]
+    plugins = [_marked(log, name, trylast=name == "b") for name in names]
     manager = prepare_compression(toys.mlp(), plugins)
     del log[:]
     manager.on_train_begin()
@@ -114,13 +132,13 @@ def test_details_requested_in_any_hook_come_in_the_same_step(position: int) -> N
 
 
 def test_details_come_once_per_request() -> None:
-    log: list[Any] = []
-    manager = begin_step(prepare_compression(toys.mlp(), [recorder(log)]))
+    recording = RecordingPlugin()
+    manager = begin_step(prepare_compression(toys.mlp(), [recording]))
     manager._context.request_details()
     manager.on_step_end()
     manager.on_step_begin(1)
     manager.on_step_end()
-    assert log.count(("probe", "publish_details")) == 1
+    assert recording.hooks.count("publish_details") == 1
 
 
 def test_a_sink_cannot_change_what_others_see() -> None:

@@ -10,8 +10,9 @@ import torch
 
 import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from compression_manager.testing import Event, RecordingPlugin
 from compression_plugins import QATConfig
-from probes import call_loss, recorder
+from probes import call_loss
 
 CALLS = {
     "train+": lambda m: m.on_train_begin(),
@@ -34,14 +35,14 @@ CALLS = {
 }
 
 
-def _prepared(log: list[Any]) -> CompressionManager:
-    return prepare_compression(toys.mlp(), [recorder(log)])
+def _prepared(log: list[Event]) -> CompressionManager:
+    return prepare_compression(toys.mlp(), [RecordingPlugin(events=log)])
 
 
-def _observable(manager: CompressionManager, log: list[Any]) -> dict[str, Any]:
+def _observable(manager: CompressionManager, log: list[Event]) -> dict[str, Any]:
     return copy.deepcopy(
         {
-            "log": log,
+            "log": [event.hook for event in log],
             "lifecycle": vars(manager._lifecycle),
             "position": manager.position,
             "global_step": manager._context.global_step,
@@ -102,7 +103,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("before", "call", "text"), WRONG)
 def test_wrong_order(before: str, call: str, text: str) -> None:
-    log: list[Any] = []
+    log: list[Event] = []
     manager = _prepared(log)
     for name in before.split():
         CALLS[name](manager)
@@ -127,12 +128,12 @@ RIGHT = [
 
 @pytest.mark.parametrize("calls", RIGHT)
 def test_right_order_reaches_the_plugins(calls: str) -> None:
-    log: list[Any] = []
+    log: list[Event] = []
     manager = _prepared(log)
     del log[:]
     for name in calls.split():
         CALLS[name](manager)
-    hooks = [hook for _, hook in log if hook != "consume_metrics"]
+    hooks = [event.hook for event in log if event.hook != "consume_metrics"]
     names = {
         "train+": "on_train_begin",
         "epoch+": "on_epoch_begin",
@@ -152,7 +153,7 @@ def test_right_order_reaches_the_plugins(calls: str) -> None:
 @pytest.mark.parametrize("value", [-1, 1.5, "0", None, True])
 @pytest.mark.parametrize("hook", ["on_epoch_begin", "on_step_begin"])
 def test_numbers_of_epochs_and_steps(hook: str, value: Any) -> None:
-    log: list[Any] = []
+    log: list[Event] = []
     manager = _prepared(log)
     manager.on_train_begin()
     expected = _observable(manager, log)
@@ -170,7 +171,7 @@ def test_integers_of_other_types_are_numbers() -> None:
 
 
 def test_unfit_dataloader_does_not_begin_training() -> None:
-    log: list[Any] = []
+    log: list[Event] = []
     manager = _prepared(log)
     expected = _observable(manager, log)
     with pytest.raises(Exception, match="iterable of batches"):

@@ -9,8 +9,9 @@ import pytest
 import toys
 from compression_manager import CompressionManager, ConfigError, PluginError, prepare_compression
 from compression_manager.quantization import QuantizationScheme, QuantizationSite
-from probes import HOOKS, begin_step, call_loss, finish, probe
-from resuming import differences
+from compression_manager.testing import differences
+from compression_manager.testing.recording import HOOKS
+from probes import begin_step, call_loss, finish, probe
 
 SITE = QuantizationSite("0", "weight")
 ANNOUNCED = {"on_exception"}

@@ -11,8 +11,9 @@ import torch
 
 import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from compression_manager.testing import differences
 from probes import probe, run_step
-from resuming import EPOCHS, STEPS, Setup, Training, differences
+from resuming import EPOCHS, STEPS, Setup, Training
 
 SETUPS = [
     Setup(),

@@ -19,8 +19,9 @@ from compression_manager import (
     prepare_compression,
 )
 from compression_manager.state import capture_random_state
+from compression_manager.testing import differences
 from probes import probe
-from resuming import Setup, Training, differences
+from resuming import Setup, Training
 
 
 def _everything(manager: CompressionManager) -> Any:

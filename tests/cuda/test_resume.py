@@ -11,8 +11,8 @@ import torch
 import toys
 from compression_manager import CompressionManager, prepare_compression
 from compression_manager.state import write_checkpoint
+from compression_manager.testing import differences
 from compression_plugins import LearnedScaleConfig, QATConfig
-from resuming import differences
 
 EPOCHS = 2
 

@@ -16,7 +16,11 @@ from compression_manager.state.manifest import (
     read_manifest,
     verify_directory,
 )
-from compression_manager.state.random_state import capture_random_state, restore_random_state
+from compression_manager.state.random_state import (
+    capture_random_state,
+    restore_random_state,
+    seed_everything,
+)
 from compression_manager.state.tree import flatten, unflatten
 
 __all__ = [
@@ -35,6 +39,7 @@ __all__ = [
     "read_manifest",
     "remove_directory",
     "restore_random_state",
+    "seed_everything",
     "unflatten",
     "verify_directory",
     "write_checkpoint",

@@ -46,6 +46,18 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         ) from error
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python's `random`, NumPy (if imported) and torch.
+
+    Args:
+        seed: from 0 to 2**32 - 1, NumPy's limit.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 def _set(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
