@@ -229,6 +229,13 @@ def assert_equal(actual: Any, expected: Any) -> None:
         assert actual == expected
 
 
+def test_lower_sparsity_after_resuming_brings_nothing_back() -> None:
+    state = copy.deepcopy(Training.start(RAMP).run().manager.state_dict())
+    resumed = Training.start(dataclasses.replace(RAMP, sparsity=0.5))
+    resumed.manager.load_state_dict(state)
+    assert resumed.run(2).count() == [45, 30]
+
+
 def test_masks_of_other_weights_are_refused() -> None:
     state = Training.start(RAMP).run().manager.state_dict()
     other = Training.start(dataclasses.replace(RAMP, include=("0.*",)))
