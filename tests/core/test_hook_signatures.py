@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import yaml
 
+import compression_manager
 import toys
-from compression_manager import hookspecs, prepare_compression
+from compression_manager import deploy, hookspecs, prepare_compression, quantization
 from probes import probe
 
 FILE = Path(__file__).with_name("hook_signatures.yaml")
@@ -93,6 +95,15 @@ def test_what_counts_as_broken(change: Any, expected: list[str]) -> None:
     hooks = copy.deepcopy(_frozen()["hooks"])
     change(hooks)
     assert _broken(_frozen()["hooks"], hooks) == sorted(expected)
+
+
+def test_every_type_in_a_signature_is_public() -> None:
+    """Else authors could not annotate their hooks without importing from our internals."""
+    text = " ".join(kind for hook in _present()["hooks"].values() for kind in hook.values())
+    foreign = {"Any", "BaseException", "Callable", "Mapping", "None", "Sequence"}
+    torch_names = {"Module", "Tensor"}
+    public = {*compression_manager.__all__, *quantization.__all__, *deploy.__all__}
+    assert set(re.findall(r"\b[A-Z]\w+", text)) - foreign - torch_names - public == set()
 
 
 def test_hooks_can_be_deprecated(monkeypatch: pytest.MonkeyPatch) -> None:
