@@ -4,6 +4,7 @@
 loop, then call `manager.convert()`.
 """
 
+from compression_manager.context import Context
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -17,8 +18,12 @@ from compression_manager.errors import (
     ParityError,
     PluginError,
     QuantizationError,
+    blame_option,
+    suggest,
 )
+from compression_manager.loss import LossTerms
 from compression_manager.manager import CompressionManager
+from compression_manager.metrics import Metric
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
 from compression_manager.position import Position
 from compression_manager.prepare import prepare_compression
@@ -35,6 +40,9 @@ __all__ = [
     "PluginConfig",
     "hookimpl",
     "option",
+    "Context",
+    "LossTerms",
+    "Metric",
     "CompressionError",
     "ConfigError",
     "MissingObjectError",
@@ -47,4 +55,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointCorruptError",
     "CheckpointMismatchError",
+    "blame_option",
+    "suggest",
 ]

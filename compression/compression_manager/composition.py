@@ -9,8 +9,9 @@ from typing import Any
 
 from compression_manager.config import MissingObject, build_config
 from compression_manager.config_description import describe_config
+from compression_manager.discovery import create_plugin, load_plugin_class
 from compression_manager.errors import CompressionError, ConfigError, suggest
-from compression_manager.loading import create_plugin, implemented_hooks, load_plugin_class
+from compression_manager.loading import implemented_hooks
 from compression_manager.plugin import Plugin, PluginConfig
 from compression_manager.recipe import Recipe, load_recipe
 

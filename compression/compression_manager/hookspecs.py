@@ -49,6 +49,10 @@ if TYPE_CHECKING:
     from compression_manager.quantization.scheme import QuantizationScheme
     from compression_manager.quantization.site import QuantizationSite
 
+# Part of the entry-point group. It rises when a hook or a parameter is removed or renamed, or gets
+# another meaning; additions leave it as it is.
+HOOK_API_VERSION = 1
+
 # Shape: once, inside prepare_compression ------------------------------------------------------
 
 

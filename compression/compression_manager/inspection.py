@@ -31,7 +31,7 @@ class Inspection(TrainingLoops):
         return self._context.model
 
     def convert(self, example_inputs: Any = None) -> nn.Module:
-        """Return a new eval-mode model with integer weights that computes what was trained.
+        """Return a new eval-mode model that computes what was trained, with integer weights.
 
         Args:
             example_inputs: a batch for the parity check; default: those given at prepare, or
@@ -40,10 +40,10 @@ class Inspection(TrainingLoops):
         Raises:
             ParityError: a converted layer computes something else; names the first one.
             QuantizationError: a layer was never calibrated.
-            ConfigError: no plugin quantizes anything.
+            ConfigError: no plugin converts anything.
             LifecycleError: the manager is closed, so that the model is the float model again.
 
-        The training model is left untouched.
+        The training model is left untouched. After pruning alone the weights stay floating point.
         """
         return self._convert(example_inputs).model
 

@@ -1,4 +1,4 @@
-"""From an entry-point name to a checked plugin class; from an instance to guarded hooks."""
+"""From plugin instances to checked and guarded hooks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
 
 from compression_manager import hookspecs
-from compression_manager.errors import CompressionError, ConfigError, PluginError, suggest
+from compression_manager.errors import CompressionError, PluginError, suggest
 from compression_manager.lifecycle import OPTIONAL_HOOKS
-from compression_manager.plugin import ENTRY_POINT_GROUP, PROJECT_NAME, Plugin, PluginConfig
+from compression_manager.plugin import PROJECT_NAME, Plugin
 from compression_manager.services import ANSWER_TYPES
 
 if TYPE_CHECKING:
@@ -22,76 +21,6 @@ if TYPE_CHECKING:
 
 _IMPLEMENTATION_MARK = f"{PROJECT_NAME}_impl"
 _SPECIFICATION_MARK = f"{PROJECT_NAME}_spec"
-
-
-def installed_plugins() -> dict[str, list[EntryPoint]]:
-    """Return name -> entry points of every installed plugin, without importing any.
-
-    A name has several entry points when distributions compete for it.
-    """
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        known = found.setdefault(entry.name, [])
-        if all(entry.value != other.value for other in known):
-            known.append(entry)
-    return found
-
-
-def load_plugin_class(name: str) -> type[Plugin[Any]]:
-    """Import the plugin registered under `name`, and no other.
-
-    Raises:
-        ConfigError: no plugin of that name is installed.
-        PluginError: it cannot be imported, is no `Plugin` subclass with a `config_class`, or two
-            distributions install different ones; the message names the distribution.
-    """
-    installed = installed_plugins()
-    if name not in installed:
-        raise ConfigError(f"no plugin named '{name}' is installed; {suggest(name, installed)}")
-    origins = [
-        f"({entry.value}, installed by {_distribution_name(entry)})" for entry in installed[name]
-    ]
-    if len(origins) > 1:
-        raise PluginError(
-            f"several plugins have the name '{name}': {' and '.join(origins)}; uninstall all "
-            "but one of these distributions.",
-            plugin=name,
-        )
-    entry, origin = installed[name][0], f"plugin '{name}' {origins[0]}"
-    try:
-        plugin_class = entry.load()
-    except Exception as error:
-        raise PluginError(f"{origin} cannot be imported: {error!r}.", plugin=name) from error
-    if not (isinstance(plugin_class, type) and issubclass(plugin_class, Plugin)):
-        raise PluginError(
-            f"{origin} must be a subclass of compression_manager.Plugin, got {plugin_class!r}.",
-            plugin=name,
-        )
-    config_class = getattr(plugin_class, "config_class", None)
-    is_config = isinstance(config_class, type) and issubclass(config_class, PluginConfig)
-    if not is_config or getattr(config_class, "plugin", None) != name:
-        raise PluginError(
-            f"{origin} must set config_class to a PluginConfig whose 'plugin' is {name!r}.",
-            plugin=name,
-        )
-    return plugin_class
-
-
-def create_plugin(plugin_class: type[Plugin[Any]], config: PluginConfig) -> Plugin[Any]:
-    """Return a new instance.
-
-    Raises:
-        PluginError: the constructor raised something that is none of our errors.
-    """
-    try:
-        return plugin_class(config)
-    except CompressionError:
-        raise
-    except Exception as error:
-        name = config.name or config.plugin
-        raise PluginError(
-            f"plugin '{name}' cannot be created: {type(error).__name__}: {error}", plugin=name
-        ) from error
 
 
 def implemented_hooks(plugin: Plugin[Any]) -> dict[str, Callable[..., Any]]:
@@ -296,7 +225,3 @@ def _place_option(error: CompressionError, plugin: Plugin[Any]) -> None:
 
 def _describe(plugin: Plugin[Any]) -> str:
     return f"plugin '{plugin.name}' ({type(plugin).__module__}.{type(plugin).__qualname__})"
-
-
-def _distribution_name(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "an unknown distribution"

@@ -11,7 +11,6 @@ import pluggy
 from compression_manager.errors import CheckpointMismatchError, ConfigError
 
 PROJECT_NAME = "compression_manager"
-ENTRY_POINT_GROUP = "compression_manager.plugins"
 
 hookspec = pluggy.HookspecMarker(PROJECT_NAME)
 hookimpl = pluggy.HookimplMarker(PROJECT_NAME)
@@ -33,7 +32,7 @@ class PluginConfig:
     """Base of every plugin's options: a frozen dataclass checked in `__post_init__`.
 
     Subclasses set `plugin` to the name under which the plugin is registered in the
-    entry-point group `compression_manager.plugins`.
+    entry-point group `compression_manager.plugins.v1`.
     """
 
     plugin: ClassVar[str]

@@ -10,8 +10,9 @@ from typing import Any
 
 from compression_manager.composition import complete, configs_from_recipe, describe_node
 from compression_manager.config import MissingObject
+from compression_manager.discovery import create_plugin
 from compression_manager.errors import CompressionError, MissingObjectError, PluginError
-from compression_manager.loading import create_plugin, required_hooks
+from compression_manager.loading import required_hooks
 from compression_manager.plugin import Plugin
 from compression_manager.recipe import load_recipe
 

@@ -9,8 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from compression_manager import loading
-from compression_manager.plugin import ENTRY_POINT_GROUP
+from compression_manager import discovery
 
 
 class _Distribution:
@@ -30,16 +29,19 @@ class _EntryPoint(EntryPoint):
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Install fake distributions: `install((name, "module:attribute", distribution), ...)`."""
+    """Install fake distributions: `install((name, "module:attribute", distribution), ...)`.
 
-    def install(*plugins: tuple[str, str, str]) -> None:
+    A fourth item is the entry-point group, if it is another one than ours.
+    """
+
+    def install(*plugins: tuple[str, ...]) -> None:
         points = [
-            _EntryPoint(name, value, ENTRY_POINT_GROUP).with_distribution(distribution)
-            for name, value, distribution in plugins
+            _EntryPoint(name, value, *(group or [discovery.ENTRY_POINT_GROUP])).with_distribution(
+                distribution
+            )
+            for name, value, distribution, *group in plugins
         ]
-        monkeypatch.setattr(
-            loading, "entry_points", lambda group: points if group == ENTRY_POINT_GROUP else []
-        )
+        monkeypatch.setattr(discovery, "plugin_entry_points", lambda: points)
 
     return install
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 import toys
-from compression_manager import CompressionManager, ConfigError, LossError, prepare_compression
+from compression_manager import (
+    CompressionManager,
+    ConfigError,
+    LossError,
+    LossTerms,
+    prepare_compression,
+)
 from probes import begin_step, call_loss, loss_of, probe
 
 
@@ -26,6 +32,13 @@ def _adds(name: str, value: float, weight: float = 1.0, *, task_weight: float | 
 def _begun(*plugins: Any) -> CompressionManager:
     torch.manual_seed(0)
     return begin_step(prepare_compression(toys.mlp(), list(plugins)))
+
+
+def test_hooks_receive_the_public_type() -> None:
+    def check(self: Any, losses: Any) -> None:
+        assert isinstance(losses, LossTerms)
+
+    call_loss(_begun(probe(on_after_compute_loss=check)))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

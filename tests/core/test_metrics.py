@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import toys
-from compression_manager import ConfigError, prepare_compression
+from compression_manager import ConfigError, Metric, prepare_compression
 from compression_manager.metrics import MetricBoard
 from probes import begin_step, finish, probe
 
@@ -20,6 +20,7 @@ def test_board_keeps_order_kind_and_step() -> None:
     board.histogram("b", torch.ones(3, requires_grad=True))
     board.image("c", torch.zeros(1, 2, 2))
     metrics = board.drain()
+    assert all(isinstance(metric, Metric) for metric in metrics)
     assert [(m.name, m.kind, m.global_step) for m in metrics] == [
         ("a", "scalar", 0),
         ("b", "histogram", 4),

@@ -73,5 +73,6 @@ def test_shown_output_is_the_real_one(command: str, expected: str, code: int, ca
 
 def test_page_shows_every_command_and_a_failure() -> None:
     shown = _commands()
-    assert {command.split()[1] for command, _, _ in shown} == {"plugins", "check", "inspect"}
+    commands = {command.split()[1] for command, _, _ in shown}
+    assert commands == {"plugins", "check", "inspect", "new-plugin"}
     assert {code for _, _, code in shown} == {0, 1}

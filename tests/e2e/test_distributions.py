@@ -97,7 +97,8 @@ def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def _expected(package: str, source: str) -> set[str]:
     root = ROOT / source
-    modules = (root / package).rglob("*.py")
+    folder = root / package
+    modules = [*folder.rglob("*.py"), *folder.rglob("templates/*")]
     return {f"{package}/py.typed", *(str(path.relative_to(root)) for path in modules)}
 
 

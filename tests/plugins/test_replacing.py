@@ -221,7 +221,9 @@ def _installed(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: own-plugins\nVersion: 1.0\n")
     entries = [f"{item.config_class.plugin} = {__name__}:{item.__name__}" for item in plugins]
-    (folder / "entry_points.txt").write_text("\n".join(["[compression_manager.plugins]", *entries]))
+    (folder / "entry_points.txt").write_text(
+        "\n".join(["[compression_manager.plugins.v1]", *entries]) + "\n"
+    )
     monkeypatch.syspath_prepend(tmp_path / "site")
     torch.manual_seed(0)
 

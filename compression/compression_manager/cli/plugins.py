@@ -10,8 +10,8 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_json
+from compression_manager.discovery import installed_plugins, load_plugin_class
 from compression_manager.errors import ConfigError, PluginError, suggest
-from compression_manager.loading import installed_plugins, load_plugin_class
 from compression_manager.options import OptionDescription, describe_options, nested_kinds
 
 NAME = "plugins"

@@ -26,12 +26,14 @@ class Conversion:
         example_inputs: what the model can be called with, or None.
         replacements: what was replaced so far.
         parity: the comparison with the trained model; None if there was no input to compare on.
+        accepted: whether a plugin called `accept`.
     """
 
     model: nn.Module
     example_inputs: Any = None
     replacements: list[Replacement] = field(default_factory=list)
     parity: Parity | None = None
+    accepted: bool = False
     _swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, init=False)
 
     def replace(self, name: str, layer: ConvertedLayer, absorbs: Sequence[str] = ()) -> None:
@@ -46,6 +48,13 @@ class Conversion:
         for other in absorbs:
             self._swap(other, nn.Identity().eval())
         self.replacements.append(Replacement(name, layer, tuple(absorbs)))
+
+    def accept(self) -> None:
+        """Say that the copy is worth deploying though no layer is replaced, as after pruning.
+
+        Without this, a conversion that replaces nothing is refused.
+        """
+        self.accepted = True
 
     def undo(self) -> None:
         """Put every replaced module back."""
@@ -86,15 +95,16 @@ def convert_copy(
         example_inputs: what to compare both models on, or None to leave that out.
 
     Raises:
-        ConfigError: nothing was replaced, or the model does not take `example_inputs`.
+        ConfigError: nothing was replaced or accepted, or the model does not take `example_inputs`.
         ParityError: a replaced layer computes something else.
         QuantizationError: the model cannot be copied.
     """
     conversion = Conversion(copy_model(model, keep_user_hooks=False), example_inputs)
     convert(conversion)
-    if not conversion.replacements:
+    if not conversion.replacements and not conversion.accepted:
         raise ConfigError(
-            "nothing was converted: no plugin of this manager quantizes layers; list QATConfig()."
+            "nothing was converted: no plugin of this manager quantizes or prunes layers; list "
+            "QATConfig()."
         )
     disable_fused_paths(conversion.model)
     _share_tied_weights(model, conversion.replacements)

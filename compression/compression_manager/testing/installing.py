@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from compression_manager import loading
-from compression_manager.plugin import ENTRY_POINT_GROUP, Plugin
+from compression_manager import discovery
+from compression_manager.plugin import Plugin
 
 
 class _InMemoryEntryPoint(EntryPoint):
@@ -28,13 +28,11 @@ def install_plugin(monkeypatch: pytest.MonkeyPatch, plugin_class: type[Plugin[An
     """
     name = plugin_class.config_class.plugin
     origin = f"{plugin_class.__module__}:{plugin_class.__qualname__}"
-    entry = _InMemoryEntryPoint(name, origin, ENTRY_POINT_GROUP)
+    entry = _InMemoryEntryPoint(name, origin, discovery.ENTRY_POINT_GROUP)
     vars(entry)["plugin_class"] = plugin_class
-    # Not its home: what `loading` asks may be a stand-in already.
-    installed = loading.entry_points  # type: ignore[attr-defined]
+    installed = discovery.plugin_entry_points  # may be a stand-in already
 
-    def entry_points(group: str) -> list[EntryPoint]:
-        others = [item for item in installed(group=group) if item.name != name]
-        return [*others, entry] if group == ENTRY_POINT_GROUP else others
+    def plugin_entry_points() -> list[EntryPoint]:
+        return [*(item for item in installed() if item.name != name), entry]
 
-    monkeypatch.setattr(loading, "entry_points", entry_points)
+    monkeypatch.setattr(discovery, "plugin_entry_points", plugin_entry_points)

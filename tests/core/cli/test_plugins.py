@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from compression_manager import Plugin, PluginConfig, option
 from compression_manager.cli import main
-from compression_manager.loading import installed_plugins, load_plugin_class
+from compression_manager.discovery import installed_plugins, load_plugin_class
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,23 @@ def test_broken_plugin_is_listed_beside_the_others(install: Any, module: Any, ca
     assert broken["distributions"] == [{"name": "dist-broken", "version": "1.2"}]
     assert "no_such_module_at_all" in broken["error"]
     assert whole["error"] is None
+    assert main(["plugins", "whole"]) == 0
+
+
+def test_plugin_for_a_newer_hook_api_is_listed_and_not_imported(
+    install: Any, module: Any, capsys: Any
+) -> None:
+    module.Plugin = WholePlugin
+    install(
+        ("later", "no_such_module_at_all:Plugin", "dist-new", "compression_manager.plugins.v2"),
+        ("whole", "third_party_module:Plugin", "dist-whole"),
+    )
+    assert main(["plugins"]) == 1
+    printed = capsys.readouterr()
+    assert "later (dist-new 1.2)\n  error: " in printed.out
+    assert "needs hook API 2" in printed.err
+    assert "cannot be imported" not in printed.err
+    assert "whole (dist-whole 1.2)" in printed.out
     assert main(["plugins", "whole"]) == 0
 
 

@@ -50,7 +50,7 @@ def test_buffers_have_their_final_shape_and_device():
 def test_is_registered_under_its_name():
     from importlib.metadata import entry_points
 
-    (found,) = entry_points(group="compression_manager.plugins", name="calibration")
+    (found,) = entry_points(group="compression_manager.plugins.v1", name="calibration")
     assert found.load() is CalibrationPlugin
 
 

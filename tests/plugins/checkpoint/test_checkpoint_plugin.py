@@ -368,7 +368,7 @@ def test_bad_options(options):
 def test_entry_points_lead_to_the_plugins():
     from importlib.metadata import entry_points
 
-    found = entry_points(group="compression_manager.plugins")
+    found = entry_points(group="compression_manager.plugins.v1")
     for name in ("checkpoint", "early_stopping"):
         plugin = found[name].load()
         assert plugin.config_class.plugin == name

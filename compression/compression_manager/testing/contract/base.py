@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compression_manager.composition import PluginSpec
-from compression_manager.loading import load_plugin_class
+from compression_manager.discovery import load_plugin_class
 from compression_manager.manager import CompressionManager
 from compression_manager.plugin import Plugin, PluginConfig
 from compression_manager.prepare import prepare_compression

@@ -10,8 +10,8 @@ from torch import nn
 
 from compression_manager import deploy
 from compression_manager.deploy.layers import ConvertedLayer
+from compression_manager.discovery import load_plugin_class
 from compression_manager.errors import CompressionError
-from compression_manager.loading import load_plugin_class
 from compression_manager.model_call import call_model
 from compression_manager.plugin import PluginConfig
 from compression_manager.testing.comparison import differences

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import toys
-from compression_manager import ConfigError, Plugin, PluginError, prepare_compression
+from compression_manager import ConfigError, Plugin, PluginError, discovery, prepare_compression
 from probes import ProbeConfig
 
 
@@ -83,7 +83,7 @@ def test_import_error_is_the_cause(install: Any) -> None:
 def test_two_distributions_with_one_name_are_refused(install: Any, module: Any) -> None:
     module.Plugin = GoodPlugin
     install(("probe", "third_party_module:Plugin", "one"), ("probe", "elsewhere:Plugin", "two"))
-    with pytest.raises(PluginError, match=r"installed by one\).*installed by two\)"):
+    with pytest.raises(PluginError, match=r"installed by one 1\.2\).*installed by two 1\.2\)"):
         prepare_compression(toys.mlp(), [ProbeConfig()])
     install(
         ("probe", "third_party_module:Plugin", "one"), ("probe", "third_party_module:Plugin", "x")
@@ -108,3 +108,60 @@ def test_failing_constructor_is_named(install: Any, module: Any) -> None:
         prepare_compression(toys.mlp(), [ProbeConfig(name="mine")])
     assert error.value.plugin == "mine"
     assert isinstance(error.value.__cause__, OSError)
+
+
+NEWER, UNVERSIONED = "compression_manager.plugins.v2", "compression_manager.plugins"
+
+
+def test_newer_hook_api_is_refused_without_importing(install: Any) -> None:
+    install(("probe", "no_such_module_at_all:Plugin", "dist-new", NEWER))
+    with pytest.raises(PluginError) as error:
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+    assert error.value.plugin == "probe"
+    assert error.value.__cause__ is None
+    assert str(error.value) == (
+        "plugin 'probe' (no_such_module_at_all:Plugin, installed by dist-new 1.2) needs hook API "
+        "2, but this compression-manager has hook API 1; upgrade compression-manager, or install "
+        "an older release of dist-new 1.2."
+    )
+
+
+def test_older_hook_api_is_refused(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "HOOK_API_VERSION", 2)
+    monkeypatch.setattr(discovery, "ENTRY_POINT_GROUP", NEWER)
+    install(("probe", "a:b", "dist-old", "compression_manager.plugins.v1"))
+    with pytest.raises(PluginError, match=r"needs hook API 1, .* downgrade .* a newer"):
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
+@pytest.mark.parametrize(
+    "group", [UNVERSIONED, f"{UNVERSIONED}.1", f"{UNVERSIONED}.v1.1", f"{UNVERSIONED}_v1"]
+)
+def test_group_without_a_version_says_which_to_use(install: Any, group: str) -> None:
+    install(("probe", "a:b", "dist-odd", group))
+    with pytest.raises(PluginError) as error:
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+    for part in (f"'{group}', which does not say", "dist-odd", "'compression_manager.plugins.v1'"):
+        assert part in str(error.value)
+
+
+def test_unusable_groups_do_not_disturb_other_plugins(install: Any, module: Any) -> None:
+    module.Plugin = GoodPlugin
+    install(
+        ("later", "no_such_module_at_all:Plugin", "dist-new", NEWER),
+        ("odd", "no_such_module_at_all:Plugin", "dist-odd", UNVERSIONED),
+        ("probe", "third_party_module:Plugin", "dist-good"),
+    )
+    prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_distribution_may_serve_several_versions(install: Any, module: Any, first: int) -> None:
+    module.Plugin = GoodPlugin
+    both = [
+        ("probe", "no_such_module_at_all:Plugin", "dist-both", NEWER),
+        ("probe", "third_party_module:Plugin", "dist-both"),
+    ]
+    install(both[first], both[1 - first])
+    manager = prepare_compression(toys.mlp(), [ProbeConfig()])
+    assert type(manager._plugins[0]) is GoodPlugin
