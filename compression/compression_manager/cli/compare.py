@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compression_manager.cli.outcome import Outcome, to_json
 from compression_manager.cli.report import write_page
+from compression_manager.cli.waiting import waiting
 from compression_manager.run_report.comparison import compare, render_comparison
 from compression_manager.run_report.run import read_run
 
@@ -42,7 +43,10 @@ def run(options: argparse.Namespace) -> Outcome:
     Raises:
         CheckpointError: a folder holds no run, or the page cannot be written.
     """
-    runs = [read_run(Path(folder)) for folder in options.run_folders]
+    runs = []
+    for folder in options.run_folders:
+        with waiting(f"reading {folder}"):
+            runs.append(read_run(Path(folder)))
     comparison = compare(runs)
     if options.html is not None:
         write_page(Path(options.html), render_comparison(runs))

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from compression_manager.cli.outcome import Outcome
+from compression_manager.cli.waiting import waiting
 from compression_manager.errors import CheckpointError
 from compression_manager.run_report.page import render
 from compression_manager.run_report.run import read_run
@@ -49,7 +50,8 @@ def run(options: argparse.Namespace) -> Outcome:
         CheckpointError: there is no run, it is damaged, or the page cannot be written.
     """
     folder = Path(options.run_folder)
-    page = render(read_run(folder))
+    with waiting(f"reading {folder}"):
+        page = render(read_run(folder))
     if options.output == "-":
         return Outcome(page)
     output = folder / _DEFAULT_NAME if options.output is None else Path(options.output)

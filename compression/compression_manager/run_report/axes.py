@@ -91,6 +91,6 @@ def _round_step(rough: float) -> float:
 def _log_ticks(low: float, high: float, count: int) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     stride = max(1, len(decades) // count)
-    factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+    factors = (1, 2, 5) if len(decades) <= 3 else (1, 3) if len(decades) <= 5 else (1,)
     found = [factor * 10.0**decade for decade in decades[::stride] for factor in factors]
     return [value for value in found if low <= value <= high]

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # ships no types
 
-from compression_manager.run_report.chart import WIDE, line_chart, range_chart
+from compression_manager.run_report.chart import NARROW, WIDE, line_chart, range_chart
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.layers_table import layers_section
 from compression_manager.run_report.run import EVALUATION, LOSS, Run
@@ -137,6 +137,7 @@ def _evaluations(run: Run) -> str:
         line_chart(
             name,
             {name: curve},
+            width=_width(len(run.metrics)),
             marked=best["global_step"] if best and watched and name == watched.name else None,
         )
         for name, curve in run.metrics.items()
@@ -150,10 +151,8 @@ def _evaluations(run: Run) -> str:
         rows.append([f"{item['global_step']:,}{mark}", *epoch, *values])
     header = ["step", *(["epoch"] if "epoch" in run.evaluations[0] else []), *names]
     listed = table(header, rows, numeric=range(len(header)))
-    return (
-        f'<div class="pairs">{charts}</div>'
-        f"<details><summary>All {len(rows)} evaluations</summary>{listed}</details>"
-    )
+    summary = f"<summary>All {len(rows)} evaluations</summary>"
+    return f"{_arranged(charts, len(names))}<details>{summary}{listed}</details>"
 
 
 def _value(value: Any) -> str:
@@ -190,12 +189,22 @@ def _others(run: Run) -> str:
         if not tag.startswith((LOSS, EVALUATION)) and not _belongs_to_a_range(tag, run)
     }
     shown: dict[str, Curve] = dict(list(others.items())[:_MOST_OTHERS])
-    charts = "".join(line_chart(tag, {tag: curve}) for tag, curve in shown.items())
+    width = _width(len(shown))
+    charts = "".join(line_chart(tag, {tag: curve}, width=width) for tag, curve in shown.items())
     if not charts:
         return ""
     left_out = len(others) - len(shown)
     more = remark(f"{left_out} more are left out.") if left_out else ""
-    return f'<div class="pairs">{charts}</div>{more}'
+    return _arranged(charts, len(shown)) + more
+
+
+def _width(charts: int) -> float:
+    return WIDE if charts == 1 else NARROW
+
+
+def _arranged(charts: str, count: int) -> str:
+    """Return several charts side by side; one alone takes the whole width."""
+    return charts if count == 1 else f'<div class="pairs">{charts}</div>'
 
 
 def _belongs_to_a_range(tag: str, run: Run) -> bool:
