@@ -90,6 +90,14 @@ summary.row::-webkit-details-marker { display: none; }
   main { max-width: none; padding: 0; }
   details::details-content { content-visibility: visible; block-size: auto; }
   h2 { break-after: avoid; }
+  .pairs { grid-template-columns: 1fr 1fr; }
+  .layers { overflow: visible; }
+  .layers > * { min-width: 0; }
+  .row { gap: 8px; padding: 4px 8px; font-size: 12px;
+    grid-template-columns: minmax(80px, 2fr) minmax(70px, 1fr) 42px 42px 80px 60px 60px 56px; }
+  .inside { padding: 2px 8px 8px; }
+  .inside table { font-size: 10px; }
+  .inside th, .inside td { padding: 3px 5px; font-size: inherit; }
   tr, .row { break-inside: avoid; }
 }
 """
