@@ -14,6 +14,7 @@ import torch
 import toys
 from compression_manager import prepare_compression
 from compression_manager.cli import main
+from compression_manager.quantization import QuantizationScheme
 from compression_plugins import CheckpointConfig, QATConfig
 
 PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "use-the-command-line.md"
@@ -35,13 +36,22 @@ def _commands() -> list[tuple[str, str, int]]:
 
 @pytest.fixture
 def _shown_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Change to a folder with the page's recipe and a checkpoint of one short epoch."""
+    """Change to a folder with the page's recipe and two runs of one short epoch."""
     monkeypatch.chdir(tmp_path)
     (recipe,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
     Path("recipe.yaml").write_text(recipe, encoding="utf-8")
+    _train("runs", bits=8)
+    _train("runs-4-bits", bits=4)
+
+
+def _train(folder: str, *, bits: int) -> None:
     model = toys.mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    configs = [QATConfig(), CheckpointConfig("runs/checkpoints", metric="accuracy")]
+    weight = QuantizationScheme(bits=bits, granularity="channel")
+    configs = [
+        QATConfig(weight=weight),
+        CheckpointConfig(f"{folder}/checkpoints", metric="accuracy"),
+    ]
     with prepare_compression(model, configs) as manager:
         manager.track(optimizer=optimizer)
         for _ in manager.epochs(1):
@@ -74,5 +84,5 @@ def test_shown_output_is_the_real_one(command: str, expected: str, code: int, ca
 def test_page_shows_every_command_and_a_failure() -> None:
     shown = _commands()
     commands = {command.split()[1] for command, _, _ in shown}
-    assert commands == {"plugins", "check", "inspect", "new-plugin"}
+    assert commands == {"plugins", "check", "inspect", "report", "compare", "new-plugin"}
     assert {code for _, _, code in shown} == {0, 1}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from compression_manager.cli import check, inspect, new_plugin, plugins
+from compression_manager.cli import check, compare, inspect, new_plugin, plugins, report
 from compression_manager.cli.outcome import Outcome
 from compression_manager.errors import CompressionError
 
@@ -53,14 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command and of all subcommands."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Look at plugins, recipes and checkpoints, or begin a plugin of your own. "
+        description="Look at plugins, recipes, checkpoints and training runs, or begin a plugin of "
+        "your own. "
         "`COMMAND --help` explains each.",
         epilog=f"{_EXAMPLE}\n{_EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (plugins, check, inspect, new_plugin):
+    for command in (plugins, check, inspect, report, compare, new_plugin):
         subparser = commands.add_parser(
             command.NAME,
             help=command.SUMMARY,

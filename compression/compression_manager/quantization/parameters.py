@@ -41,6 +41,16 @@ class QuantizationParameters:
     axis: int | None
     group_size: int | None = None
 
+    def real_range(self) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest number that an integer stands for, over all scales.
+
+        Returns:
+            Both float64 (), on the device of `scale`.
+        """
+        scale, zero_point = self.scale.detach().double(), self.zero_point.double()
+        low = ((self.quant_min - zero_point) * scale).min()
+        return low, ((self.quant_max - zero_point) * scale).max()
+
 
 def choose_qparams(
     minimum: Tensor | float, maximum: Tensor | float, scheme: QuantizationScheme

@@ -19,6 +19,7 @@ from compression_manager.errors import (
     suggest,
 )
 from compression_manager.plugin import Plugin, hookimpl
+from compression_manager.run_report.record import describe_run
 from compression_manager.state import (
     IndexEntry,
     find_checkpoint,
@@ -191,6 +192,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                     "epoch": new.epoch,
                     "global_step": new.global_step,
                     "metrics": {name: json_number(value) for name, value in metrics.items()},
+                    "run": describe_run(context),
                 },
             )
         except BaseException:

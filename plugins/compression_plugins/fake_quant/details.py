@@ -27,11 +27,11 @@ def publish_layer(metrics: MetricBoard, name: str, layer: QuantizedLayer) -> Non
 def _publish(metrics: MetricBoard, prefix: str, parameters: QuantizationParameters) -> None:
     """Publish means over channels; the range is what the integers can represent."""
     scale = parameters.scale.detach().double()
-    zero_point = parameters.zero_point.double()
     metrics.scalar(f"{prefix}/scale", scale.mean())
-    metrics.scalar(f"{prefix}/range_min", ((parameters.quant_min - zero_point) * scale).min())
-    metrics.scalar(f"{prefix}/range_max", ((parameters.quant_max - zero_point) * scale).max())
+    low, high = parameters.real_range()
+    metrics.scalar(f"{prefix}/range_min", low)
+    metrics.scalar(f"{prefix}/range_max", high)
     if scale.dim():
         metrics.histogram(f"{prefix}/scales", scale)
     else:
-        metrics.scalar(f"{prefix}/zero_point", zero_point)
+        metrics.scalar(f"{prefix}/zero_point", parameters.zero_point.double())

@@ -16,7 +16,7 @@ from compression_manager.cli import main
 from compression_manager.cli.main import build_parser
 
 ROOT = Path(__file__).parents[3]
-COMMANDS = ["plugins", "check", "inspect"]
+COMMANDS = ["plugins", "check", "inspect", "report", "compare"]
 RUN = [sys.executable, "-m", "compression_manager"]
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import (
+    QuantizationParameters,
     QuantizationScheme,
     choose_qparams,
     dequantize,
@@ -251,3 +252,15 @@ def test_arguments_are_left_alone_and_get_no_gradient():
 def test_training_steps_may_skip_the_check():
     scale, _ = compute_qparams(torch.tensor(float("nan")), torch.tensor(1.0), QuantizationScheme())
     assert scale.isnan()
+
+
+@given(st.integers(2, 16), st.booleans(), st.integers(0, 2**32 - 1))
+def test_real_range_is_that_of_all_integers_and_scales(bits: int, symmetric: bool, seed: int):
+    scheme = QuantizationScheme(bits=bits, symmetric=symmetric, granularity="channel")
+    generator = torch.Generator().manual_seed(seed)
+    low, high = -torch.rand(3, generator=generator), torch.rand(3, generator=generator)
+    scale, zero_point = choose_qparams(low, high, scheme)
+    parameters = QuantizationParameters(scale, zero_point, scheme.quant_min, scheme.quant_max, 0)
+    integers = np.array([scheme.quant_min, scheme.quant_max], dtype=np.float64)[:, None]
+    levels = (integers - zero_point.numpy()) * scale.numpy().astype(np.float64)
+    assert [limit.item() for limit in parameters.real_range()] == [levels.min(), levels.max()]
