@@ -13,7 +13,7 @@ from compression_plugins.compat.neural_compressor import config as compat
 
 # 2.6's name of all convolutions; the class from which torch derives them.
 _CLASSES = {"Conv": "_ConvNd"}
-_PARTS = ("weight", "activation")
+_DTYPES = {"weight": "int8", "activation": "uint8"}
 
 
 def translate_quantization(
@@ -66,18 +66,18 @@ def _float_parts(place: str, parts: Mapping[str, Any], notes: list[str]) -> dict
     """Return the options of the LayerRule; empty if nothing is to stay in float."""
     in_float = {}
     for part, options in parts.items():
-        if part not in _PARTS or not isinstance(options, Mapping):
+        if part not in _DTYPES or not isinstance(options, Mapping):
             raise ConfigError(
                 f"{place} takes 'weight' and 'activation' with a dictionary each, got {parts!r}."
             )
         dtypes = options.get("dtype", [])
-        in_float[part] = (dtypes if isinstance(dtypes, list) else [dtypes]) == ["fp32"]
-        other = set(options) - ({"dtype"} if in_float[part] or not dtypes else set())
-        if other:
+        dtypes = dtypes if isinstance(dtypes, list) else [dtypes]
+        in_float[part] = dtypes == ["fp32"]
+        if set(options) - {"dtype"} or dtypes not in ([], ["fp32"], [_DTYPES[part]]):
             notes.append(
-                f"{place}['{part}'] has no meaning here and is ignored, except for the dtype "
-                "'fp32': weights are int8 per channel and activations uint8 per tensor, as they "
-                "were in 2.6 whatever these dictionaries said."
+                f"{place}['{part}']={options!r} has no meaning here and is ignored, except for the "
+                "dtype 'fp32': weights are int8 per channel and activations uint8 per tensor, as "
+                "they were in 2.6 whatever these dictionaries said."
             )
     if in_float.get("weight"):
         return {"skip": True}
