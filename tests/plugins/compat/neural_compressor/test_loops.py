@@ -16,6 +16,8 @@ from compression_manager import LifecycleError
 from compression_manager.deploy import ConvertedLinear
 from compression_plugins import CheckpointConfig
 from compression_plugins.compat.neural_compressor import (
+    CallBacks,
+    CompressionManager,
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
@@ -261,6 +263,16 @@ def test_evaluation_in_the_middle_of_an_open_step():
     assert [item["metrics"] for item in manager.native.evaluations] == [{"accuracy": 0.5}] * 2
     manager.on_after_eval()
     manager.on_train_end()
+
+
+def test_the_hooks_of_both_places_are_the_same():
+    manager = prepare_compression(toys.mlp(), distiller())
+    assert isinstance(manager, CompressionManager)
+    assert isinstance(manager.callbacks, CallBacks)
+    hooks = [name for name in dir(CallBacks) if name.startswith("on_")]
+    assert len(hooks) == 11
+    assert all(getattr(manager, name) == getattr(manager.callbacks, name) for name in hooks)
+    manager.close()
 
 
 # What was wrong there -----------------------------------------------------------------------------
