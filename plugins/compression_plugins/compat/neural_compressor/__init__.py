@@ -6,6 +6,7 @@ A script of that library runs after `neural_compressor` is replaced by
 docs/how-to/migrate-from-neural-compressor.md.
 """
 
+from compression_plugins.compat.neural_compressor.callbacks import CallBacks
 from compression_plugins.compat.neural_compressor.config import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
@@ -14,7 +15,6 @@ from compression_plugins.compat.neural_compressor.config import (
     SelfKnowledgeDistillationLossConfig,
     WeightPruningConfig,
 )
-from compression_plugins.compat.neural_compressor.loop import CallBacks
 from compression_plugins.compat.neural_compressor.model import CompressedModel
 from compression_plugins.compat.neural_compressor.storage import load
 from compression_plugins.compat.neural_compressor.training import (

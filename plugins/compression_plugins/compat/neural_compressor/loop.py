@@ -8,94 +8,16 @@ from __future__ import annotations
 
 import inspect
 import warnings
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
-from torch.utils.hooks import RemovableHandle
 
 import compression_manager
-from compression_manager.model_hooks import ModelHooks
 from compression_plugins.compat.neural_compressor.outputs import PassedOutputs
-
-
-class CallBacks:
-    """The hooks, with Neural Compressor's signatures."""
-
-    def __init__(self, loop: TrainingLoop) -> None:
-        self._loop = loop
-
-    def on_train_begin(self, dataloader: object = None) -> None:
-        """Training begins; the first other hook implies it.
-
-        Raises:
-            LifecycleError: it has begun already.
-        """
-        self._loop.begin_training(dataloader)
-
-    def on_epoch_begin(self, epoch: int) -> None:
-        """An epoch begins; may be left out."""
-        self._loop.begin_epoch(epoch)
-
-    def on_step_begin(self, batch_id: int) -> None:
-        """A step begins; the student's forward pass implies it."""
-        self._loop.begin_step(batch_id)
-
-    def on_after_compute_loss(
-        self,
-        input: Any,
-        student_output: Any,
-        student_loss: Tensor,
-        teacher_output: Any = None,
-        **further: Any,
-    ) -> Tensor:
-        """Return the loss to differentiate, always one scalar.
-
-        Args:
-            input: what the model was called with.
-            student_output: what the model returned, its logits, or a dictionary of named outputs.
-            student_loss: the task's own loss.
-            teacher_output: taken instead of calling the teacher, if the loop computes it.
-            **further: as `compression_manager.CompressionManager.on_after_compute_loss`.
-        """
-        return self._loop.compute_loss(
-            input, student_output, student_loss, teacher_output, **further
-        )
-
-    def on_before_optimizer_step(self) -> None:
-        """Gradients are complete; the optimizer's step implies it."""
-        self._loop.before_update()
-
-    def on_after_optimizer_step(self) -> None:
-        """Parameters were updated; the optimizer's step implies it."""
-        self._loop.after_update()
-
-    def on_step_end(self) -> None:
-        """A step ends; may be left out."""
-        self._loop.end_step()
-
-    def on_before_eval(self) -> None:
-        """Evaluation begins; may be left out."""
-        self._loop.begin_evaluation()
-
-    def on_after_eval(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Evaluation ended; 2.6 passes nothing, plugins may use `metrics`."""
-        self._loop.end_evaluation(metrics)
-
-    def on_epoch_end(self) -> None:
-        """An epoch ends; may be left out."""
-        self._loop.end_epoch()
-
-    def on_train_end(self) -> None:
-        """Training ends."""
-        self._loop.end_training()
+from compression_plugins.compat.neural_compressor.watching import Watch
 
 
 class TrainingLoop:
@@ -128,8 +50,7 @@ class TrainingLoop:
         self._model = model
         self._passed = passed
         self._distills = distills
-        self._hooks = ModelHooks()
-        self._handles: list[RemovableHandle] = []
+        self._watch = Watch(model)
         self._was_called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._steps = 0
         self._losses = 0
@@ -150,7 +71,7 @@ class TrainingLoop:
         """Begin, and watch the student and the optimizers from here on."""
         self._manager.on_train_begin(dataloader)
         self.is_training = True
-        self._watch()
+        self._watch.start(self)
 
     def end_training(self) -> None:
         """End whatever is open, and the training."""
@@ -182,13 +103,17 @@ class TrainingLoop:
     # Evaluation --------------------------------------------------------------------------------
 
     def begin_evaluation(self) -> None:
-        """Begin an evaluation."""
+        """Begin an evaluation; after the training, nobody has to know of it."""
+        if self._has_ended:
+            return
         self._end_parts()
         self._manager.on_before_eval()
         self._is_evaluating = True
 
     def end_evaluation(self, metrics: Mapping[str, float] | None = None) -> None:
         """End an evaluation, whether its begin was announced or not."""
+        if self._has_ended:
+            return
         if not self._is_evaluating:
             self.begin_evaluation()
         self._is_evaluating = False
@@ -217,7 +142,7 @@ class TrainingLoop:
         input: Any,
         student_output: Any,
         student_loss: Tensor,
-        teacher_output: Any,
+        teacher_output: Any = None,
         **more: Any,
     ) -> Tensor:
         """Return the sum of the task's and the plugins' terms."""
@@ -241,6 +166,7 @@ class TrainingLoop:
     def before_update(self) -> None:
         """Announce the update, or let it wait for the first optimizer."""
         if self.knows_optimizer:
+            self._imply_loss()
             self._announce_update()
         else:
             self._update_waits = True
@@ -257,45 +183,22 @@ class TrainingLoop:
 
     def stop_watching(self) -> None:
         """Remove the hooks of this loop."""
-        self._hooks.remove_all()
-        _remove(self._handles)
+        self._watch.stop()
 
-    def _watch(self) -> None:
-        self.stop_watching()
-        self._hooks.add_forward_pre_hook(self._model, self._before_forward, with_kwargs=True)
-        # The hooks are those of all optimizers; a loop that never ends must not live on in them.
-        this = weakref.ref(self)
-
-        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            loop = this()
-            if loop is not None:
-                loop._before_optimizer(optimizer)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            loop = this()
-            if loop is not None:
-                loop._after_optimizer(optimizer)
-
-        self._handles += [
-            register_optimizer_step_pre_hook(before),
-            register_optimizer_step_post_hook(after),
-        ]
-        weakref.finalize(self, _remove, self._handles)
-
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not (module.training and self.is_training and torch.is_grad_enabled()):
-            return
+    def forward_begins(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The student is called in training mode."""
         if self._is_evaluating:
             return
         self._was_called = (args, kwargs)
         if self.example_inputs is None:
-            self.example_inputs = _example(module, args, kwargs)
+            self.example_inputs = _example(self._model, args, kwargs)
         if not self._in_step:
             self._open_step(self._steps)
             self._is_implied = True
 
-    def _before_optimizer(self, optimizer: Optimizer) -> None:
-        if not self._is_of_student(optimizer):
+    def update_begins(self, optimizer: Optimizer, *, is_of_student: bool) -> None:
+        """An optimizer is about to make a step."""
+        if not is_of_student:
             self._saw_other_optimizer = True
             return
         if not self.knows_optimizer:
@@ -303,9 +206,8 @@ class TrainingLoop:
             self._manager.track(optimizer=optimizer)
         self._imply_update()
 
-    def _after_optimizer(self, optimizer: Optimizer) -> None:
-        if not self._is_of_student(optimizer):
-            return
+    def update_ended(self) -> None:
+        """An optimizer of the student made a step."""
         self._imply_update()  # a closure computes the loss within the optimizer's step
         self.after_update()
         if self._is_implied:
@@ -314,21 +216,15 @@ class TrainingLoop:
     def _imply_update(self) -> None:
         if self._update_is_open or not self._in_step:
             return
-        if not self._has_loss and not self._distills and self._was_called is not None:
-            # A loop of QAT alone may have no hooks at all. No plugin looks at the loss, which the
-            # manager only counts.
-            nothing = torch.zeros((), requires_grad=True)
-            self.compute_loss(self.example_inputs, None, nothing, None)
+        if self._was_called is not None:
+            self._imply_loss()
         if self._has_loss:
             self._announce_update()
 
-    def _is_of_student(self, optimizer: Optimizer) -> bool:
-        own = {id(parameter) for parameter in self._model.parameters()}
-        return any(
-            id(parameter) in own
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
+    def _imply_loss(self) -> None:
+        """Without distillation a loop may leave the loss out: nobody looks at it."""
+        if self._in_step and not self._has_loss and not self._distills:
+            self.compute_loss(self.example_inputs, None, torch.zeros(()))
 
     # Internals ---------------------------------------------------------------------------------
 
@@ -359,6 +255,7 @@ class TrainingLoop:
     def _announce_waiting(self) -> None:
         """No torch optimizer made the update that the loop announced: it has one of its own."""
         self.knows_optimizer = True
+        self._imply_loss()
         self._announce_update()
 
     def _announce_update(self) -> None:
@@ -382,11 +279,6 @@ class TrainingLoop:
                 "for another copy. Make it from manager.model.parameters().",
                 stacklevel=4,
             )
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    while handles:
-        handles.pop().remove()
 
 
 def _example(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

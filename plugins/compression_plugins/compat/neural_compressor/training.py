@@ -16,12 +16,13 @@ from compression_manager.checks import as_path
 from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError
 from compression_plugins.compat.neural_compressor import config as compat
+from compression_plugins.compat.neural_compressor.callbacks import CallBacks
 from compression_plugins.compat.neural_compressor.distillation import (
     names_l2,
     translate_distillers,
 )
 from compression_plugins.compat.neural_compressor.fields import ignored_fields
-from compression_plugins.compat.neural_compressor.loop import CallBacks, TrainingLoop
+from compression_plugins.compat.neural_compressor.loop import TrainingLoop
 from compression_plugins.compat.neural_compressor.losses import LossesConfig, LossesPlugin
 from compression_plugins.compat.neural_compressor.model import (
     CompressedModel,

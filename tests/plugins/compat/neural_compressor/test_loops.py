@@ -22,6 +22,8 @@ from compression_plugins.compat.neural_compressor import (
     IntermediateLayersKnowledgeDistillationLossConfig,
     KnowledgeDistillationLossConfig,
     QuantizationAwareTrainingConfig,
+    SelfKnowledgeDistillationLossConfig,
+    load,
     prepare_compression,
 )
 
@@ -161,6 +163,100 @@ def test_a_quantization_loop_without_hooks_in_the_steps():
     assert manager.native.position.global_step == 4
     manager.callbacks.on_train_end()
     assert is_int8(model)
+
+
+def test_a_quantization_loop_with_all_hooks_but_the_loss_and_an_evaluation_after_it():
+    student = toys.mlp()
+    manager = prepare_compression(student, QuantizationAwareTrainingConfig())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    manager.callbacks.on_train_begin()
+    for epoch in range(2):
+        student.train()
+        manager.callbacks.on_epoch_begin(epoch)
+        for step, (inputs, targets) in enumerate(BATCHES):
+            manager.callbacks.on_step_begin(step)
+            loss = F.cross_entropy(student(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            manager.callbacks.on_before_optimizer_step()
+            optimizer.step()
+            manager.callbacks.on_after_optimizer_step()
+            manager.callbacks.on_step_end()
+        manager.callbacks.on_epoch_end()
+    assert manager.native.position.global_step == 4
+    manager.callbacks.on_train_end()
+    manager.callbacks.on_before_eval()
+    manager.callbacks.on_after_eval()
+    assert is_int8(manager.model)
+
+
+class Exits(nn.Module):
+    """Returns the logits and features of three depths, the deepest first."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(6, toys.CLASSES) for _ in range(3))
+
+    def forward(self, values):
+        features = []
+        for block in self.blocks:
+            values = F.relu(block(values))
+            features.insert(0, values)
+        heads = reversed(list(self.heads))
+        return [head(item) for head, item in zip(heads, features, strict=True)], features
+
+
+def test_self_distillation_with_layers_that_the_loop_adds(tmp_path):
+    network = Exits()
+    criterion = SelfKnowledgeDistillationLossConfig(
+        layer_mappings=[
+            [["middle.feature", "deep.feature"], ["shallow.feature", "deep.feature"]],
+            [["middle.fc", "deep.fc"], ["shallow.fc", "deep.fc"]],
+        ],
+        temperature=3.0,
+        loss_types=["L2", "KL"],
+        loss_weights=[0.03, 0.3],
+        add_origin_loss=True,
+    )
+    conf = DistillationConfig(teacher_model=network, criterion=criterion)
+    manager = prepare_compression(copy.deepcopy(network), conf)
+    model = manager.model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for epoch in range(5):
+        model.train()
+        manager.callbacks.on_epoch_begin(epoch)
+        for number, (inputs, targets) in enumerate(BATCHES, start=1):
+            manager.callbacks.on_step_begin(number)
+            logits, features = model(inputs)
+            if not hasattr(model, "adaptation"):
+                model.adaptation = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+            loss = torch.zeros(1)
+            for item in logits:
+                loss += F.cross_entropy(item, targets)
+            named = {
+                "deep.feature": features[0].detach(),
+                "middle.feature": model.adaptation[0](features[1]),
+                "shallow.feature": model.adaptation[1](features[2]),
+                "deep.fc": logits[0].detach(),
+                "middle.fc": logits[1],
+                "shallow.fc": logits[2],
+            }
+            loss = manager.callbacks.on_after_compute_loss(
+                inputs, named, loss, teacher_output=named
+            )
+            losses.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            manager.callbacks.on_step_end()
+        manager.callbacks.on_epoch_end()
+    assert losses[-1] < losses[0]
+    manager.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved", Exits())
+    assert torch.equal(loaded(INPUTS)[0][0], model.eval()(INPUTS)[0][0])
+    manager.close()
 
 
 def test_a_loop_with_the_loss_alone():
