@@ -62,6 +62,7 @@ reference: $(STAMP)  ## rewrite docs/reference from the code
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/python docs/generate_quantization.py
 	$(BIN)/python docs/generate_distillation.py
+	$(BIN)/python docs/generate_migration.py
 
 readme: $(STAMP)  ## put the figures of the last demo, study and tables into README.md and docs
 	$(BIN)/python docs/update_demo.py

@@ -24,6 +24,7 @@ PUBLIC_MODULES = (
     "compression_manager.integrations.onnx_translation",
     "compression_manager.testing",
     "compression_plugins",
+    "compression_plugins.compat.neural_compressor",
     "compression_plugins.distillation.cache",
     "compression_plugins.distillation.losses",
 )

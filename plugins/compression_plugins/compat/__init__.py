@@ -1,0 +1,1 @@
+"""Other libraries' interfaces, translated into this one's."""

@@ -1,0 +1,1 @@
+"""Stands where Neural Compressor 2.6 has `utils`."""
