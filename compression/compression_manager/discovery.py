@@ -1,7 +1,8 @@
 """Installed plugins: found by entry point, imported by name, created from a config.
 
 The entry-point group carries the version of the hook API that a plugin was written for, so that
-one for another version is refused without importing it.
+one for another version is refused without importing it. `compression_manager.plugins` without a
+version is that of version 1, and stays so.
 """
 
 from __future__ import annotations
@@ -103,23 +104,31 @@ def create_plugin(plugin_class: type[Plugin[Any]], config: PluginConfig) -> Plug
 
 
 def _is_ours(entry: EntryPoint) -> bool:
-    return entry.group == ENTRY_POINT_GROUP
+    return _version(entry) == HOOK_API_VERSION
+
+
+def _version(entry: EntryPoint) -> int | None:
+    """Return the hook API's version that a group stands for, or None if it says none."""
+    if entry.group == _ANY_GROUP:
+        return 1
+    found = re.fullmatch(rf"{re.escape(_ANY_GROUP)}\.v([0-9]+)", entry.group)
+    return int(found[1]) if found else None
 
 
 def _mismatch(entry: EntryPoint) -> str:
     """Return what is wrong with the group of an entry point, and what to do."""
     distribution = _distribution_name(entry)
-    version = re.fullmatch(rf"{re.escape(_ANY_GROUP)}\.v([0-9]+)", entry.group)
+    version = _version(entry)
     if version is None:
         return (
             f"is registered in the entry-point group '{entry.group}', which does not say for which "
             f"version of the hook API it was written; {distribution} has to register it in "
             f"'{ENTRY_POINT_GROUP}'."
         )
-    newer = int(version[1]) > HOOK_API_VERSION
+    newer = version > HOOK_API_VERSION
     this, other = ("upgrade", "an older") if newer else ("downgrade", "a newer")
     return (
-        f"needs hook API {version[1]}, but this compression-manager has hook API "
+        f"needs hook API {version}, but this compression-manager has hook API "
         f"{HOOK_API_VERSION}; {this} compression-manager, or install {other} release of "
         f"{distribution}."
     )

@@ -134,9 +134,7 @@ def test_older_hook_api_is_refused(install: Any, monkeypatch: pytest.MonkeyPatch
         prepare_compression(toys.mlp(), [ProbeConfig()])
 
 
-@pytest.mark.parametrize(
-    "group", [UNVERSIONED, f"{UNVERSIONED}.1", f"{UNVERSIONED}.v1.1", f"{UNVERSIONED}_v1"]
-)
+@pytest.mark.parametrize("group", [f"{UNVERSIONED}.1", f"{UNVERSIONED}.v1.1", f"{UNVERSIONED}_v1"])
 def test_group_without_a_version_says_which_to_use(install: Any, group: str) -> None:
     install(("probe", "a:b", "dist-odd", group))
     with pytest.raises(PluginError) as error:
@@ -145,11 +143,22 @@ def test_group_without_a_version_says_which_to_use(install: Any, group: str) -> 
         assert part in str(error.value)
 
 
+def test_the_group_without_a_number_is_that_of_version_1(
+    install: Any, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module.Plugin = GoodPlugin
+    install(("probe", "third_party_module:Plugin", "d", UNVERSIONED))
+    prepare_compression(toys.mlp(), [ProbeConfig()]).close()
+    monkeypatch.setattr(discovery, "HOOK_API_VERSION", 2)
+    with pytest.raises(PluginError, match="needs hook API 1"):
+        prepare_compression(toys.mlp(), [ProbeConfig()])
+
+
 def test_unusable_groups_do_not_disturb_other_plugins(install: Any, module: Any) -> None:
     module.Plugin = GoodPlugin
     install(
         ("later", "no_such_module_at_all:Plugin", "dist-new", NEWER),
-        ("odd", "no_such_module_at_all:Plugin", "dist-odd", UNVERSIONED),
+        ("odd", "no_such_module_at_all:Plugin", "dist-odd", f"{UNVERSIONED}.1"),
         ("probe", "third_party_module:Plugin", "dist-good"),
     )
     prepare_compression(toys.mlp(), [ProbeConfig()])
