@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -175,3 +176,19 @@ def _one_line(error: Exception) -> str:
         return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted key -> number, text or bool; lists, None and empty mappings as JSON."""
+    return dict(_flatten(recipe, ""))
+
+
+def _flatten(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{name}.")
+        elif isinstance(value, (bool, int, float, str)):
+            yield name, value
+        else:
+            yield name, json.dumps(value, default=str)

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.chart import WIDE, line_chart
 from compression_manager.run_report.curve import Curve
-from compression_manager.run_report.run import Run, flat_recipe
+from compression_manager.run_report.run import Run
 from compression_manager.run_report.style import STYLE
 from compression_manager.run_report.text import document, number, remark, section, table
 from compression_manager.state import json_number

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compression_manager.errors import CheckpointError
+from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.event_files import Events, read_events
 from compression_manager.run_report.find import choose_events, find_run
@@ -145,22 +145,6 @@ def read_run(folder: Path) -> Run:
         ranges=ranges or _recorded_ranges(found.checkpoints),
         seconds=events.seconds,
     )
-
-
-def flat_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Return dotted key -> number, text or bool; lists, None and empty mappings as JSON."""
-    return dict(_flatten(recipe, ""))
-
-
-def _flatten(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{name}.")
-        elif isinstance(value, (bool, int, float, str)):
-            yield name, value
-        else:
-            yield name, json.dumps(value, default=str)
 
 
 def _state(manifest: Manifest) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compression_manager.metrics import Metric
+from compression_manager.recipe import flat_recipe
 
 
 class EventWriter:
@@ -47,7 +47,7 @@ class EventWriter:
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would write a run of its own, in a subfolder.
-        summaries = hparams(dict(_flatten(recipe)), dict(metrics))  # type: ignore[no-untyped-call]  # untyped in torch
+        summaries = hparams(flat_recipe(recipe), dict(metrics))  # type: ignore[no-untyped-call]  # untyped in torch
         writer = self._writer._get_file_writer()  # type: ignore[no-untyped-call]  # untyped in torch
         for summary in summaries:
             writer.add_summary(summary)
@@ -59,15 +59,3 @@ class EventWriter:
     def close(self) -> None:
         """Flush and close the file."""
         self._writer.close()
-
-
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys with numbers and texts; lists become JSON."""
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{name}.")
-        elif isinstance(value, (bool, int, float, str)):
-            yield name, value
-        else:
-            yield name, json.dumps(value, default=str)
