@@ -74,6 +74,56 @@ def test_python_and_recipe_of_its_readme_give_the_same_model(environment: Enviro
     environment.run("script.py")
 
 
+COMPATIBLE = """
+import torch
+from compression_manager.testing import tiny_classifier, vectors
+from compression_plugins.compat.neural_compressor import WeightPruningConfig, prepare_compression
+
+config = WeightPruningConfig(
+    target_sparsity=0.75,
+    pruning_type="magnitude",
+    pattern="1x1",
+    sparsity_decay_type="cube",
+    start_step=1,
+    end_step=3,
+)
+manager = prepare_compression(tiny_classifier(), config)
+optimizer = torch.optim.SGD(manager.model.parameters(), 0.1, momentum=0.9)
+inputs, targets = vectors(8).tensors
+manager.on_train_begin()
+for step in range(4):
+    manager.on_step_begin(step)
+    output = manager.model(inputs)
+    loss = torch.nn.functional.cross_entropy(output, targets)
+    manager.on_after_compute_loss(inputs, output, loss).backward()
+    manager.on_before_optimizer_step()
+    optimizer.step()
+    optimizer.zero_grad()
+    manager.on_step_end()
+weights = [value for value in manager.model.parameters() if value.dim() == 2]
+assert len(weights) > 1
+zeros = [int((value == 0).sum()) for value in weights[:-1]]
+assert zeros == [round(0.75 * value.numel()) for value in weights[:-1]], zeros
+assert weights[-1].all()  # the last layer, as in 2.6
+"""
+
+
+def test_it_serves_the_pruning_config_of_neural_compressor(environment: Environment) -> None:
+    environment.run("-W", "error::UserWarning", "-c", COMPATIBLE)
+
+
+def test_it_imports_public_modules_only() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in EXAMPLE.rglob("*.py"))
+    used = set(re.findall(r"^(?:from|import) (compression_(?:manager|plugins)[\w.]*)", text, re.M))
+    public = ("deploy", "quantization", "testing")
+    assert used <= {
+        "compression_manager",
+        "compression_plugins",
+        *(f"compression_manager.{name}" for name in public),
+    }
+    assert "compression_manager" in used
+
+
 # Beside our plugins -------------------------------------------------------------------------------
 
 
@@ -100,12 +150,14 @@ class Result(NamedTuple):
 
 def result(order: tuple[str, ...]) -> Result:
     torch.manual_seed(0)
-    teacher, model = toys.ConvNet(6), toys.ConvNet(dropout=0.3)
+    model = toys.ConvNet(dropout=0.3)
     configs = {
         "pruning": pruning(),
         "qat": QATConfig(),
-        # Its teacher follows the student, whose weights it must see as they are pruned.
-        "distillation": DistillationConfig(teacher, criterion("KL", 4.0)),
+        # Its teacher is an average of the student's weights, which it must see as pruned.
+        "distillation": DistillationConfig(
+            teacher_outputs="ema", ema_decay=0.5, criterion=criterion("KL", 4.0)
+        ),
     }
     manager = prepare_compression(model, [configs[name] for name in order])
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=0.01)
@@ -114,7 +166,7 @@ def result(order: tuple[str, ...]) -> Result:
     state = manager.state_dict()
     return Result(
         losses,
-        {**state["model"], "masks": state["plugins"]["magnitude_pruning"]["masks"]},
+        {**state["model"], "plugins": dict(sorted(state["plugins"].items()))},
         dict(manager.convert().state_dict()),
     )
 
@@ -123,9 +175,10 @@ def result(order: tuple[str, ...]) -> Result:
 def test_every_order_with_distillation_and_qat_gives_the_same_result() -> None:
     expected = result(NAMES)
     assert len(set(expected.losses)) == 6
-    zeros = {name: int((~mask).sum()) for name, mask in expected.state["masks"].items()}
+    masks = expected.state["plugins"]["magnitude_pruning"]["masks"]
+    zeros = {name: int((~mask).sum()) for name, mask in masks.items()}
     assert zeros == {"conv1.weight": 27, "conv2.weight": 108, "fc.weight": 192}
-    for name, mask in expected.state["masks"].items():
+    for name, mask in masks.items():
         assert not expected.converted[name][~mask].any()
     for order in itertools.permutations(NAMES):
         toys.assert_identical(result(order), expected)
