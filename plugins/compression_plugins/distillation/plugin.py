@@ -211,7 +211,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 batch = Batch(inputs, student_output, teacher_output, is_training=False)
                 with blame_option("criterion"):
                     comparison.check(batch)
-                self._note_memory(context)
+                self._note_costs(context)
         finally:
             self._stop_recording()
             context.step_cache.clear()
@@ -236,14 +236,16 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         if parameters:
             self._take_parameters_away = context.add_parameters(parameters, owner=self.name)
 
-    def _note_memory(self, context: Context) -> None:
+    def _note_costs(self, context: Context) -> None:
         teacher = self._teacher_source.model
         kept = sum(recorder.bytes() for recorder in self._running.recorders)
-        context.note(self.name, preflight.describe_memory(context.model, teacher, kept))
+        memory = preflight.describe_memory(context.model, teacher, kept)
+        remark = self._teacher_source.remark()
+        context.note(self.name, f"{memory}; {remark}" if remark else memory)
 
     def _look_ahead(self, context: Context, batch: Batch) -> None:
         config = self.config
-        self._note_memory(context)
+        self._note_costs(context)
         is_trained = config.criterion.needs_teacher and config.teacher_outputs == "model"
         # A resumed run was told already.
         labels = preflight.comparable_labels(batch, config.criterion)

@@ -14,7 +14,11 @@ from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.config import DistillationConfig
-from compression_plugins.distillation.teachers.runtime import RunningTeacher, running_teacher
+from compression_plugins.distillation.teachers.runtime import (
+    RunningTeacher,
+    running_teacher,
+    slower_than_float32,
+)
 from compression_plugins.distillation.teachers.teacher import (
     Teacher,
     check_distinct,
@@ -60,6 +64,10 @@ class TeacherSource(ABC):
         """
         return self.outputs(context, input)
 
+    def remark(self) -> str:
+        """Return what a user should know about it, or nothing."""
+        return ""
+
     def follow(self, student: nn.Module) -> None:  # noqa: B027 (most stay as they are)
         """The student was updated."""
 
@@ -84,7 +92,8 @@ class LiveTeacher(TeacherSource):
     """Runs a model; several plugin instances with the same one run it once per loss."""
 
     def __init__(self, config: DistillationConfig, model: nn.Module) -> None:
-        running = running_teacher(model, config.teacher_runtime)
+        self._runtime = config.teacher_runtime
+        running = running_teacher(model, self._runtime)
         self.model: nn.Module = running.model if isinstance(running, RunningTeacher) else running
         self._original = model
         self._teacher = Teacher(running, config.teacher_forward)
@@ -97,6 +106,10 @@ class LiveTeacher(TeacherSource):
     def prepare(self, context: Context, owner: str) -> None:
         """Freeze the teacher."""
         self._teacher.freeze(context, owner)
+
+    def remark(self) -> str:
+        """Return where the runtime costs time instead of saving it."""
+        return slower_than_float32(self._original, self._runtime)
 
     def outputs(
         self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None

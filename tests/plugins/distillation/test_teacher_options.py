@@ -14,6 +14,7 @@ from compression_plugins import (
     TeacherRuntime,
 )
 from compression_plugins.distillation.losses import kd_loss
+from compression_plugins.distillation.teachers import runtime as runtime_module
 from toy_teachers import CountingTeacher, begin, criterion, published
 
 IMAGES = toys.images(8).tensors[0]
@@ -123,3 +124,14 @@ def test_from_a_recipe(tmp_path):
 def test_bad_options(options, message):
     with pytest.raises(ConfigError, match=f"DistillationConfig.teacher_runtime.*{message}"):
         DistillationConfig(**options)
+
+
+@pytest.mark.parametrize("computes", [True, False])
+@pytest.mark.parametrize("runtime", [BF16, TeacherRuntime()], ids=str)
+def test_the_report_says_where_bfloat16_is_emulated(monkeypatch, computes, runtime):
+    monkeypatch.setattr(runtime_module, "_cpu_computes_bfloat16", lambda: computes)
+    config = DistillationConfig(toys.ConvNet(6), teacher_runtime=runtime)
+    manager = prepare_compression(toys.ConvNet(4), [config], example_inputs=IMAGES)
+    is_told = "no bfloat16 instructions" in str(manager.report())
+    assert is_told == (runtime == BF16 and not computes)
+    manager.close()

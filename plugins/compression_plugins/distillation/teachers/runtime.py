@@ -92,6 +92,23 @@ def running_teacher(model: nn.Module, runtime: TeacherRuntime) -> nn.Module:
     return RunningTeacher(model, runtime)
 
 
+def slower_than_float32(model: nn.Module, runtime: TeacherRuntime) -> str:
+    """Return in words why the runtime costs time on the model's device, or nothing."""
+    parameter = next(model.parameters(), None)
+    on_cpu = parameter is not None and parameter.device.type == "cpu"
+    if runtime.precision == "bfloat16" and on_cpu and not _cpu_computes_bfloat16():
+        return (
+            "teacher_runtime: this processor has no bfloat16 instructions; emulating them takes "
+            "several times float32's time, for half of the memory"
+        )
+    return ""
+
+
+def _cpu_computes_bfloat16() -> bool:
+    # No public function says it; torch's own compiler asks this one.
+    return torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class RunningTeacher(nn.Module):
     """Calls a model as `TeacherRuntime` says; made by `running_teacher`.
 
