@@ -49,6 +49,10 @@ def test_page_is_up_to_date(generator: ModuleType) -> None:
     assert generator.PAGE.read_text(encoding="utf-8") == expected, "run `make reference`"
 
 
+def test_every_row_has_a_measured_effect(generator: ModuleType) -> None:
+    assert "not measured |" not in generator.PAGE.read_text(encoding="utf-8")
+
+
 def test_there_is_a_row_for_all_that_configs_take(generator: ModuleType) -> None:
     page = generator.page(None)
     assert {*_cells(page, "Logits"), *_cells(page, "Layers")} == set(CATALOG)
