@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import compression_manager
 from compression_plugins.compat.neural_compressor.outputs import PassedOutputs
-from compression_plugins.compat.neural_compressor.watching import Watch
+from compression_plugins.compat.neural_compressor.watching import Watch, schedulers_of
 
 
 class TrainingLoop:
@@ -203,7 +203,11 @@ class TrainingLoop:
             return
         if not self.knows_optimizer:
             self.knows_optimizer = True
-            self._manager.track(optimizer=optimizer)
+            schedulers = {
+                "scheduler" if number == 1 else f"scheduler_{number}": scheduler
+                for number, scheduler in enumerate(schedulers_of(optimizer), start=1)
+            }
+            self._manager.track(optimizer=optimizer, **schedulers)
         self._imply_update()
 
     def update_ended(self) -> None:
