@@ -401,6 +401,16 @@ def test_the_hooks_of_both_places_are_the_same():
     manager.close()
 
 
+@pytest.mark.parametrize("next_hook", ["on_step_begin", "on_epoch_begin", "on_train_end"])
+def test_an_evaluation_whose_end_is_left_out(next_hook):
+    manager = prepare_compression(toys.mlp(), distiller())
+    manager.on_train_begin()
+    manager.on_before_eval()
+    getattr(manager, next_hook)(*() if next_hook == "on_train_end" else (0,))
+    assert len(manager.native.evaluations) == 1
+    manager.close()
+
+
 # What was wrong there -----------------------------------------------------------------------------
 
 
