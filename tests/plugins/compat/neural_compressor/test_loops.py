@@ -432,7 +432,8 @@ def test_training_does_not_go_on_after_its_end():
         manager.on_step_begin(0)
 
 
-def test_an_optimizer_of_another_copy_is_noticed():
+@pytest.mark.parametrize("announces", [False, True])
+def test_an_optimizer_of_another_copy_is_noticed(announces):
     student = toys.mlp()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     manager = prepare_compression(copy.deepcopy(student), distiller())
@@ -441,7 +442,10 @@ def test_an_optimizer_of_another_copy_is_noticed():
         manager.on_step_begin(step)
         output = manager.model(inputs)
         manager.on_after_compute_loss(inputs, output, F.cross_entropy(output, targets)).backward()
+        if announces:
+            manager.on_before_optimizer_step()
         optimizer.step()
+        manager.on_step_end()
     with pytest.warns(UserWarning, match="holds no parameter of manager.model"):
         manager.on_epoch_end()
     manager.close()
