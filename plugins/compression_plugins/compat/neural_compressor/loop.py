@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 import compression_manager
 from compression_plugins.compat.neural_compressor.outputs import PassedOutputs
-from compression_plugins.compat.neural_compressor.watching import Watch
+from compression_plugins.compat.neural_compressor.watching import Watch, schedulers_of
 
 
 class TrainingLoop:
@@ -54,6 +54,7 @@ class TrainingLoop:
         self._was_called: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._steps = 0
         self._losses = 0
+        self._announces_updates = False  # the loop does, of an optimizer that is not torch's
         self._saw_other_optimizer = False
         self._has_ended = False
         self._in_epoch = False
@@ -124,7 +125,7 @@ class TrainingLoop:
     def begin_step(self, step: int) -> None:
         """Begin a step; end the one that is open."""
         self._imply_training()
-        if self._in_step and not (self._has_loss and self.knows_optimizer):
+        if self._in_step and not (self._has_loss and self._sees_updates):
             # It has only begun with the forward pass; or it accumulates: parameters that plugins
             # create need the optimizer before the next step, and it is seen at its first update.
             return
@@ -133,7 +134,7 @@ class TrainingLoop:
 
     def end_step(self) -> None:
         """End the step, unless it goes on until an optimizer is known."""
-        if self._has_loss and not self.knows_optimizer and not self._update_waits:
+        if self._has_loss and not self._sees_updates and not self._update_waits:
             return
         self._close_step()
 
@@ -165,7 +166,7 @@ class TrainingLoop:
 
     def before_update(self) -> None:
         """Announce the update, or let it wait for the first optimizer."""
-        if self.knows_optimizer:
+        if self._sees_updates:
             self._imply_loss()
             self._announce_update()
         else:
@@ -203,7 +204,11 @@ class TrainingLoop:
             return
         if not self.knows_optimizer:
             self.knows_optimizer = True
-            self._manager.track(optimizer=optimizer)
+            schedulers = {
+                "scheduler" if number == 1 else f"scheduler_{number}": scheduler
+                for number, scheduler in enumerate(schedulers_of(optimizer), start=1)
+            }
+            self._manager.track(optimizer=optimizer, **schedulers)
         self._imply_update()
 
     def update_ended(self) -> None:
@@ -227,6 +232,10 @@ class TrainingLoop:
             self.compute_loss(self.example_inputs, None, torch.zeros(()))
 
     # Internals ---------------------------------------------------------------------------------
+
+    @property
+    def _sees_updates(self) -> bool:
+        return self.knows_optimizer or self._announces_updates
 
     def _imply_training(self) -> None:
         if not self.is_training and not self._has_ended:
@@ -254,7 +263,7 @@ class TrainingLoop:
 
     def _announce_waiting(self) -> None:
         """No torch optimizer made the update that the loop announced: it has one of its own."""
-        self.knows_optimizer = True
+        self._announces_updates = True
         self._imply_loss()
         self._announce_update()
 

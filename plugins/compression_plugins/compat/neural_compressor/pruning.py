@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compression_manager import PluginConfig, StartAt
 from compression_manager.discovery import installed_plugins, load_plugin_class
@@ -77,7 +77,7 @@ def _weights(given: dict[str, Any], model: nn.Module) -> list[str]:
     layers = [
         name
         for name, module in model.named_modules()
-        if hasattr(module, "weight") and any(kind in type(module).__name__ for kind in kinds)
+        if _has_matrix(module) and any(kind in type(module).__name__ for kind in kinds)
     ]
     wanted = [re.compile(name) for name in given["op_names"]] or [re.compile("")]
     unwanted = [re.compile(name) for name in given["excluded_op_names"]]
@@ -94,6 +94,11 @@ def _weights(given: dict[str, Any], model: nn.Module) -> list[str]:
             f"{[*given['excluded_op_names'], *last]} does not; layers of these kinds: {layers}."
         )
     return [f"{name}.weight" if name else "weight" for name in chosen]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() >= 2
 
 
 def _found(patterns: Sequence[re.Pattern[str]], name: str) -> bool:

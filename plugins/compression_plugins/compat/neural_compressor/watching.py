@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -82,6 +84,21 @@ class Watch:
             for group in optimizer.param_groups
             for parameter in group["params"]
         )
+
+
+def schedulers_of(optimizer: Optimizer) -> list[LRScheduler]:
+    """Return torch's learning-rate schedulers of an optimizer, the oldest first.
+
+    They know the optimizer, which only knows that there is one; so they are looked for among all
+    objects.
+    """
+    if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return []
+    return [
+        item
+        for item in gc.get_objects()
+        if issubclass(type(item), LRScheduler) and vars(item).get("optimizer") is optimizer
+    ]
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -1,5 +1,7 @@
 """Criteria with Neural Compressor 2.6's fields, against numpy in float64."""
 
+import gc
+import weakref
 from collections import UserDict
 from types import SimpleNamespace
 
@@ -161,13 +163,17 @@ def test_what_the_loop_passes_replaces_the_call_of_the_teacher():
     passed = torch.randn(8, 4)
     manager = teach(teacher, KnowledgeDistillationLossConfig(loss_weights=[0, 1]), student)
     manager.on_train_begin()
-    for teacher_output, expected in [(passed, passed), (None, teacher(INPUTS))]:
+    for teacher_output, expected in [(None, teacher(INPUTS)), (passed, passed)]:
         manager.on_step_begin(0)
         output = manager.model(INPUTS)
         loss = manager.on_after_compute_loss(INPUTS, output, torch.zeros(()), teacher_output)
         np.testing.assert_allclose(
             loss.item(), cross_entropy(as_array(output), as_array(expected)), rtol=1e-5
         )
+    passed = weakref.ref(passed)
+    del teacher_output, expected, loss
+    gc.collect()
+    assert passed() is None
     manager.close()
 
 

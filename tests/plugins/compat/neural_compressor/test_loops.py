@@ -305,6 +305,36 @@ def test_accumulated_gradients_train_projections_from_the_first_update(every):
     assert len(optimizer.param_groups) == 1
 
 
+def _exponential(optimizer):
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def _sequential(optimizer):
+    parts = [_exponential(optimizer), _exponential(optimizer)]
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, parts, milestones=[2])
+
+
+@pytest.mark.parametrize("make", [_exponential, _sequential])
+def test_projections_join_an_optimizer_that_has_a_scheduler_already(make):
+    manager = prepare_compression(toys.mlp(5), by_layers(toys.mlp(9), [["0"]]))
+    optimizer = torch.optim.SGD(manager.model.parameters(), lr=0.1)
+    scheduler = make(optimizer)
+    manager.on_train_begin()
+    for step, (inputs, targets) in enumerate(BATCHES * 2):
+        manager.on_step_begin(step)
+        output = manager.model(inputs)
+        manager.on_after_compute_loss(inputs, output, F.cross_entropy(output, targets)).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    manager.on_step_begin(4)  # rates are followed when a step has ended
+    first, projections = optimizer.param_groups
+    assert 0 < projections["lr"] == first["lr"] < 0.1
+    manager.on_train_end()
+    scheduler.step()
+    assert len(optimizer.param_groups) == 1
+
+
 def test_an_optimizer_of_ones_own_is_announced_by_the_hooks():
     manager = prepare_compression(toys.mlp(), QuantizationAwareTrainingConfig())
     model = manager.model
@@ -371,6 +401,16 @@ def test_the_hooks_of_both_places_are_the_same():
     manager.close()
 
 
+@pytest.mark.parametrize("next_hook", ["on_step_begin", "on_epoch_begin", "on_train_end"])
+def test_an_evaluation_whose_end_is_left_out(next_hook):
+    manager = prepare_compression(toys.mlp(), distiller())
+    manager.on_train_begin()
+    manager.on_before_eval()
+    getattr(manager, next_hook)(*() if next_hook == "on_train_end" else (0,))
+    assert len(manager.native.evaluations) == 1
+    manager.close()
+
+
 # What was wrong there -----------------------------------------------------------------------------
 
 
@@ -392,7 +432,8 @@ def test_training_does_not_go_on_after_its_end():
         manager.on_step_begin(0)
 
 
-def test_an_optimizer_of_another_copy_is_noticed():
+@pytest.mark.parametrize("announces", [False, True])
+def test_an_optimizer_of_another_copy_is_noticed(announces):
     student = toys.mlp()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     manager = prepare_compression(copy.deepcopy(student), distiller())
@@ -401,7 +442,10 @@ def test_an_optimizer_of_another_copy_is_noticed():
         manager.on_step_begin(step)
         output = manager.model(inputs)
         manager.on_after_compute_loss(inputs, output, F.cross_entropy(output, targets)).backward()
+        if announces:
+            manager.on_before_optimizer_step()
         optimizer.step()
+        manager.on_step_end()
     with pytest.warns(UserWarning, match="holds no parameter of manager.model"):
         manager.on_epoch_end()
     manager.close()
