@@ -335,15 +335,23 @@ def test_projections_join_an_optimizer_that_has_a_scheduler_already(make):
     assert len(optimizer.param_groups) == 1
 
 
-def test_an_optimizer_of_ones_own_is_announced_by_the_hooks():
+def test_an_optimizer_of_ones_own_is_announced_by_the_hooks(monkeypatch):
     manager = prepare_compression(toys.mlp(), QuantizationAwareTrainingConfig())
-    model = manager.model
+    model, announced = manager.model, []
+    announce = manager.native.on_before_optimizer_step
+    monkeypatch.setattr(
+        manager.native,
+        "on_before_optimizer_step",
+        lambda: (announced.append(len(announced)), announce()),
+    )
     manager.on_train_begin()
     for step, (inputs, targets) in enumerate(BATCHES * 2):
         manager.on_step_begin(step)
         output = model(inputs)
         manager.on_after_compute_loss(inputs, output, F.cross_entropy(output, targets)).backward()
         manager.on_before_optimizer_step()
+        # The first waits, because a torch optimizer might follow.
+        assert len(announced) == (0 if step == 0 else step + 1)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter -= 0.1 * parameter.grad
