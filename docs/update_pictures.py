@@ -43,9 +43,7 @@ def main() -> None:
             _save(browser, "report.png")
         with _tensorboard("runs") as address, _browser(TENSORBOARD_SIZE) as browser:
             browser.get(f"{address}/?darkMode=false&tagFilter=loss%7Crange#timeseries")
-            time.sleep(
-                LOADING
-            )  # charts load one by one; nothing says when all did
+            time.sleep(LOADING)  # charts load one by one; nothing says when all did
             browser.find_element("css selector", ".settings-button").click()
             time.sleep(2)
             _save(browser, "tensorboard.png")
