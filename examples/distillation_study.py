@@ -119,8 +119,8 @@ def prepare_teachers(
 ) -> None:
     """Train the teachers at the same time, and record what they say; finished ones are skipped."""
     sources = {BY_NAME[name].source for name in names}
-    ensemble = "ensemble" in sources
-    others = (0, teachers.SECOND_TEACHER) if ensemble else (0,)
+    forms = sorted(sources & set(teachers.FORMS))
+    others = (0, teachers.SECOND_TEACHER) if "ensemble" in forms else (0,)
     members = [seed + other for other in others for seed in seeds]
     untrained = [seed for seed in members if not teachers.is_trained(setup, seed)]
     threads = max(1, workers // max(1, len(untrained)))
@@ -130,9 +130,9 @@ def prepare_teachers(
         future.result()
     if sources <= {"itself", "nobody"}:
         return
-    unrecorded = [seed for seed in seeds if not teachers.is_recorded(setup, seed, ensemble)]
+    unrecorded = [seed for seed in seeds if not teachers.is_recorded(setup, seed, forms)]
     for future in [
-        submit(pool, teachers.record_teacher, setup, seed, ensemble) for seed in unrecorded
+        submit(pool, teachers.record_teacher, setup, seed, forms) for seed in unrecorded
     ]:
         future.result()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,11 +101,11 @@ def is_trained(setup: Setup, seed: int) -> bool:
     return (teacher_folder(setup, seed) / "result.json").exists()
 
 
-def is_recorded(setup: Setup, seed: int, ensemble: bool) -> bool:
-    """Return whether a seed's teacher was recorded, and its ensemble if that is asked for."""
+def is_recorded(setup: Setup, seed: int, forms: Collection[str]) -> bool:
+    """Return whether a seed's teacher was recorded, and the asked ones of its `FORMS`."""
     folder = teacher_folder(setup, seed)
-    has_ensemble = (folder / "ensemble_logits.npy").exists()
-    return (folder / "recorded").exists() and (has_ensemble or not ensemble)
+    files = (folder / f"{form}_logits.npy" for form in forms)
+    return (folder / "recorded").exists() and all(file.exists() for file in files)
 
 
 def train_teacher(setup: Setup, seed: int, threads: int) -> None:
@@ -129,8 +129,8 @@ def load_teacher(setup: Setup, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
-    """Write down what the teacher, its forms and perhaps an ensemble say to every variant."""
+def record_teacher(setup: Setup, seed: int, forms: Collection[str]) -> None:
+    """Write down what the teacher says to every variant, and what the asked ones of `FORMS` say."""
     folder = teacher_folder(setup, seed)
     (folder / "recorded").unlink(missing_ok=True)
     teacher = load_teacher(setup, seed)
@@ -139,20 +139,13 @@ def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
         teacher.get_submodule(name).register_forward_hook(
             lambda module, args, output, name=name: outputs.update({name: output})
         )
-    int8 = QuantizedTeacher(load_teacher(setup, seed), weights=True, dynamic=True)
-    half = TeacherRuntime(precision="bfloat16")
-    bfloat16 = running_teacher(load_teacher(setup, seed), half)
-    members = (seed, seed + SECOND_TEACHER) if ensemble else (seed,)
-    together = EnsembleTeacher([load_teacher(setup, member) for member in members])
+    others = {form: FORMS[form](setup, seed) for form in forms}
     images = variants(setup)
     files: dict[str, Any] = {}
     for start in range(0, len(images), 500):
         batch = images[start : start + 500]
         outputs["logits"] = teacher(batch)
-        outputs["int8_logits"] = int8(batch)
-        outputs["bfloat16_logits"] = bfloat16(batch)
-        if ensemble:
-            outputs["ensemble_logits"] = together(batch)
+        outputs |= {f"{form}_logits": other(batch) for form, other in others.items()}
         for name, output in outputs.items():
             if name not in files:
                 files[name] = np.lib.format.open_memmap(
@@ -162,3 +155,19 @@ def record_teacher(setup: Setup, seed: int, ensemble: bool) -> None:
     for file in files.values():
         file.flush()
     (folder / "recorded").touch()
+
+
+def _int8(setup: Setup, seed: int) -> nn.Module:
+    return QuantizedTeacher(load_teacher(setup, seed), weights=True, dynamic=True)
+
+
+def _bfloat16(setup: Setup, seed: int) -> nn.Module:
+    return running_teacher(load_teacher(setup, seed), TeacherRuntime(precision="bfloat16"))
+
+
+def _ensemble(setup: Setup, seed: int) -> nn.Module:
+    return EnsembleTeacher([load_teacher(setup, seed + other) for other in (0, SECOND_TEACHER)])
+
+
+# What else a student may learn from, by the source of its strategy.
+FORMS = {"int8": _int8, "bfloat16": _bfloat16, "ensemble": _ensemble}

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -111,12 +112,18 @@ def test_a_recorded_teacher_answers_as_the_teacher_does(
         folder.mkdir(parents=True)
         _, teacher = teachers.demo.networks(seed)
         save_file(teacher.state_dict(), folder / "model.safetensors")
-    assert not teachers.is_recorded(setup, 0, ensemble=False)
-    teachers.record_teacher(setup, 0, ensemble=False)
-    assert teachers.is_recorded(setup, 0, ensemble=False)
-    assert not teachers.is_recorded(setup, 0, ensemble=True)
-    teachers.record_teacher(setup, 0, ensemble=True)
-    assert teachers.is_recorded(setup, 0, ensemble=True)
+    assert not teachers.is_recorded(setup, 0, [])
+    teachers.record_teacher(setup, 0, [])
+    assert teachers.is_recorded(setup, 0, [])
+    for form in teachers.FORMS:
+        assert not teachers.is_recorded(setup, 0, [form])
+    teachers.record_teacher(setup, 0, list(teachers.FORMS))
+    assert teachers.is_recorded(setup, 0, list(teachers.FORMS))
+    exact = np.load(folder / "logits.npy")
+    for form in teachers.FORMS:
+        other = np.load(folder / f"{form}_logits.npy")
+        assert other.shape == exact.shape
+        assert not np.array_equal(other, exact)
     recorded = teachers.RecordedTeacher(folder, "logits", ["block2", "flatten"])
     kept: dict[str, torch.Tensor] = {}
     for network, where in ((teacher.eval(), "live"), (recorded, "recorded")):
