@@ -69,7 +69,7 @@ details > summary { cursor: pointer; }
 .layers > * { min-width: 760px; border-bottom: 1px solid var(--rule); }
 .layers > :last-child { border-bottom: 0; }
 .row { display: grid; gap: 12px; padding: 6px 14px; align-items: center; font-size: 14px;
-  grid-template-columns: minmax(150px, 2fr) minmax(90px, 1fr) 62px 62px 130px 86px 86px 78px; }
+  grid-template-columns: minmax(150px, 5fr) minmax(90px, 3fr) 62px 62px 130px 86px 86px 78px; }
 .row > :nth-child(n+6) { text-align: right; font-variant-numeric: tabular-nums; }
 .row > :nth-child(-n+2) { overflow-wrap: anywhere; }
 summary.row > :first-child::before { content: "\\25B8"; color: var(--quiet); margin-right: 6px; }
