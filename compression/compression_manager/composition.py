@@ -72,7 +72,7 @@ def configs_from_recipe(
         ConfigError: names file and key path.
     """
     classes = {
-        instance: _load_listed(instance, node.get("plugin", instance), recipe.source)
+        instance: _load_listed(instance, node, recipe.source)
         for instance, node in recipe.plugins.items()
     }
     # Before the configs: a mistyped argument often is what a config then lacks.
@@ -121,11 +121,12 @@ def refuse_runtime_objects(names: set[str], items: object) -> None:
     )
 
 
-def _load_listed(instance: str, name: str, source: str) -> type[Plugin[Any]]:
+def _load_listed(instance: str, node: Mapping[str, Any], source: str) -> type[Plugin[Any]]:
     try:
-        return load_plugin_class(name)
+        return load_plugin_class(node.get("plugin", instance))
     except ConfigError as error:
-        raise ConfigError(f"{source}: plugins.{instance}: {error}") from error
+        own_key = "" if "plugin" in node else " Below a key of your own, write 'plugin: NAME'."
+        raise ConfigError(f"{source}: plugins.{instance}: {error}{own_key}") from error
 
 
 def _refuse_unknown_arguments(

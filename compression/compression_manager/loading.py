@@ -193,8 +193,8 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
             _raise_named(error, plugin, hook)
         if answer_type is not None and not isinstance(answer, (answer_type, type(None))):
             raise PluginError(
-                f"plugin '{plugin.name}' must answer '{hook}' with None or a "
-                f"{answer_type.__name__}, not with {type(answer).__name__}.",
+                f"plugin '{plugin.name}' must answer '{hook}' with None or an object of "
+                f"type {answer_type.__name__}, not with {type(answer).__name__}.",
                 plugin=plugin.name,
                 hook=hook,
             )

@@ -118,9 +118,12 @@ class CompressionManager(Inspection):
         folder = as_path("resume", directory)
         try:
             path = find_checkpoint(folder)
-        except CheckpointError:
-            if missing_ok and not _has_content(folder):
+        except CheckpointError as error:
+            if _has_content(folder):
+                raise
+            if missing_ok:
                 return self.position
+            error.add_note("resume(..., missing_ok=True) begins a new training instead.")
             raise
         state = read_checkpoint(path)
         try:

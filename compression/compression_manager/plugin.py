@@ -45,7 +45,9 @@ class PluginConfig:
     name: str | None = field(
         default=None,
         kw_only=True,
-        metadata=option("Instance name; needed only when a plugin is listed more than once."),
+        metadata=option(
+            "Name of the instance, or null: the plugin's, numbered where it is listed more than once."
+        ),
     )
 
 

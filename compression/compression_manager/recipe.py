@@ -110,8 +110,8 @@ def _apply_override(tree: DictConfig, override: object, source: str) -> None:
         if len(parts) > 2 and parts[1] not in listed:
             raise _override_error(
                 override,
-                f"{source} lists no plugin '{parts[1]}' (plugins.{parts[1]}={{}} would add it); "
-                f"{suggest(parts[1], map(str, listed))}",
+                f"{source} lists no plugin '{parts[1]}'; {suggest(parts[1], map(str, listed))} "
+                "Another installed one is added by plugins.NAME={} in front of it.",
             )
         tree.merge_with_dotlist([f"{key}={value}"])
     except (*_UNREADABLE, AttributeError, LookupError, TypeError) as error:
@@ -126,7 +126,10 @@ def _override_error(override: object, reason: str) -> ConfigError:
 def _check_root(root: Any, source: str) -> Recipe:
     for key in root:
         if key not in _ROOT_KEYS:
-            raise ConfigError(f"{source}: unknown key '{key}'; {suggest(str(key), _ROOT_KEYS)}")
+            hint = "" if "plugins" in root else " Plugins are listed below 'plugins'."
+            raise ConfigError(
+                f"{source}: unknown key '{key}'; {suggest(str(key), _ROOT_KEYS)}{hint}"
+            )
     nodes = root.get("plugins")
     if not isinstance(nodes, dict) or not nodes:
         raise ConfigError(

@@ -91,7 +91,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "bytes", "after", "SQNR dB", "quantized how, or why not")]
+        rows = [("layer", "kind", "bytes", "after", "output SQNR dB", "quantized how, or why not")]
         for layer in self.layers:
             noise = "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
             rows.append(

@@ -42,11 +42,13 @@ def test_missing_directory(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):
         assert manager.resume(tmp_path / name, missing_ok=True) == Position()
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError) as error:
             manager.resume(tmp_path / name)
+        assert "missing_ok=True" in error.value.__notes__[0]
     (tmp_path / "empty" / "foreign.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as error:
         manager.resume(tmp_path / "empty", missing_ok=True)
+    assert not hasattr(error.value, "__notes__")
 
 
 def test_resume_comes_before_training(directory: Path) -> None:

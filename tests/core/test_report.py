@@ -263,10 +263,10 @@ def test_printing_shows_an_aligned_table():
         LayerReport("fc", "Linear", True, "weight int8", 4, 1, math.inf),
     )
     assert str(Report(rows)).splitlines() == [
-        "layer        kind    bytes  after  SQNR dB  quantized how, or why not",
-        "conv1        Conv2d  1,440     92     41.9  weight int8",
-        "(the model)  Linear    100    100        -  skipped",
-        "fc           Linear      4      1      inf  weight int8",
+        "layer        kind    bytes  after  output SQNR dB  quantized how, or why not",
+        "conv1        Conv2d  1,440     92            41.9  weight int8",
+        "(the model)  Linear    100    100               -  skipped",
+        "fc           Linear      4      1             inf  weight int8",
         "total                1,544    193",
     ]
 

@@ -86,4 +86,4 @@ def test_no_answer_and_a_wrong_one(service: str, purpose: str, answer: Any) -> N
         assert f"no plugin answers {service} for {purpose}" in str(error.value)
     else:
         assert error.value.plugin == "culprit"  # type: ignore[attr-defined]
-        assert f"must answer '{service}' with None or a" in str(error.value)
+        assert f"must answer '{service}' with None or an object of type " in str(error.value)

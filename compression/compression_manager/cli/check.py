@@ -16,7 +16,7 @@ plugins with enabled=false left out. The output is itself a recipe.
 
 Live objects, such as a teacher, are not needed. Comments at the top of the output name
 those that are still to be passed to prepare_compression. What depends on the model, such
-as names of layers, and folders to write to are checked there.
+as names of layers, names of losses, and folders to write to are checked there.
 """
 EXAMPLES = """\
 examples:

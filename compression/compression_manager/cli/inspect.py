@@ -77,9 +77,11 @@ def _inspect_folder(root: Path) -> tuple[list[dict[str, Any]], list[str]]:
             damaged.append({"directory": str(path), "error": str(error)})
     problems = [item["error"] for item in damaged]
     if not sound and not damaged:
+        folders = [str(path) for path in candidates(root) if os.path.lexists(path / INDEX_NAME)]
         raise CheckpointError(
-            f"{root} holds no checkpoint. Expected a checkpoint (a directory with "
-            f"{MANIFEST_NAME}) or a folder of several."
+            f"{root} holds no checkpoint"
+            + (f", but there are some in {', '.join(folders)}." if folders else ".")
+            + f" Expected a checkpoint (a directory with {MANIFEST_NAME}) or a folder of several."
         )
     sound.sort(key=lambda item: item[1]["global_step"])
     try:

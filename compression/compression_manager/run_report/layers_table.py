@@ -9,7 +9,7 @@ from typing import Any
 from compression_manager.run_report.run import Run
 from compression_manager.run_report.text import number, remark, size, table
 
-_HEADER = ("layer", "kind", "weight", "input", "size", "before", "after", "SQNR")
+_HEADER = ("layer", "kind", "weight", "input", "size", "before", "after", "weight SQNR")
 _DASH = "\N{EN DASH}"
 
 

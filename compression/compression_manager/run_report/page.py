@@ -73,7 +73,9 @@ def _summary(run: Run) -> Iterator[tuple[str, str, str]]:
     if run.bytes is not None:
         before, after = run.bytes
         smaller = f"{before / after:.3g} times smaller" if 0 < after < before else "not smaller"
-        yield "Size of the tensors", f"{size(before)} \N{RIGHTWARDS ARROW} {size(after)}", smaller
+        # A narrow card breaks the line behind the arrow, not between a number and its unit.
+        shown = [size(count).replace(" ", "\N{NO-BREAK SPACE}") for count in run.bytes]
+        yield "Size of the tensors", " \N{RIGHTWARDS ARROW} ".join(shown), smaller
         quantized = [layer for layer in run.layers if layer["quantized"]]
         bits = {item["bits"] for layer in quantized for item in layer["quantizers"]}
         width = f"{', '.join(map(str, sorted(bits)))} bits" if bits else "all stay in float"

@@ -27,8 +27,7 @@ p { margin: 6px 0; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 8px;
   padding: 12px; }
 .card span { color: var(--quiet); font-size: 13px; display: block; }
-.card b { font-size: 18px; font-weight: 650; line-height: 1.35; display: block;
-  white-space: nowrap; }
+.card b { font-size: 18px; font-weight: 650; line-height: 1.35; display: block; }
 figure { margin: 0 0 14px; padding: 12px 14px; background: var(--card);
   border: 1px solid var(--rule); border-radius: 8px; break-inside: avoid; }
 figcaption { font-weight: 600; overflow-wrap: anywhere; }
@@ -70,9 +69,9 @@ details > summary { cursor: pointer; }
 .layers > * { min-width: 760px; border-bottom: 1px solid var(--rule); }
 .layers > :last-child { border-bottom: 0; }
 .row { display: grid; gap: 12px; padding: 6px 14px; align-items: center; font-size: 14px;
-  grid-template-columns: minmax(150px, 2fr) minmax(90px, 1fr) 62px 62px 130px 86px 86px 78px; }
+  grid-template-columns: minmax(150px, 5fr) minmax(90px, 3fr) 62px 62px 130px 86px 86px 78px; }
 .row > :nth-child(n+6) { text-align: right; font-variant-numeric: tabular-nums; }
-.row > :first-child { overflow-wrap: anywhere; }
+.row > :nth-child(-n+2) { overflow-wrap: anywhere; }
 summary.row > :first-child::before { content: "\\25B8"; color: var(--quiet); margin-right: 6px; }
 details[open] > summary.row > :first-child::before { content: "\\25BE"; }
 summary.row { list-style: none; }

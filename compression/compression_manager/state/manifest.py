@@ -245,8 +245,8 @@ def _document_sha256(document: Mapping[str, Any]) -> str:
 
 def _foreign(directory: Path, found: str, format_name: str) -> ForeignDirectoryError:
     return ForeignDirectoryError(
-        f"{directory} is not a {format_name!r} directory: {found}. Expected a directory that "
-        f"this framework wrote, with a {MANIFEST_NAME}."
+        f"{directory} is not a {format_name!r} directory: {found}. Expected a directory of that "
+        f"format, which this framework wrote, with a {MANIFEST_NAME}."
     )
 
 

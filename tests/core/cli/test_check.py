@@ -94,6 +94,11 @@ def test_example_recipe_notes_the_teacher(capsys: Any) -> None:
     ("text", "overrides", "parts"),
     [
         ("plugins: {qatt: {}}", [], ["plugins.qatt", "did you mean 'qat'"]),
+        (
+            "plugins: {logits: {temperature: 4}}",
+            [],
+            ["plugins.logits", "Below a key of your own, write 'plugin: NAME'."],
+        ),
         ("plugins: {qat: {wieght: {}}}", [], ["plugins.qat.wieght", "did you mean 'weight'"]),
         (
             "plugins: {distillation: {criterion: {type: knowledge_distilation}}}",

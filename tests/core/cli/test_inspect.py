@@ -124,6 +124,11 @@ def test_missing_newest_checkpoint_exits_with_1(folder: Path, capsys: Any) -> No
     assert "step-00000006 is the newest checkpoint" in errors
 
 
+def test_folder_of_a_run_names_where_its_checkpoints_are(folder: Path, capsys: Any) -> None:
+    assert main(["inspect", str(folder.parent)]) == 1
+    assert f"holds no checkpoint, but there are some in {folder}." in capsys.readouterr().err
+
+
 def test_foreign_folders_and_files_exit_with_1(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")

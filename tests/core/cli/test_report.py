@@ -65,8 +65,9 @@ def test_summary_is_that_of_the_run(written: Written, folder: Path, capsys: Any)
     page = Page(_text(capsys, folder))
     report = written.report
     assert report is not None
-    arrow = "\N{RIGHTWARDS ARROW}"
-    sizes = f"{size(report.bytes_before)} {arrow} {size(report.bytes_after)}"
+    both = [size(count) for count in (report.bytes_before, report.bytes_after)]
+    unbroken = [text.replace(" ", "\N{NO-BREAK SPACE}") for text in both]
+    sizes = " \N{RIGHTWARDS ARROW} ".join(unbroken)
     assert page.after("Size of the tensors") == sizes
     assert page.after("Quantized layers") == "2 of 2"
     assert page.after("Best accuracy") == "0.75"
