@@ -46,7 +46,7 @@ class PluginConfig:
         default=None,
         kw_only=True,
         metadata=option(
-            "Name of the instance, or null: the plugin's, numbered where it is listed more than once."
+            "Name of the instance, or null: the plugin's, numbered where it is listed again."
         ),
     )
 
