@@ -7,7 +7,9 @@ version is that of version 1, and stays so.
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -21,6 +23,11 @@ ENTRY_POINT_GROUP = f"{_ANY_GROUP}.v{HOOK_API_VERSION}"
 
 def plugin_entry_points() -> list[EntryPoint]:
     """Return what distributions registered as plugins, for whatever version of the hook API."""
+    return _entry_points_on(tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=1)  # reading the metadata of all distributions takes long
+def _entry_points_on(path: tuple[str, ...]) -> list[EntryPoint]:
     installed = entry_points()
     groups = sorted(group for group in installed.groups if group.startswith(_ANY_GROUP))
     return [entry for group in groups for entry in installed.select(group=group)]
@@ -53,6 +60,9 @@ def load_plugin_class(name: str) -> type[Plugin[Any]]:
             ones; the message names the distribution.
     """
     installed = installed_plugins()
+    if name not in installed:
+        _entry_points_on.cache_clear()  # it may have been installed a moment ago, in a notebook
+        installed = installed_plugins()
     if name not in installed:
         raise ConfigError(f"no plugin named '{name}' is installed; {suggest(name, installed)}")
     origins = [

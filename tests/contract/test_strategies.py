@@ -39,7 +39,7 @@ from compression_plugins.distillation.criteria.tokens import DIVERGENCES
 from compression_plugins.distillation.teachers.ensemble import COMBINATIONS
 
 ORDERS = list(itertools.permutations(("distillation", "qat", "checkpoint")))
-EPOCHS, STEPS, MIDDLE = 2, 3, 2
+EPOCHS, STEPS, MIDDLE = 2, 3, 4  # one save, in the middle of the second epoch
 
 
 class TokenModel(nn.Module):

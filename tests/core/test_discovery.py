@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,3 +176,20 @@ def test_distribution_may_serve_several_versions(install: Any, module: Any, firs
     install(both[first], both[1 - first])
     manager = prepare_compression(toys.mlp(), [ProbeConfig()])
     assert type(manager._plugins[0]) is GoodPlugin
+
+
+def test_a_plugin_that_was_installed_a_moment_ago_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="no plugin named 'probe' is installed"):
+        discovery.load_plugin_class("probe")
+    module.Plugin = GoodPlugin
+    metadata = tmp_path / "late-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: late\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[compression_manager.plugins.v1]\nprobe = third_party_module:Plugin\n"
+    )
+    importlib.invalidate_caches()
+    assert discovery.load_plugin_class("probe") is GoodPlugin
