@@ -166,7 +166,7 @@ class Run:
         teacher = kind(6)
         self.model = kind(4)
         self._asked_by_loop = teacher.eval() if strategy == "outputs of the loop" else None
-        checkpoint = CheckpointConfig(folder, save_every_steps=MIDDLE, keep_last=EPOCHS * STEPS)
+        checkpoint = CheckpointConfig(folder, save_every_epochs=EPOCHS + 1, save_every_steps=MIDDLE)
         plugins = {
             "distillation": STRATEGIES[strategy](teacher),
             "qat": [QATConfig()],
