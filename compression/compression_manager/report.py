@@ -6,14 +6,14 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
-from compression_manager.deploy.layers import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
 from compression_manager.deploy.parity import Parity
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization import FakeQuantizer
@@ -211,9 +211,9 @@ def _quantized(
         other = sizes.shares_integers(part_of_model, part.weight, weight)
         if other is not None:
             detail += f", integers shared with '{other}'"
-            stored = converted.get_submodule(part_name)
-            for shared in ("weight", "weight_scale", "weight_zero_point"):
-                held.pop(id(getattr(stored, shared)))
+            stored = cast(ConvertedLayer, converted.get_submodule(part_name))
+            for shared in stored.weight_tensors().values():
+                held.pop(id(shared))
     before = sizes.take(layer.parameters(recurse=False))
     after = sum(_bytes(tensor) for tensor in held.values())
     return LayerReport(name, spec.kind, True, detail, before, after, sqnr_db)

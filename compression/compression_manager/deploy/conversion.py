@@ -106,6 +106,8 @@ def convert_copy(
             "nothing was converted: no plugin of this manager quantizes or prunes layers; list "
             "QATConfig()."
         )
+    # Nothing can be undone from here on, and what was replaced holds the float weights.
+    conversion._swaps.clear()
     disable_fused_paths(conversion.model)
     _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.arithmetic import dequantize, fake_quantize, quantize
+from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
 from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
-from compression_manager.quantization.ranges import range_shape
 from compression_manager.quantization.scheme import QuantizationScheme
+from compression_manager.quantization.storage.weight import WeightFormat
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,17 @@ class ConvertedLayer(nn.Module):
     """Base of the deployed layers.
 
     Attributes:
-        weight: integers, (output channels, ...): the shape that `stored_form` gives the weight.
+        weight_format: how the integers are stored, and the shape that `stored_form` gives the
+            weight: (output channels, ...).
+        weight: integers in that shape; below 8 bits uint8 (bytes,), as `pack_bits` packs them.
         weight_scale: float32, (), (channels,) or (rows, groups).
-        weight_zero_point: int32 (int64 above 24 bits), same shape.
+        weight_zero_point: the scheme's `storage_dtype`, same shape; of affine schemes only.
         input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
         input_zero_point: int32 (); present with `input_scale`.
         bias: float, or None.
     """
 
+    weight_format: WeightFormat
     weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
@@ -87,15 +90,11 @@ class ConvertedLayer(nn.Module):
             setattr(self, name, getattr(float_layer, name))
         float_weight = self.stored_form(float_layer)
         device = float_weight.device
-        scheme = self.weight_scheme
-        scales = range_shape(scheme, float_weight.shape)
-        integers = torch.zeros(float_weight.shape, dtype=scheme.storage_dtype, device=device)
-        self.register_buffer("weight", integers)
-        self.register_buffer("weight_scale", torch.ones(scales, device=device))
-        self.register_buffer(
-            "weight_zero_point",
-            torch.zeros(scales, dtype=zero_point_dtype(scheme), device=device),
-        )
+        assert spec.weight is not None
+        self.weight_format = WeightFormat(spec.weight, tuple(float_weight.shape))
+        placeholders = self.weight_format.placeholders(device)
+        for suffix in self.weight_format.value_suffixes():
+            self.register_buffer("weight" + suffix, placeholders[suffix])
         self._add_input_buffers(device)
         float_bias = getattr(float_layer, "bias", None)
         length = float_weight.shape[:1] if float_bias is None else float_bias.shape
@@ -111,12 +110,6 @@ class ConvertedLayer(nn.Module):
         zero_point = torch.zeros((), dtype=zero_point_dtype(scheme), device=device)
         self.register_buffer("input_zero_point", zero_point)
 
-    @property
-    def weight_scheme(self) -> QuantizationScheme:
-        """Scheme of the weight, for layers that have one."""
-        assert self.spec.weight is not None
-        return self.spec.weight
-
     def stored_form(self, float_layer: nn.Module) -> Tensor:
         """Return the weight of the float layer with its output channels in dimension 0."""
         return cast(Tensor, float_layer.weight)
@@ -129,21 +122,15 @@ class ConvertedLayer(nn.Module):
         input_parameters: QuantizationParameters | None,
         bias: Tensor | None,
     ) -> None:
-        """Quantize `weight` (float) and copy everything into the buffers."""
+        """Quantize `weight` (float, finite) and copy everything into the buffers.
+
+        Raises:
+            QuantizationError: a zero point that the weight's scheme does not have.
+        """
         scale, zero_point = weight_parameters.scale, weight_parameters.zero_point
-        self.weight.copy_(
-            quantize(
-                weight,
-                scale,
-                zero_point,
-                weight_parameters.quant_min,
-                weight_parameters.quant_max,
-                weight_parameters.axis,
-                group_size=weight_parameters.group_size,
-            )
-        )
-        self.weight_scale.copy_(scale)
-        self.weight_zero_point.copy_(zero_point)
+        encoded = self.weight_format.encode(weight, scale, zero_point)
+        for suffix, tensor in self.weight_tensors().items():
+            tensor.copy_(encoded[suffix])
         self.fill_input(input_parameters)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
@@ -157,10 +144,17 @@ class ConvertedLayer(nn.Module):
 
     def share_weight(self, other: ConvertedLayer) -> None:
         """Hold the very tensors of `other` if weight, scale and zero point equal its own."""
-        names = ("weight", "weight_scale", "weight_zero_point")
-        if all(torch.equal(getattr(self, name), getattr(other, name)) for name in names):
-            for name in names:
-                setattr(self, name, getattr(other, name))
+        if self.weight_format != other.weight_format:
+            return
+        own, others = self.weight_tensors(), other.weight_tensors()
+        if all(torch.equal(own[suffix], tensor) for suffix, tensor in others.items()):
+            for suffix, tensor in others.items():
+                setattr(self, "weight" + suffix, tensor)
+
+    def weight_tensors(self) -> dict[str, Tensor]:
+        """Return the buffers that stand for the weight, by what their names add to `weight`."""
+        suffixes = self.weight_format.value_suffixes()
+        return {suffix: getattr(self, "weight" + suffix) for suffix in suffixes}
 
     def quantized_input(self, input: Tensor) -> Tensor:
         """Return the input on its quantization grid, in its own dtype."""
@@ -175,14 +169,11 @@ class ConvertedLayer(nn.Module):
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight."""
-        return dequantize(
-            self.weight,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.weight_scheme.axis,
-            dtype=dtype,
-            group_size=self.weight_scheme.group_size,
-        )
+        return self.weight_format.decode(self.weight_tensors(), dtype)
+
+    def integer_weight(self) -> Tensor:
+        """Return the integers one by one, in the shape that `stored_form` gives the weight."""
+        return self.weight_format.integers(self.weight_tensors())
 
     def extra_repr(self) -> str:
         """Return the schemes, for printing."""
@@ -240,13 +231,9 @@ class ConvertedEmbedding(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, embedding_dim) for integer indices of any shape."""
-        rows = self.weight[input.reshape(-1)]
-        scale, zero_point = self.weight_scale, self.weight_zero_point
-        axis, group_size = self.weight_scheme.axis, self.weight_scheme.group_size
-        if group_size is not None or (axis is not None and axis % self.weight.dim() == 0):
-            scale, zero_point = scale[input.reshape(-1)], zero_point[input.reshape(-1)]
-        values = dequantize(rows, scale, zero_point, axis, dtype=self._dtype, group_size=group_size)
-        return values.reshape(*input.shape, self.weight.shape[1])
+        tensors, rows = self.weight_tensors(), input.reshape(-1)
+        values = self.weight_format.decode_rows(tensors, rows, self._dtype)
+        return values.reshape(*input.shape, self.weight_format.shape[1])
 
 
 _CONVOLUTIONS: dict[str, Any] = {"Conv1d": F.conv1d, "Conv2d": F.conv2d, "Conv3d": F.conv3d}

@@ -32,6 +32,8 @@ from compression_manager.quantization.layers import quantized_class
 from compression_manager.state import atomic_directory, verify_directory
 
 FORMAT_NAME = "compression_manager.converted"
+# 2: integers of less than 8 bits are packed, and symmetric weights have no zero points.
+FORMAT_VERSION = 2
 _TENSORS = "model.safetensors"
 _LAYERS = "quantization.json"
 
@@ -58,7 +60,9 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
         ],
         "tied": tied,
     }
-    with atomic_directory(directory, format_name=FORMAT_NAME) as temporary:
+    with atomic_directory(
+        directory, format_name=FORMAT_NAME, version=FORMAT_VERSION
+    ) as temporary:
         tensors = {
             name: value.detach().cpu().contiguous()
             for name, value in state.items()
@@ -81,14 +85,22 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         `float_model` (another object if the whole model was one layer), in eval mode.
 
     Raises:
-        CheckpointError: there is no converted model, or it is corrupt.
+        CheckpointError: there is no converted model, it is corrupt, or an earlier version saved it.
         CheckpointMismatchError: it belongs to another architecture; the model is unchanged.
     """
     if not isinstance(float_model, nn.Module):
         raise ConfigError(
             f"deploy.load takes a torch.nn.Module to change, got {type(float_model).__name__}."
         )
-    manifest = verify_directory(as_path("deploy.load", directory), format_name=FORMAT_NAME)
+    manifest = verify_directory(
+        as_path("deploy.load", directory), format_name=FORMAT_NAME, version=FORMAT_VERSION
+    )
+    if manifest.version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} has version {manifest.version} of the format '{FORMAT_NAME}', whose "
+            f"integers are not packed; this release reads version {FORMAT_VERSION}. Convert the "
+            "trained model again, and save it."
+        )
     tensors = safetensors.torch.load_file(manifest.path(_TENSORS))
     entries, tied = _read_document(manifest.path(_LAYERS))
     tensors |= {name: tensors[source] for name, source in tied.items() if source in tensors}

@@ -59,7 +59,7 @@ class ConvertedConv1D(ConvertedLinear):
 
     def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__(float_layer, spec)
-        self.nf, self.nx = self.weight.shape
+        self.nf, self.nx = self.weight_format.shape
 
     def stored_form(self, float_layer: nn.Module) -> Tensor:
         """Return (outputs, inputs)."""

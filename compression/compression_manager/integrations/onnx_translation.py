@@ -19,6 +19,7 @@ from onnxscript import opset18
 
 from compression_manager.quantization import operators
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, storage_dtype
+from compression_manager.quantization.storage.packing import packing_period
 
 # Its declared types are those of ONNX tensors, not of what the exporter hands over.
 op: Any = opset18
@@ -33,10 +34,12 @@ _ONNX_TYPES: dict[torch.dtype, int] = {
     torch.int64: 7,
     torch.float16: 10,
     torch.float64: 11,
+    torch.uint32: 12,
     torch.bfloat16: 16,
 }
 _FLOAT, _DOUBLE = _ONNX_TYPES[torch.float32], _ONNX_TYPES[torch.float64]
 _WIDE_INTEGERS = (_ONNX_TYPES[torch.int32], _ONNX_TYPES[torch.int64])
+_UINT8, _UINT32 = _ONNX_TYPES[torch.uint8], _ONNX_TYPES[torch.uint32]
 # 16-bit types would need opset 21; torch exports to 18 unless told otherwise.
 _LINEAR_RANGES = {(-128, 127): 3, (0, 255): 2}
 
@@ -49,6 +52,7 @@ def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         namespace.fake_quantize.default: _fake_quantize,
         namespace.quantize.default: _quantize,
         namespace.dequantize.default: _dequantize,
+        namespace.unpack_bits.default: _unpack_bits,
     }
 
 
@@ -65,6 +69,7 @@ def _fake_quantize(
     group_size: int | None = None,
     pass_clipped_gradient: bool = False,
 ) -> Any:
+    zero_point = _one_per_scale(zero_point, scale)
     linear = _LINEAR_RANGES.get((quant_min, quant_max))
     if linear is not None and _fits_linear(input, scale, axis, group_size):
         zero = op.Cast(zero_point, to=linear)
@@ -86,6 +91,7 @@ def _quantize(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Any:
+    zero_point = _one_per_scale(zero_point, scale)
     target = _ONNX_TYPES[storage_dtype(quant_min, quant_max)]
     linear = _LINEAR_RANGES.get((quant_min, quant_max))
     if linear == target and _fits_linear(input, scale, axis, group_size):
@@ -103,6 +109,7 @@ def _dequantize(
     group_size: int | None = None,
     dtype: int = _FLOAT,
 ) -> Any:
+    zero_point = _one_per_scale(zero_point, scale)
     is_linear = int(quantized.dtype) in _LINEAR_RANGES.values() and dtype == _FLOAT
     if is_linear and _has_linear_shape(scale, axis, group_size):
         zero = op.CastLike(zero_point, quantized)
@@ -112,6 +119,38 @@ def _dequantize(
     scale, zero_point = _shaped(quantized, scale, zero_point, axis, group_size, compute)
     steps = op.Sub(op.Cast(quantized, to=compute), zero_point)
     return _cast(op.Mul(steps, _cast(scale, _FLOAT, compute)), compute, dtype)
+
+
+def _unpack_bits(packed: Any, bits: int, count: int) -> Any:
+    period, width = packing_period(bits)
+    *streams, length = packed.shape
+    groups = -(-int(length) // width)
+    kept = [0] * len(streams)  # 0 leaves a dimension as it is
+    missing = op.Constant(value_ints=[*kept, 0, *kept, groups * width - int(length)])
+    words = op.Cast(op.Pad(packed, missing), to=_UINT32)
+    words = op.Reshape(words, op.Constant(value_ints=[*kept, groups, width]))
+    places = [divmod(index * bits, 8) for index in range(period)]
+    low = op.Gather(words, op.Constant(value_ints=[byte for byte, _ in places]), axis=-1)
+    # The last value of a period ends with a byte, so that it needs nothing from the next one.
+    following = [min(byte + 1, width - 1) for byte, _ in places]
+    high = op.Gather(words, op.Constant(value_ints=following), axis=-1)
+    word = op.BitwiseOr(low, op.BitShift(high, _uint32([8]), direction="LEFT"))
+    shifted = op.BitShift(word, _uint32([shift for _, shift in places]), direction="RIGHT")
+    codes = op.Cast(op.BitwiseAnd(shifted, _uint32([(1 << bits) - 1])), to=_UINT8)
+    flat = op.Reshape(codes, op.Constant(value_ints=[*kept, groups * period]))
+    first, last, axis = (op.Constant(value_ints=[value]) for value in (0, count, -1))
+    return op.Slice(flat, first, last, axis)
+
+
+def _uint32(values: list[int]) -> Any:
+    return op.Cast(op.Constant(value_ints=values), to=_UINT32)
+
+
+def _one_per_scale(zero_point: Any, scale: Any) -> Any:
+    """Return the zero point in the shape of the scale, as ONNX demands it."""
+    if len(zero_point.shape) == len(scale.shape):
+        return zero_point
+    return op.Expand(zero_point, op.Shape(scale))
 
 
 def _fits_linear(input: Any, scale: Any, axis: int | None, group_size: int | None) -> bool:

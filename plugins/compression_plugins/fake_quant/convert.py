@@ -36,13 +36,16 @@ def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -
     )
     converted = CONVERTED_CLASSES[spec.kind](layer, spec)
     for name, part in parts.items():
-        _fill(cast(ConvertedLayer, converted.get_submodule(name)), part)
-    if factor is not None:
-        _scale_channels(converted, factor)
+        _fill(cast(ConvertedLayer, converted.get_submodule(name)), part, factor)
     return converted
 
 
-def _fill(converted: ConvertedLayer, part: Part) -> None:
+def _fill(converted: ConvertedLayer, part: Part, factor: Tensor | None) -> None:
+    """Fill `converted` with `part`, whose output channel c is multiplied by factor[c].
+
+    |factor| goes to the scale, its sign to the integers. A factor of zero (a zero-initialised
+    gamma) leaves a channel of zeros with its old scale.
+    """
     quantizer, input_parameters = part.input_quantizer, None
     if quantizer is not None and converted.spec.input is not None and not quantizer.scheme.dynamic:
         input_parameters = quantizer.quantization_parameters()
@@ -51,7 +54,13 @@ def _fill(converted: ConvertedLayer, part: Part) -> None:
         return
     weight = part.weight.detach()
     weight_parameters = part.weight_quantizer.quantization_parameters(weight)
+    if factor is not None:
+        # The negative of a number rounds to the negative of its integer, which `can_fold` ensures.
+        weight = weight * factor.sign().to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1))
     converted.fill(weight, weight_parameters, input_parameters, part.bias)
+    if factor is not None:
+        before = converted.weight_scale.double()
+        converted.weight_scale.copy_(torch.where(factor == 0, before, before * factor.abs()))
 
 
 def can_fold(layer: QuantizedLayer, batch_norm: _BatchNorm) -> bool:
@@ -81,14 +90,3 @@ def fold_batch_norm(batch_norm: _BatchNorm, bias: Tensor | None) -> tuple[Tensor
     if batch_norm.bias is not None:
         new_bias = new_bias + batch_norm.bias.detach().double()
     return factor, new_bias
-
-
-def _scale_channels(layer: ConvertedLayer, factor: Tensor) -> None:
-    """Multiply output channel c by factor[c]: |factor| goes to the scale, its sign to the integers.
-
-    A factor of zero (a zero-initialised gamma) leaves a channel of zeros with its old scale.
-    """
-    shape = (-1,) + (1,) * (layer.weight.dim() - 1)
-    layer.weight.mul_(factor.sign().to(layer.weight.dtype).reshape(shape))
-    before = layer.weight_scale.double()
-    layer.weight_scale.copy_(torch.where(factor == 0, before, before * factor.abs()))

@@ -29,10 +29,18 @@ def test_a_spec_survives_json(input):
             {
                 "weight": (torch.int8, (2, 3)),
                 "weight_scale": (torch.float32, (2,)),
-                "weight_zero_point": (torch.int32, (2,)),
                 "input_scale": (torch.float32, ()),
                 "input_zero_point": (torch.int32, ()),
                 "bias": (torch.float32, (2,)),
+            },
+        ),
+        (
+            nn.Linear(3, 2),
+            LayerSpec("Linear", QuantizationScheme(3, False, "channel"), None, False),
+            {
+                "weight": (torch.uint8, (3,)),
+                "weight_scale": (torch.float32, (2,)),
+                "weight_zero_point": (torch.int8, (2,)),
             },
         ),
         (
@@ -41,7 +49,6 @@ def test_a_spec_survives_json(input):
             {
                 "weight": (torch.int32, (5, 2)),
                 "weight_scale": (torch.float32, ()),
-                "weight_zero_point": (torch.int64, ()),
             },
         ),
         (
@@ -50,7 +57,7 @@ def test_a_spec_survives_json(input):
             {
                 "weight": (torch.uint8, (4, 2, 3)),
                 "weight_scale": (torch.float32, ()),
-                "weight_zero_point": (torch.int32, ()),
+                "weight_zero_point": (torch.uint8, ()),
                 "input_scale": (torch.float32, ()),
                 "input_zero_point": (torch.int32, ()),
                 "bias": (torch.bfloat16, (4,)),

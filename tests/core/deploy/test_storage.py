@@ -12,6 +12,7 @@ from torch import nn
 
 import toys
 from compression_manager import deploy
+from compression_manager.deploy.storage import FORMAT_NAME, FORMAT_VERSION
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -261,11 +262,29 @@ def test_a_sound_directory_with_a_strange_document_is_refused(document, tmp_path
     saved("mlp", tmp_path / "good")
     tensors = (tmp_path / "good" / "model.safetensors").read_bytes()
     format_name = json.loads((tmp_path / "good" / "manifest.json").read_text())["format"]
-    with atomic_directory(tmp_path / "odd", format_name=format_name) as temporary:
+    odd = atomic_directory(tmp_path / "odd", format_name=format_name, version=FORMAT_VERSION)
+    with odd as temporary:
         (temporary / "model.safetensors").write_bytes(tensors)
         (temporary / "quantization.json").write_text(document)
     with pytest.raises(CheckpointCorruptError, match=r"quantization\.json cannot be read"):
         deploy.load(tmp_path / "odd", toys.mlp())
+
+
+def test_what_an_earlier_version_saved_is_refused_and_can_be_replaced(tmp_path):
+    saved("mlp", tmp_path / "new")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    old = atomic_directory(tmp_path / "int8", format_name=FORMAT_NAME, version=1)
+    with old as temporary:
+        for name in ("model.safetensors", "quantization.json"):
+            (temporary / name).write_bytes(files[name])
+    model = toys.mlp()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    message = r"int8 has version 1 of .* integers are not packed; .* version 2\. Convert .* again"
+    with pytest.raises(CheckpointError, match=message):
+        deploy.load(tmp_path / "int8", model)
+    assert_unchanged(model, before)
+    converted, build, inputs = saved("mlp", tmp_path / "int8")
+    assert torch.equal(deploy.load(tmp_path / "int8", build())(inputs), converted(inputs))
 
 
 def test_what_is_no_module_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from compression_manager.integrations.onnx_translation import onnx_translation_table
@@ -17,6 +18,8 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.parameters import choose_qparams
 from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.storage import unpack_bits
+from quantization_reference import trained
 
 FORMULA = [
     QuantizationScheme(4, False, granularity="channel", axis=-1, signed=False),
@@ -49,13 +52,17 @@ class Model(nn.Module):
         return fake, integers, real
 
 
-def run(model, input):
-    """The outputs of torch and of onnxruntime, and the kinds of nodes exported."""
+def exported(model, input):
     program = torch.onnx.export(
         model.eval(), (input,), dynamo=True, verbose=False,
         custom_translation_table=onnx_translation_table(),
     )  # fmt: skip
-    proto = program.model_proto
+    return program.model_proto
+
+
+def run(model, input):
+    """The outputs of torch and of onnxruntime, and the kinds of nodes exported."""
+    proto = exported(model, input)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
     name = session.get_inputs()[0].name
     actual = session.run(None, {name: input.numpy()})
@@ -108,3 +115,64 @@ def test_ranges_at_run_time(granularity):
     input = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(0))
     expected, actual, _ = run(nn.Sequential(model), input)
     np.testing.assert_allclose(actual[0], np.stack(expected), rtol=1e-6)
+
+
+class Unpacked(nn.Module):
+    def __init__(self, bits, count):
+        super().__init__()
+        self.bits, self.count = bits, count
+
+    def forward(self, packed):
+        return (unpack_bits(packed, self.bits, self.count),)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize(("streams", "count"), [((), 1), ((), 21), ((3,), 21), ((2, 3), 16)])
+def test_packed_bits(bits, streams, count):
+    length = -(-count * bits // 8)
+    packed = torch.randint(
+        256, (*streams, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    expected, actual, kinds = run(Unpacked(bits, count), packed)
+    assert "BitShift" in kinds
+    assert actual[0].dtype == np.uint8
+    np.testing.assert_array_equal(actual[0], expected[0])
+
+
+class Wide(nn.Module):
+    """An embedding, a convolution and an output layer, none of them tiny."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(300, 64)
+        self.conv = nn.Conv1d(64, 96, 3)
+        self.head = nn.Linear(96, 200)
+
+    def forward(self, indices):
+        hidden = self.conv(self.words(indices).transpose(1, 2)).relu()
+        return (self.head(hidden.mean(-1)),)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantizationScheme(granularity="channel"),
+        QuantizationScheme(4, granularity="channel"),
+        QuantizationScheme(3, False, "channel"),
+        QuantizationScheme(2),
+    ],
+    ids=str,
+)
+def test_converted_models_keep_their_integers(scheme):
+    torch.manual_seed(0)
+    indices = torch.randint(300, (3, 7))
+    manager = trained(Wide(), indices, weight=scheme, activation=None)
+    converted = manager.convert()
+    expected, actual, _ = run(converted, indices)
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-4, atol=1e-5)
+    sizes = {weight.numel() for weight in Wide().parameters() if weight.dim() > 1}
+    initializers = [numpy_helper.to_array(item) for item in exported(converted, indices).graph.initializer]
+    floats = [item.shape for item in initializers if item.dtype.kind == "f" and item.size in sizes]
+    assert floats == []
+    total = sum(item.nbytes for item in initializers)
+    assert total <= 1.02 * sum(value.nbytes for value in converted.state_dict().values())

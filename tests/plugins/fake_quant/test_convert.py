@@ -154,7 +154,7 @@ def test_every_scheme_computes_what_training_computed(scheme, folds):
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(converted(indices), model(indices), rtol=1e-5, atol=1e-5)
-    assert converted.embedding.weight.dtype == scheme.storage_dtype
+    assert converted.embedding.integer_weight().dtype == scheme.storage_dtype
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.exporting import is_exporting
+from compression_manager.quantization.overridable import overridable
 
 _BYTE = 8
 
@@ -21,6 +23,12 @@ _BYTE = 8
 def packed_length(count: int, bits: int) -> int:
     """Return how many bytes `count` values of `bits` bits take."""
     return -(-count * bits // _BYTE)
+
+
+def packing_period(bits: int) -> tuple[int, int]:
+    """Return after how many values, and bytes, value and byte begin together again."""
+    common = math.gcd(bits, _BYTE)
+    return _BYTE // common, bits // common
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
@@ -38,7 +46,7 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     """
     _check(values, bits)
     count = values.numel()
-    period, width = _period(bits)
+    period, width = packing_period(bits)
     columns = F.pad(values.reshape(-1), (0, -count % period)).reshape(-1, period)
     packed = columns.new_zeros(columns.shape[0], width)
     for index in range(period):
@@ -50,44 +58,59 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
     return packed.reshape(-1)[: packed_length(count, bits)].clone()
 
 
+@overridable
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """Return the values that `pack_bits` took.
 
+    While torch.export traces, this is one operator `compression_manager::unpack_bits`.
+
     Args:
-        packed: uint8, (packed_length(count, bits),).
+        packed: uint8, (*, packed_length(count, bits)): one stream, or several of equal length.
         bits: 1 to 7.
-        count: number of values.
+        count: number of values in each stream.
 
     Returns:
-        uint8, (count,).
+        uint8, (*, count).
 
     Raises:
         QuantizationError: another dtype, number of bits or length.
     """
     _check(packed, bits)
     length = packed_length(count, bits)
-    if packed.shape != (length,):
+    if packed.shape[-1:] != (length,):
         raise QuantizationError(
             f"{count} values of {bits} bits are packed into {length} bytes, got a tensor of shape "
             f"{tuple(packed.shape)}."
         )
-    period, width = _period(bits)
-    groups = F.pad(packed, (0, -length % width)).reshape(-1, width)
+    unpack = _unpack_operator if is_exporting() else _unpack
+    return unpack(packed, bits, count)
+
+
+def _unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    *streams, length = packed.shape
+    period, width = packing_period(bits)
+    if length % width:
+        packed = F.pad(packed, (0, -length % width))
+    groups = packed.reshape(*streams, -(-length // width), width)
     mask = (1 << bits) - 1
     columns = []
     for index in range(period):
         byte, shift = divmod(index * bits, _BYTE)
-        value = groups[:, byte] >> shift
+        value = groups[..., byte] >> shift
         if shift + bits > _BYTE:
-            value = value | (groups[:, byte + 1] << (_BYTE - shift))
+            value = value | (groups[..., byte + 1] << (_BYTE - shift))
         columns.append(value & mask)
-    return torch.stack(columns, 1).reshape(-1)[:count]
+    return torch.stack(columns, -1).flatten(-2)[..., :count]
 
 
-def _period(bits: int) -> tuple[int, int]:
-    """Return after how many values, and bytes, value and byte begin together again."""
-    common = math.gcd(bits, _BYTE)
-    return _BYTE // common, bits // common
+@torch.library.custom_op("compression_manager::unpack_bits", mutates_args=())
+def _unpack_operator(packed: Tensor, bits: int, count: int) -> Tensor:
+    return _unpack(packed, bits, count).contiguous()
+
+
+@_unpack_operator.register_fake
+def _(packed: Tensor, bits: int, count: int) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], count)
 
 
 def _check(tensor: Tensor, bits: int) -> None:

@@ -44,8 +44,14 @@ class WeightFormat:
         return self.scheme.bits < 8
 
     def encode(self, weight: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
-        """Return suffix of the name -> tensor; `weight` is finite, of this shape."""
+        """Return suffix of the name -> tensor; `weight` is finite, of this shape.
+
+        Raises:
+            QuantizationError: a zero point is not the fixed one of a symmetric scheme, or lies
+                outside of the range of integers.
+        """
         scheme = self.scheme
+        self._check_zero_point(zero_point)
         integers = quantize(
             weight,
             scale,
@@ -74,32 +80,44 @@ class WeightFormat:
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Return (integers - zero point) * scale in `dtype`, in the shape of the weight."""
-        scheme = self.scheme
-        integers = tensors[INTEGERS]
-        zero_point: Tensor | int = scheme.symmetric_zero_point
-        if not scheme.symmetric:
-            zero_point = tensors[ZERO_POINT]
-        if self.is_packed:
-            count = math.prod(self.shape)
-            integers = unpack_bits(integers, scheme.bits, count).reshape(self.shape)
-            # The integers are small, so that moving the zero point instead of them is exact.
-            if isinstance(zero_point, Tensor):
-                zero_point = zero_point.to(torch.int32)
-            zero_point = zero_point - scheme.quant_min
-        return dequantize(
-            integers,
-            tensors[SCALE],
-            zero_point,
-            scheme.axis,
-            dtype,
-            group_size=scheme.group_size,
-        )
+        return self._dequantize(self._codes(tensors[INTEGERS]), tensors, dtype)
+
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], rows: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """Return `decode(tensors, dtype)[rows]` of a matrix, dequantizing those rows alone.
+
+        Args:
+            tensors: suffix of the name -> tensor.
+            rows: integers, (count,).
+            dtype: floating-point type of the result.
+        """
+        scheme, (height, width) = self.scheme, self.shape
+        selected = dict(tensors)
+        if scheme.group_size is not None or (scheme.axis is not None and scheme.axis % 2 == 0):
+            selected |= {name: tensors[name][rows] for name in self.value_suffixes()[1:]}
+        if self.is_packed and width * scheme.bits % 8 == 0:
+            # Every row begins with a byte of its own.
+            packed = tensors[INTEGERS].reshape(height, packed_length(width, scheme.bits))
+            codes = unpack_bits(packed[rows], scheme.bits, width)
+        else:
+            codes = self._codes(tensors[INTEGERS])[rows]
+        return self._dequantize(codes, selected, dtype)
+
+    def integers(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the integers in the scheme's `storage_dtype`, in the shape of the weight."""
+        codes = self._codes(tensors[INTEGERS])
+        if not self.is_packed:
+            return codes
+        return (codes.to(torch.int16) + self.scheme.quant_min).to(self.scheme.storage_dtype)
+
+    def value_suffixes(self) -> tuple[str, ...]:
+        """Return the suffixes of the names of the tensors that `decode` reads."""
+        return (INTEGERS, SCALE) if self.scheme.symmetric else (INTEGERS, SCALE, ZERO_POINT)
 
     def suffixes(self) -> tuple[str, ...]:
         """Return the suffixes of the names of the stored tensors."""
-        if self.scheme.symmetric:
-            return (INTEGERS, SCALE, SCHEME)
-        return (INTEGERS, SCALE, ZERO_POINT, SCHEME)
+        return (*self.value_suffixes(), SCHEME)
 
     def find_mismatch(self, state: Mapping[str, Tensor], name: str) -> str | None:
         """Return why the tensors of `name` in a state_dict are not of this format, or None.
@@ -123,6 +141,42 @@ class WeightFormat:
 
     def __str__(self) -> str:
         return f"{self.scheme} of shape {self.shape}"
+
+    def _codes(self, integers: Tensor) -> Tensor:
+        """Return the integers in the weight's shape; packed ones count from quant_min."""
+        if not self.is_packed:
+            return integers
+        count = math.prod(self.shape)
+        return unpack_bits(integers, self.scheme.bits, count).reshape(self.shape)
+
+    def _dequantize(
+        self, codes: Tensor, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        scheme = self.scheme
+        zero_point: Tensor | int = scheme.symmetric_zero_point
+        if not scheme.symmetric:
+            zero_point = tensors[ZERO_POINT]
+        if self.is_packed:
+            # The integers are small, so that moving the zero point instead of them is exact.
+            if isinstance(zero_point, Tensor):
+                zero_point = zero_point.to(torch.int32)
+            zero_point = zero_point - scheme.quant_min
+        return dequantize(
+            codes, tensors[SCALE], zero_point, scheme.axis, dtype, group_size=scheme.group_size
+        )
+
+    def _check_zero_point(self, zero_point: Tensor) -> None:
+        scheme = self.scheme
+        low, high = scheme.quant_min, scheme.quant_max
+        if scheme.symmetric:
+            low = high = scheme.symmetric_zero_point
+        outside = (zero_point < low) | (zero_point > high)
+        if bool(outside.any()):
+            valid = str(low) if low == high else f"from {low} to {high}"
+            raise QuantizationError(
+                f"the zero point of a weight with the scheme {scheme} is {valid}, got "
+                f"{int(zero_point[outside][0])}."
+            )
 
     def _tensors(self, integers: Tensor, scale: Tensor, zero_point: Tensor) -> dict[str, Tensor]:
         every = {

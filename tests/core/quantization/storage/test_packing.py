@@ -51,6 +51,30 @@ def test_non_contiguous_values_are_taken_in_row_major_order():
     assert torch.equal(unpack_bits(pack_bits(values, 4), 4, 12), values.reshape(-1))
 
 
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 17])
+def test_several_streams_are_unpacked_at_once(bits, count):
+    values = torch.randint(1 << bits, (2, 3, count), dtype=torch.uint8)
+    packed = torch.stack([pack_bits(stream, bits) for stream in values.flatten(0, 1)])
+    unpacked = unpack_bits(packed.unflatten(0, (2, 3)), bits, count)
+    assert torch.equal(unpacked, values)
+
+
+class Unpacked(torch.nn.Module):
+    def forward(self, packed):
+        return unpack_bits(packed, 3, 11)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5)])
+def test_exports_as_one_operator(shape):
+    packed = torch.randint(256, shape, dtype=torch.uint8)
+    program = torch.export.export(Unpacked(), (packed,))
+    assert torch.equal(program.module()(packed), unpack_bits(packed, 3, 11))
+    torch.library.opcheck(torch.ops.compression_manager.unpack_bits.default, (packed, 3, 11))
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls == ["compression_manager.unpack_bits.default"]
+
+
 def test_packed_bytes_own_their_memory():
     assert pack_bits(torch.ones(9, dtype=torch.uint8), 5).untyped_storage().nbytes() == 6
 
