@@ -60,9 +60,7 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
         ],
         "tied": tied,
     }
-    with atomic_directory(
-        directory, format_name=FORMAT_NAME, version=FORMAT_VERSION
-    ) as temporary:
+    with atomic_directory(directory, format_name=FORMAT_NAME, version=FORMAT_VERSION) as temporary:
         tensors = {
             name: value.detach().cpu().contiguous()
             for name, value in state.items()

@@ -7,6 +7,9 @@ Ranges that fill int8 or uint8, with one scale per tensor or per channel, become
 QuantizeLinear and DequantizeLinear, which runtimes turn into integer kernels. ONNX divides by the
 scale where torch multiplies by its reciprocal, so that values in the middle between two integers
 may fall on the other one. All other schemes become the formula itself, whose results are equal.
+
+Packed integers stay packed; but the exporter computes what follows from constants of a few kB, and
+with them unpacks small weights. `optimize=False` keeps it from that.
 """
 
 from __future__ import annotations

@@ -139,9 +139,7 @@ def number_of_scales(module: nn.Module, weight: Tensor, scheme: QuantizationSche
     if scheme.granularity == "tensor":
         # Attention has three matrices in one parameter.
         return 3 if isinstance(module, nn.MultiheadAttention) else 1
-    return outputs * (
-        math.ceil(values / outputs / scheme.group_size) if scheme.group_size else 1
-    )
+    return outputs * (math.ceil(values / outputs / scheme.group_size) if scheme.group_size else 1)
 
 
 def ideal_bytes(model: nn.Module, converted: nn.Module, scheme: QuantizationScheme) -> float:
@@ -149,7 +147,7 @@ def ideal_bytes(model: nn.Module, converted: nn.Module, scheme: QuantizationSche
 
     Args:
         model: a fresh float model.
-        converted: tells which BatchNorm is folded, and how many inputs have a stored range.
+        converted: tells how many inputs have a stored range.
     """
     total = 0.0
     for module, weight in weights_of(model):
@@ -157,13 +155,14 @@ def ideal_bytes(model: nn.Module, converted: nn.Module, scheme: QuantizationSche
         zero_point_bytes = 0 if scheme.symmetric else math.ceil(scheme.bits / 8)
         total += scheme.bits * weight.numel() / 8 + scales * (4 + zero_point_bytes)
     weights = {id(weight) for _, weight in weights_of(model)}
+    folds = scheme.symmetric and scheme.axis == 0
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and folds:
             assert isinstance(converted.get_submodule(name), nn.Identity)
-            continue  # folded
+            continue
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         total += sum(tensor.nbytes for tensor in own if id(tensor) not in weights)
-        if isinstance(module, nn.Conv2d) and isinstance(model, ConvNet) and module.bias is None:
+        if isinstance(module, nn.Conv2d) and module.bias is None and folds:
             total += 4 * module.out_channels  # the BatchNorm's
     state = converted.state_dict()
     return total + sum(value.nbytes for key, value in state.items() if "input_" in key)
@@ -232,9 +231,7 @@ def sizes_of(model: nn.Module) -> set[int]:
         sizes |= {weight.numel()}
         sizes |= {weight.numel() // 3} if isinstance(module, nn.MultiheadAttention) else set()
     others = [
-        tensor.numel()
-        for tensor in (*model.parameters(), *model.buffers())
-        if tensor.dim() < 2
+        tensor.numel() for tensor in (*model.parameters(), *model.buffers()) if tensor.dim() < 2
     ]
     assert sizes.isdisjoint(others)
     return sizes
