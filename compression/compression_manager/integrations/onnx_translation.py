@@ -22,6 +22,7 @@ from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, storage_dt
 
 # Its declared types are those of ONNX tensors, not of what the exporter hands over.
 op: Any = opset18
+OPSET = 18
 
 # onnx.TensorProto.DataType
 _ONNX_TYPES: dict[torch.dtype, int] = {
