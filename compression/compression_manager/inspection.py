@@ -10,6 +10,8 @@ from torch import nn
 
 from compression_manager.checks import as_path
 from compression_manager.deploy.conversion import Conversion, convert_copy
+from compression_manager.deploy.exporting import Export, export
+from compression_manager.deploy.formats import find_format
 from compression_manager.deploy.storage import save_converted
 from compression_manager.errors import ConfigError
 from compression_manager.loops import TrainingLoops
@@ -56,6 +58,28 @@ class Inspection(TrainingLoops):
         """
         folder = as_path("save_converted", directory)
         return save_converted(self._conversion or self._convert(None), folder)
+
+    def export(self, path: str | Path, format: str, example_inputs: Any = None) -> Export:
+        """Write the model that `convert` returned last (converting now if it was not called).
+
+        The file takes any batch size, and is compared with the converted model before it takes
+        its name; see `compression_manager.deploy.export`.
+
+        Args:
+            path: the file, for example `model.onnx`.
+            format: `onnx` or `torch`.
+            example_inputs: a batch to trace and compare with; default as in `convert`.
+
+        Raises:
+            ConfigError: an unknown format, a missing package, or no input.
+            NotExportableError: the model cannot be traced or translated.
+            ParityError: the file computes something else than the converted model.
+            CheckpointError: the file cannot be written.
+        """
+        find_format(format)  # before the work of converting
+        inputs = self._some_inputs("export", example_inputs)
+        conversion = self._conversion or self._convert(example_inputs)
+        return export(conversion.model, path, format, inputs)
 
     def report(
         self, example_inputs: Any = None, *, sensitivity: bool = False, graph: bool = False

@@ -1,6 +1,7 @@
-"""Converted models: layers with integer weights, parity, and loading without training plugins."""
+"""Converted models: integer weights, parity, loading without training plugins, and export."""
 
 from compression_manager.deploy.conversion import Conversion
+from compression_manager.deploy.exporting import Export, export
 from compression_manager.deploy.layers import (
     ConvertedConv,
     ConvertedEmbedding,
@@ -13,6 +14,8 @@ from compression_manager.deploy.replacement import Replacement
 from compression_manager.deploy.storage import load
 
 __all__ = [
+    "export",
+    "Export",
     "load",
     "Conversion",
     "Replacement",

@@ -92,7 +92,7 @@ def check_parity(
                 f"{error:.2g}, allowed {tolerance:.2g}."
             )
     actual = _run_converted(converted, example_inputs)
-    error, tolerance = _compare_outputs(expected, actual)
+    error, tolerance = compare_outputs(expected, actual)
     if not error <= tolerance:
         raise ParityError(
             f"the converted model's output differs from the trained model's by {error:.2g} "
@@ -199,17 +199,19 @@ def _relative_error(expected: Tensor, actual: Tensor) -> float:
     return float(difference / _finite(expected).abs().max().clamp(min=1e-30))
 
 
-def _compare_outputs(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, float]:
+def compare_outputs(
+    expected: list[Tensor], actual: list[Tensor], tolerance: float = MODEL_TOLERANCE
+) -> tuple[float, float]:
     """Return the relative root mean square error of the floating-point outputs, and what is
     allowed.
     """
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
-        return float("inf"), MODEL_TOLERANCE
+        return float("inf"), tolerance
     pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if a.is_floating_point()]
-    noise = sum(float(_difference(a, b).square().sum()) for a, b in pairs)
+    noise = sum(float(_difference(a, b.to(a.device)).square().sum()) for a, b in pairs)
     signal = sum(float(_finite(a).square().sum()) for a, _ in pairs)
     error = float((noise / max(signal, 1e-30)) ** 0.5)
-    return error, _tolerance(MODEL_TOLERANCE, *(a for a, _ in pairs))
+    return error, _tolerance(tolerance, *(a for a, _ in pairs))
 
 
 def _finite(values: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from compression_manager.quantization.storage.packing import packing_period
 
 # Its declared types are those of ONNX tensors, not of what the exporter hands over.
 op: Any = opset18
+OPSET = 18
 
 # onnx.TensorProto.DataType
 _ONNX_TYPES: dict[torch.dtype, int] = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import kernels, operators
-from compression_manager.quantization.exporting import is_exporting
+from compression_manager.quantization.exporting import exports_operators
 from compression_manager.quantization.grid import as_tensor, check_numbers
 from compression_manager.quantization.overridable import overridable
 
@@ -56,7 +56,7 @@ def quantize(
         QuantizationError: a dtype, shape or range that does not fit.
     """
     scale, zero_point = _as_tensors(scale, zero_point, input)
-    compute = operators.quantize if is_exporting() else kernels.quantize
+    compute = operators.quantize if exports_operators() else kernels.quantize
     return compute(input, scale, zero_point, quant_min, quant_max, axis, group_size)
 
 
@@ -89,7 +89,7 @@ def dequantize(
     if not dtype.is_floating_point:
         raise QuantizationError(f"dequantize returns floating-point numbers, not {dtype}.")
     scale, zero_point = _as_tensors(scale, zero_point, quantized)
-    compute = operators.dequantize if is_exporting() else kernels.dequantize
+    compute = operators.dequantize if exports_operators() else kernels.dequantize
     return compute(quantized, scale, zero_point, axis, group_size, dtype)
 
 
@@ -133,7 +133,7 @@ def fake_quantize(
         QuantizationError: a dtype, shape or range that does not fit.
     """
     scale, zero_point = _as_tensors(scale, zero_point, input)
-    compute = operators.fake_quantize if is_exporting() else kernels.fake_quantize
+    compute = operators.fake_quantize if exports_operators() else kernels.fake_quantize
     return compute(
         input, scale, zero_point, quant_min, quant_max, axis, group_size, pass_clipped_gradient
     )

@@ -1,8 +1,14 @@
-"""Whether torch.export is tracing."""
+"""Whether torch.export is tracing, and what it is to see of the arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
+
+_formulas: ContextVar[bool] = ContextVar("formulas", default=False)
 
 
 def is_exporting() -> bool:
@@ -13,3 +19,18 @@ def is_exporting() -> bool:
     """
     flag: bool = getattr(torch.compiler, "_is_exporting_flag", False)
     return flag
+
+
+def exports_operators() -> bool:
+    """Return whether torch.export is to see one operator for each function of the arithmetic."""
+    return is_exporting() and not _formulas.get()
+
+
+@contextmanager
+def exporting_formulas() -> Iterator[None]:
+    """Let torch.export trace the arithmetic itself, instead of the operators that stand for it."""
+    token = _formulas.set(True)
+    try:
+        yield
+    finally:
+        _formulas.reset(token)

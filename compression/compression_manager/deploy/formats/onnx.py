@@ -1,0 +1,38 @@
+"""ONNX with QuantizeLinear and DequantizeLinear; needs the extra `onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.export import ExportedProgram
+
+from compression_manager.deploy.formats.base import ExportFormat, Runner
+from compression_manager.deploy.parity import MODEL_TOLERANCE
+
+
+class OnnxFormat(ExportFormat):
+    """One .onnx file, weights included: operator set 18, any batch size.
+
+    ONNX divides by the scale where torch multiplies by its reciprocal, so that a value in the
+    middle between two integers may fall on the other one.
+    """
+
+    name = "onnx"
+    packages = ("onnx", "onnxscript")
+    extra = "onnx"
+    runtime = "onnxruntime"
+    tolerance = MODEL_TOLERANCE
+
+    # The libraries are imported when they are needed.
+
+    def serialize(self, program: ExportedProgram) -> bytes:
+        """Return the serialized ModelProto."""
+        from compression_manager.integrations.onnx_export import to_onnx
+
+        return to_onnx(program)
+
+    def load(self, path: Path) -> Runner:
+        """Return what runs the file in onnxruntime, on the CPU."""
+        from compression_manager.integrations.onnx_runtime import onnx_runner
+
+        return onnx_runner(path)

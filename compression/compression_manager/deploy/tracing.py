@@ -1,0 +1,95 @@
+"""A model as a graph for any batch size, which exporters write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils._pytree import tree_map
+
+from compression_manager.errors import ConfigError, NotExportableError
+from compression_manager.model_call import quiet_evaluation, tensors_in
+from compression_manager.quantization.exporting import exporting_formulas
+
+
+def batch_size(inputs: Any) -> int:
+    """Return the first dimension of the first tensor that has one.
+
+    Raises:
+        ConfigError: there is no such tensor, or it is empty.
+    """
+    first = next((tensor for tensor in tensors_in(inputs) if tensor.dim()), None)
+    if first is None or first.numel() == 0:
+        raise ConfigError(
+            "example_inputs of an export hold at least one sample: a tensor, a tuple or a mapping "
+            "of tensors whose first dimension is the batch."
+        )
+    return first.shape[0]
+
+
+def with_batch(inputs: Any, size: int) -> Any:
+    """Return inputs of `size` samples, the given ones in turn.
+
+    Every tensor whose first dimension is `batch_size(inputs)` has samples in it; all others stay
+    as they are.
+    """
+    present = batch_size(inputs)
+    order = torch.arange(size) % present
+
+    def resize(leaf: Any) -> Any:
+        return leaf[order.to(leaf.device)] if _is_batch(leaf, present) else leaf
+
+    return tree_map(resize, dict(inputs) if isinstance(inputs, Mapping) else inputs)
+
+
+def trace(model: nn.Module, inputs: Any, *, operators: bool = True) -> ExportedProgram:
+    """Return the graph of `model` in eval mode, with the batch size left open.
+
+    Args:
+        model: takes `inputs` as `model_call.call_model` passes them.
+        inputs: at least two samples; torch takes a size of one for a constant.
+        operators: whether quantization is one operator `compression_manager::...` each, or the
+            formula in torch's own.
+
+    Raises:
+        NotExportableError: torch.export cannot trace the model, or its graph depends on the
+            batch size.
+    """
+    args, kwargs = _arguments(inputs)
+    size = batch_size(inputs)
+    batch = Dim("batch", min=1)
+    # Untyped in torch, whose `export` takes it although its signature does not say so.
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in tensors_in((args, kwargs)):
+        if _is_batch(tensor, size):
+            shapes[tensor] = {0: batch}
+    try:
+        with quiet_evaluation(model), nullcontext() if operators else exporting_formulas():
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+    except Exception as error:
+        raise NotExportableError(
+            f"torch.export cannot trace the model for any batch size: {brief(error)} The model's "
+            "code must not depend on values of tensors, nor on how many samples there are in the "
+            "first dimension of its inputs."
+        ) from error
+
+
+def brief(error: BaseException) -> str:
+    """Return the kind and the first lines of an error; those of exporters fill pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:3])
+    return f"{type(error).__name__}: {text if len(text) <= 400 else text[:400] + ' ...'}"
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return inputs if isinstance(inputs, tuple) else (inputs,), {}
+
+
+def _is_batch(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size

@@ -1,0 +1,47 @@
+"""A traced model as an ONNX file; needs the extra `onnx`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
+
+
+def to_onnx(program: ExportedProgram) -> bytes:
+    """Return the ModelProto of a program whose first dimensions may be symbolic.
+
+    Raises:
+        Exception: whatever the exporter raises, for example for more than 2 GiB, which a
+            ModelProto cannot hold.
+    """
+    with warnings.catch_warnings():
+        # The exporter calls what torch itself has deprecated.
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            dynamic_shapes=_named_batch(program),
+            custom_translation_table=onnx_translation_table(),
+        )
+    assert converted is not None  # with dynamo it never is
+    content: bytes = converted.model_proto.SerializeToString()
+    return content
+
+
+def _named_batch(program: ExportedProgram) -> list[Any]:
+    """Return the name "batch" for the first symbolic dimension; all others share the symbol."""
+    names = set(program.graph_signature.user_inputs)
+    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    shapes: list[Any] = [None] * len(tensors)
+    for index, tensor in enumerate(tensors):
+        if tensor.dim() and isinstance(tensor.shape[0], torch.SymInt):
+            shapes[index] = {0: "batch"}
+            break
+    return shapes

@@ -1,0 +1,90 @@
+"""Every exported file computes what the converted model computes, at any batch size.
+
+The files are run by their runtimes alone, without this package's own code for it, and compared
+in float64. Allowed is a tenth of what `export` allows, and less.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compression_manager import deploy
+from compression_manager.deploy.formats import FORMATS
+from compression_manager.model_call import call_model, tensors_in
+from conformance_models import CASES, converted
+
+ALLOWED = {"onnx": 2e-3, "torch": 1e-6}
+Runner = Callable[[Any], list[np.ndarray]]
+
+
+@functools.cache
+def reference(name: str) -> torch.nn.Module:
+    return converted(CASES[name])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exported")
+
+
+def load_onnx(path: Path) -> Runner:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+
+    def run(inputs: Any) -> list[np.ndarray]:
+        if not isinstance(inputs, Mapping):
+            inputs = dict(zip(names, tensors_in(inputs), strict=True))
+        return session.run(None, {name: inputs[name].numpy() for name in names})
+
+    return run
+
+
+def load_torch(path: Path) -> Runner:
+    with path.open("rb") as file:
+        module = torch.export.load(file).module()
+    return lambda inputs: [item.detach().numpy() for item in tensors_in(call_model(module, inputs))]
+
+
+LOAD = {"onnx": load_onnx, "torch": load_torch}
+
+
+@functools.cache
+def exported(name: str, format: str, folder: Path) -> Runner:
+    """What runs the model's file; the batch size of the examples is none of those tested."""
+    path = folder / f"{name}.{format}"
+    deploy.export(reference(name), path, format, CASES[name].inputs(5, seed=10))
+    return LOAD[format](path)
+
+
+def test_every_format_is_tested() -> None:
+    assert LOAD.keys() == ALLOWED.keys() == FORMATS.keys()
+    assert all(10 * ALLOWED[name] <= FORMATS[name].tolerance for name in FORMATS)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("format", LOAD)
+def test_a_file_returns_the_outputs_of_the_converted_model(
+    format: str, name: str, batch: int, folder: Path
+) -> None:
+    inputs = CASES[name].inputs(batch, seed=batch)
+    with torch.no_grad():
+        expected = list(tensors_in(call_model(reference(name), inputs)))
+    actual = exported(name, format, folder)(inputs)
+    assert len(actual) == len(expected)
+    for wanted, got in zip(expected, actual, strict=True):
+        assert got.shape == tuple(wanted.shape)
+        assert got.shape[0] == batch
+        wanted64, got64 = wanted.numpy().astype(np.float64), got.astype(np.float64)
+        error = np.sqrt(np.square(got64 - wanted64).sum() / np.square(wanted64).sum())
+        assert error <= ALLOWED[format]

@@ -1,0 +1,376 @@
+"""`export`: checked before the file is left in place, and nothing left of a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import toys
+from compression_manager import deploy, prepare_compression
+from compression_manager.deploy import formats
+from compression_manager.errors import (
+    CheckpointError,
+    ConfigError,
+    LifecycleError,
+    NotExportableError,
+    ParityError,
+)
+from compression_manager.integrations import onnx_export
+from compression_plugins import QATConfig
+from quantization_reference import prepared, trained
+
+IMAGES = toys.images().tensors[0]
+VECTORS = toys.vectors().tensors[0]
+FORMATS = ["onnx", "torch"]
+
+
+def conv_net() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(toys.ConvNet(), IMAGES).convert()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(toys.mlp(), VECTORS).convert()
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let these packages seem missing."""
+    monkeypatch.setattr(
+        deploy.exporting,
+        "find_spec",
+        lambda name: None if name in packages else importlib.util.find_spec(name),
+    )
+
+
+# What is returned and written ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_result_says_what_was_written(format: str, tmp_path: Path) -> None:
+    path = tmp_path / "new folder" / f"model.{format}"
+    result = deploy.export(mlp(), path, format, VECTORS)
+    assert isinstance(result, deploy.Export)
+    assert (result.path, result.format, result.unchecked) == (path, format, None)
+    assert result.size == path.stat().st_size
+    assert result.output_error is not None
+    assert 0 <= result.output_error <= formats.FORMATS[format].tolerance
+    assert f"{result.output_error:.1e}" in str(result)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_onnx_has_quantized_inputs_and_integer_weights(tmp_path: Path) -> None:
+    deploy.export(conv_net(), tmp_path / "model.onnx", "onnx", IMAGES)
+    model = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [item.version for item in model.opset_import if item.domain == ""] == [18]
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("QuantizeLinear") == 3  # the inputs of two convolutions and of fc
+    assert kinds.count("DequantizeLinear") == 6  # and the weights
+    assert kinds.count("BatchNormalization") == 0
+    large = [item for item in model.graph.initializer if len(item.dims) > 1]
+    assert len(large) == 3
+    assert {item.data_type for item in large} == {onnx.TensorProto.INT8}
+
+
+def test_onnx_names_the_batch(tmp_path: Path) -> None:
+    deploy.export(mlp(), tmp_path / "model.onnx", "onnx", VECTORS)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    for value in (*graph.input, *graph.output):
+        batch, features = value.type.tensor_type.shape.dim
+        assert batch.dim_param == "batch"
+        assert features.dim_value in {6, 4}
+
+
+def test_torch_stores_integers_and_no_example(tmp_path: Path) -> None:
+    model, path = mlp(), tmp_path / "model.pt2"
+    deploy.export(model, path, "torch", torch.randn(10_000, 6))
+    program = torch.export.load(path)
+    assert program.example_inputs is None
+    assert path.stat().st_size < 100_000  # the example has 240,000 bytes
+    for name, value in model.state_dict().items():
+        assert torch.equal(program.state_dict[name], value)
+        assert program.state_dict[name].dtype == value.dtype
+
+
+def test_torch_needs_nothing_of_this_package(tmp_path: Path) -> None:
+    model = conv_net()
+    deploy.export(model, tmp_path / "model.pt2", "torch", IMAGES)
+    torch.save((IMAGES[:3], model(IMAGES[:3])), tmp_path / "expected.pt")
+    script = """
+        import sys
+        import torch
+
+        module = torch.export.load("model.pt2").module()
+        inputs, expected = torch.load("expected.pt")
+        torch.testing.assert_close(module(inputs), expected)
+        assert not any(name.startswith("compression_manager") for name in sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_model_stays_as_it_was(format: str, tmp_path: Path) -> None:
+    model = mlp().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    deploy.export(model, tmp_path / "model", format, VECTORS)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_sample_is_enough_of_an_example(format: str, tmp_path: Path) -> None:
+    result = deploy.export(mlp(), tmp_path / "model", format, VECTORS[:1])
+    run = formats.FORMATS[format].load(result.path)
+    (output,) = run(VECTORS[:9])
+    assert output.shape == (9, 4)
+
+
+def test_a_terminal_or_a_line_says_that_it_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deploy.export(mlp(), tmp_path / "model.pt2", "torch", VECTORS)
+    assert capsys.readouterr().err == "exporting model.pt2 (torch) ...\n"
+
+
+# Inputs of every form ------------------------------------------------------------------------
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.register_buffer("unused", torch.zeros(1))
+
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = self.fc(x) + (0 if bias is None else bias)
+        result = {"logits": logits, "best": logits.argmax(1)}
+        return result if labels is None else {**result, "loss": (logits[:, 0] - labels).mean()}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_mapping_goes_by_name_and_without_labels(format: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"x": VECTORS, "bias": torch.randn(4), "labels": torch.zeros(len(VECTORS))}
+    model = trained(Keywords(), inputs).convert()
+    result = deploy.export(model, tmp_path / "model", format, inputs)
+    run = formats.FORMATS[format].load(result.path)
+    logits, best = run({"bias": inputs["bias"], "x": VECTORS[:3]})
+    expected = model(VECTORS[:3], inputs["bias"])
+    torch.testing.assert_close(logits, expected["logits"], rtol=0.02, atol=0.02)
+    assert best.dtype == expected["best"].dtype
+
+
+# Refused -------------------------------------------------------------------------------------
+
+
+def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no format 'onx'; did you mean 'onnx'"):
+        deploy.export(mlp(), tmp_path / "model", "onx", VECTORS)
+    with pytest.raises(ConfigError, match=r"no format 7; Valid: onnx, torch\."):
+        deploy.export(mlp(), tmp_path / "model", 7, VECTORS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_names_the_extra(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, package)
+    message = rf"needs {package}, which the extra 'onnx' installs: .*compression-manager\[onnx\]"
+    with pytest.raises(ConfigError, match=message):
+        deploy.export(mlp(), tmp_path / "model.onnx", "onnx", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_runtime_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "onnxruntime")
+    with pytest.warns(UserWarning, match="not compared .* onnxruntime is missing") as record:
+        result = deploy.export(mlp(), tmp_path / "model.onnx", "onnx", VECTORS)
+    assert record[0].filename == __file__
+    assert result.output_error is None
+    assert "onnxruntime is missing" in str(result)
+    assert result.path.is_file()
+
+
+@pytest.mark.parametrize("inputs", [None, 3, torch.tensor(1.0), torch.empty(0, 6), {}])
+def test_inputs_without_a_sample_are_refused(inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="at least one sample"):
+        deploy.export(mlp(), tmp_path / "model", "torch", inputs)
+
+
+def test_inputs_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be called with the example inputs"):
+        deploy.export(mlp(), tmp_path / "model", "torch", torch.randn(3, 7))
+
+
+def test_a_model_of_training_is_refused(tmp_path: Path) -> None:
+    manager = prepared(toys.mlp(), [VECTORS])
+    with pytest.raises(ConfigError, match=r"layer '0' is still that of training.*convert\(\)"):
+        deploy.export(manager.model, tmp_path / "model", "torch", VECTORS)
+    with pytest.raises(ConfigError, match=r"takes a torch\.nn\.Module, got dict"):
+        deploy.export({}, tmp_path / "model", "torch", VECTORS)  # type: ignore[arg-type]
+
+
+def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"writes a file, and .* is something else"):
+        deploy.export(mlp(), tmp_path, "torch", VECTORS)
+    with pytest.raises(ConfigError, match="the path of a file, got ''"):
+        deploy.export(mlp(), "", "torch", VECTORS)
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(input) * (2 if input.shape[0] == 5 else 1)
+
+
+class ValueDependent(FixedBatch):
+    def forward(self, input: Tensor) -> Tensor:
+        return self.fc(input) if input.sum() > 0 else self.fc(-input)
+
+
+@pytest.mark.parametrize("kind", [FixedBatch, ValueDependent])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_without_one_graph_is_refused(
+    format: str, kind: type[nn.Module], tmp_path: Path
+) -> None:
+    model = trained(kind(), VECTORS[:5]).convert()
+    with pytest.raises(NotExportableError, match="cannot trace the model for any batch size"):
+        deploy.export(model, tmp_path / "model", format, VECTORS[:5])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Failures leave nothing ----------------------------------------------------------------------
+
+
+def damaged_translation(monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """Let the file be that of a model whose last integer weights are all zero."""
+    exporter = formats.FORMATS[format]
+    serialize = exporter.serialize
+
+    def damage(program: Any) -> bytes:
+        program.state_dict["2.weight"].zero_()
+        return serialize(program)
+
+    monkeypatch.setattr(exporter, "serialize", damage)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_that_computes_something_else_is_not_left(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    path.write_text("the older one")
+    model = mlp()
+    loaded_weight = model.state_dict()["2.weight"].clone()
+    damaged_translation(monkeypatch, format)
+    with pytest.raises(ParityError, match=f"the {format} file at batch size .* relative error"):
+        deploy.export(model, path, format, VECTORS)
+    assert loaded_weight.any()
+    assert path.read_text() == "the older one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_batch_that_was_fixed_in_the_file_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = formats.FORMATS["torch"]
+    load = exporter.load
+
+    def fixed(path: Path) -> Any:
+        run = load(path)
+        return lambda inputs: run(inputs) if len(inputs) > 1 else run(inputs.repeat(2, 1))
+
+    monkeypatch.setattr(exporter, "load", fixed)
+    message = r"at batch size 1 returns float32 \(2, 4\) instead of float32 \(1, 4\)"
+    with pytest.raises(ParityError, match=message):
+        deploy.export(mlp(), tmp_path / "model", "torch", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_its_runtime_does_not_take_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats.FORMATS["onnx"], "serialize", lambda program: b"no model")
+    with pytest.raises(ParityError, match="the onnx file cannot be loaded"):
+        deploy.export(mlp(), tmp_path / "model", "onnx", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_has_no_translation_is_not_exportable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_export, "onnx_translation_table", dict)
+    with pytest.raises(NotExportableError, match="cannot be written as onnx"):
+        deploy.export(mlp(), tmp_path / "model", "onnx", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot write .*file"):
+        deploy.export(mlp(), tmp_path / "file" / "model", "torch", VECTORS)
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+
+
+# The manager ---------------------------------------------------------------------------------
+
+
+def test_the_manager_exports_what_it_converted_last(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    manager = trained(toys.mlp(), VECTORS)
+    int8 = manager.convert()
+    with torch.no_grad():
+        manager.model[0].weight.zero_()
+    result = manager.export(tmp_path / "model.pt2", "torch")  # inputs: those of training
+    assert result.output_error == 0
+    assert torch.equal(torch.export.load(result.path).module()(VECTORS), int8(VECTORS))
+    manager.close()
+    manager.export(str(tmp_path / "closed.pt2"), format="torch", example_inputs=VECTORS[:2])
+
+
+def test_the_manager_converts_if_need_be(tmp_path: Path) -> None:
+    manager = trained(toys.mlp(), VECTORS)
+    result = manager.export(tmp_path / "model.pt2", "torch", VECTORS)
+    program = torch.export.load(result.path)
+    assert torch.equal(program.module()(VECTORS), manager.convert()(VECTORS))
+    manager.close()
+    fresh = trained(toys.mlp(), VECTORS)
+    fresh.close()
+    with pytest.raises(LifecycleError):
+        fresh.export(tmp_path / "model.pt2", "torch", VECTORS)
+
+
+def test_the_manager_needs_inputs_and_a_known_format(tmp_path: Path) -> None:
+    manager = prepare_compression(toys.mlp(), [QATConfig()])
+    with pytest.raises(ConfigError, match=r"export\(\) needs an input"):
+        manager.export(tmp_path / "model", "torch")
+    with pytest.raises(ConfigError, match="no format 'pt2'"):
+        manager.export(tmp_path / "model", "pt2")
+
+
+def test_a_loaded_model_is_exported(tmp_path: Path) -> None:
+    manager = trained(toys.ConvNet(), IMAGES)
+    manager.save_converted(tmp_path / "int8")
+    loaded = deploy.load(tmp_path / "int8", toys.ConvNet())
+    result = deploy.export(loaded, tmp_path / "model.pt2", "torch", IMAGES)
+    program = torch.export.load(result.path)
+    assert torch.equal(program.module()(IMAGES), manager.convert()(IMAGES))

@@ -1,0 +1,52 @@
+"""The batch of example inputs, and graphs that leave it open."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compression_manager.deploy.tracing import batch_size, brief, trace, with_batch
+from compression_manager.errors import ConfigError
+
+
+class Masked(nn.Module):
+    """Samples (N, 3), and a mask (2,) or (4, 3) that all of them share."""
+
+    def forward(self, samples: Tensor, options: dict[str, Tensor]) -> Tensor:
+        return samples * options["scale"] + options["mask"].sum()
+
+
+def test_samples_are_taken_in_turn_and_the_rest_is_kept() -> None:
+    samples, mask, number = torch.arange(6.0).reshape(2, 3), torch.ones(4, 3), torch.tensor(7)
+    inputs = (samples, {"mask": mask, "scale": samples[:, :1]}, number, "text", None)
+    changed, options, *rest = with_batch(inputs, 5)
+    assert changed[:, 0].tolist() == [0, 3, 0, 3, 0]
+    assert options["scale"].tolist() == [[0], [3], [0], [3], [0]]
+    assert options["mask"] is mask
+    assert rest == [number, "text", None]
+    assert with_batch(samples, 1).tolist() == [[0, 1, 2]]
+    assert with_batch({"x": samples}, 2)["x"].tolist() == samples.tolist()
+
+
+def test_the_batch_is_that_of_the_first_tensor_with_dimensions() -> None:
+    assert batch_size((torch.tensor(3), {"x": torch.zeros(5, 2)}, torch.zeros(4))) == 5
+    with pytest.raises(ConfigError, match="at least one sample"):
+        batch_size(torch.zeros(3, 0))
+
+
+def test_a_graph_takes_any_batch_but_no_other_size() -> None:
+    samples = torch.randn(4, 3)
+    inputs = (samples, {"mask": torch.ones(2), "scale": samples[:, :1]})
+    module = trace(Masked(), inputs).module()
+    for size in (1, 2, 64):
+        changed = with_batch(inputs, size)
+        assert torch.equal(module(*changed), Masked()(*changed))
+    with pytest.raises(AssertionError, match=r"samples\.size\(\)\[1\] == 3"):
+        module(torch.randn(4, 5), inputs[1])
+
+
+def test_an_error_is_shortened_to_its_first_lines() -> None:
+    text = brief(ValueError("\n first\n\nsecond \nthird\nfourth"))
+    assert text == "ValueError: first second third"
+    assert len(brief(ValueError("x" * 1000))) < 450
