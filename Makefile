@@ -8,7 +8,7 @@ DATA ?=
 WORKERS ?= 2
 
 .PHONY: help venv demo study distillation-study tables bench-teacher bench-distillation test \
-	test-cuda conformance check docs reference readme
+	test-slow test-cuda conformance check docs reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -43,11 +43,14 @@ bench-distillation: $(STAMP)  ## time a distillation step from a cached teacher;
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
+test-slow: $(STAMP)  ## the tests that build, install and study; about two minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 -m slow tests
+
 test-cuda: $(STAMP)  ## the tests that need a GPU; install a CUDA build of torch first
-	$(BIN)/python -m pytest tests/cuda
+	$(BIN)/python -m pytest -m "" tests/cuda
 
 conformance: $(STAMP)  ## compare every exported format with the converted model; a minute
-	$(BIN)/python -m pytest tests/conformance
+	$(BIN)/python -m pytest -m "" tests/conformance
 
 # The blocks of a page build on one another, so that they run in one process.
 check: $(STAMP)  ## lint, types, direction of imports, code blocks of the documentation

@@ -20,6 +20,8 @@ from compression_manager.deploy.formats import FORMATS
 from compression_manager.model_call import call_model, tensors_in
 from conformance_models import CASES, converted
 
+pytestmark = pytest.mark.slow
+
 ALLOWED = {"onnx": 2e-3, "torch": 1e-6}
 Runner = Callable[[Any], list[np.ndarray]]
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SOURCES = {"compression_manager": "compression", "compression_plugins": "plugins"}
 # What setuptools needs of the tree; a build writes beside its sources.

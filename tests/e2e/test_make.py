@@ -100,14 +100,16 @@ def test_the_benchmark_sets_up_and_runs_its_script(checkout: Checkout) -> None:
     assert (ROOT / run.split()[1]).is_file()
 
 
-def test_test_sets_up_and_runs_every_test(checkout: Checkout) -> None:
+def test_test_and_test_slow_set_up_and_run_every_test(checkout: Checkout) -> None:
     *setup, run = checkout.make("test")
     assert len(setup) == 3
-    assert run == "python -m pytest -n 2"  # setup.cfg's testpaths hold nothing back
+    assert run == "python -m pytest -n 2"  # setup.cfg holds back the slow ones alone
+    assert checkout.make("test-slow") == ["python -m pytest -n 2 -m slow tests"]
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["tool:pytest"]["testpaths"] == "tests"
-    assert "-m" not in config["tool:pytest"]["addopts"].split()
+    _, _, selected = config["tool:pytest"]["addopts"].partition("-m ")
+    assert selected == '"not slow"'
 
 
 def test_check_lints_types_packages_and_example_and_imports() -> None:

@@ -13,6 +13,8 @@ import pytest
 from compression_manager.cli import main
 from plugin_environments import install
 
+pytestmark = pytest.mark.slow
+
 # torch's own types would take mypy half a minute.
 MYPY = """
 [mypy]

@@ -22,6 +22,8 @@ from plugin_environments import Environment, install
 from rank_runs import on_ranks
 from toy_teachers import criterion
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "third_party_plugin"
 README = (EXAMPLE / "README.md").read_text(encoding="utf-8")
 (RECIPE,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)

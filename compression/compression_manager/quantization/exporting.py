@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 
-_formulas: ContextVar[bool] = ContextVar("formulas", default=False)
+# A plain global, because strict tracing can read no context variable.
+_formulas = False
 
 
 def is_exporting() -> bool:
@@ -23,14 +23,15 @@ def is_exporting() -> bool:
 
 def exports_operators() -> bool:
     """Return whether torch.export is to see one operator for each function of the arithmetic."""
-    return is_exporting() and not _formulas.get()
+    return is_exporting() and not _formulas
 
 
 @contextmanager
 def exporting_formulas() -> Iterator[None]:
     """Let torch.export trace the arithmetic itself, instead of the operators that stand for it."""
-    token = _formulas.set(True)
+    global _formulas
+    before, _formulas = _formulas, True
     try:
         yield
     finally:
-        _formulas.reset(token)
+        _formulas = before
