@@ -28,7 +28,7 @@ demo: $(STAMP)  ## distill and quantize on real images; DATA=<folder> for the fu
 study: $(STAMP)  ## compare ways to quantize over 3 seeds; DATA=<folder> for the full set
 	$(BIN)/python examples/quantization_study.py $(if $(DATA),--data "$(DATA)")
 
-distillation-study: $(STAMP)  ## compare all ways to distill over 3 seeds; WORKERS=<cores>, 75 minutes on 2
+distillation-study: $(STAMP)  ## compare all ways to distill over 3 seeds; WORKERS=<cores>; says first how long
 	$(BIN)/python examples/distillation_study.py --workers $(WORKERS)
 
 tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo SEEDS=3`

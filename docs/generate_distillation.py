@@ -15,30 +15,30 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import distillation_prose as prose
+import distillation_rows as rows
+from distillation_rows import Row
+
+import compression_plugins
+from compression_plugins.distillation import (
+    DistillationConfig,
+    SelfKnowledgeDistillationLossConfig,
+    TokenDistillationLossConfig,
+)
+from compression_plugins.distillation.criteria.catalog import CATALOG
+from compression_plugins.distillation.criteria.schedules import SCHEDULES
+from compression_plugins.distillation.criteria.tokens import DIVERGENCES
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reference" / "distillation.md"
 RECORDED = ROOT / "docs" / "images" / "distillation_study.json"
 # Of a run of `--strategies ...` on another machine, with a control of its own.
 FURTHER = RECORDED.with_name("distillation_study_further.json")
 
-for folder in (ROOT / "examples", ROOT / "docs"):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(ROOT / "examples"))
 
-import distillation_prose as prose  # noqa: E402  (found only after the lines above)
-import distillation_rows as rows  # noqa: E402  (likewise)
-from distillation_rows import Row  # noqa: E402  (likewise)
-
-import compression_plugins  # noqa: E402  (likewise)
-import distillation_summary  # noqa: E402  (likewise)
-from compression_plugins.distillation import (  # noqa: E402  (likewise)
-    DistillationConfig,
-    SelfKnowledgeDistillationLossConfig,
-    TokenDistillationLossConfig,
-)
-from compression_plugins.distillation.criteria.catalog import CATALOG  # noqa: E402  (likewise)
-from compression_plugins.distillation.criteria.schedules import SCHEDULES  # noqa: E402  (likewise)
-from compression_plugins.distillation.criteria.tokens import DIVERGENCES  # noqa: E402  (likewise)
-from study_statistics import points  # noqa: E402  (likewise)
+import distillation_summary  # noqa: E402  (examples are no package, and found after the line above)
+from study_statistics import points  # noqa: E402  (examples, found like the import before)
 
 Summary = dict[str, Any]
 GIVEN_BY_LOOP = {"target": "labels (`target`)", "mask": "`mask`", "num_items": ""}

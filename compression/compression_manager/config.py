@@ -13,12 +13,22 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
 from typing import Any, TypeVar
 
-from compression_manager.config_values import convert_scalar, show_type, show_value
+from compression_manager.config_fields import (
+    container_of,
+    default_of,
+    help_of,
+    init_fields,
+    is_required,
+    is_structure,
+    show_declared,
+    type_hints,
+    union_members,
+)
+from compression_manager.config_values import convert_scalar, show_value
 from compression_manager.errors import CompressionError, ConfigError, MissingObjectError, suggest
 from compression_manager.plugin import PluginConfig
 
@@ -97,21 +107,21 @@ def _build(config_class: type, node: Any, place: _Place, base: Any) -> Any:
         if key not in {field.name for field in fields}:
             valid = [field.name for field in fields if not field.metadata.get("runtime")]
             raise ConfigError(f"{place / key}: unknown option; {suggest(str(key), valid)}")
-    hints = _type_hints(config_class, place)
+    hints = type_hints(config_class, place)
     values: dict[str, Any] = {}
     for field in fields:
         if field.metadata.get("runtime"):
             _take_runtime(values, field, node, place)
         elif field.name in node:
-            inherited = _default(field) if base is None else getattr(base, field.name)
+            inherited = default_of(field) if base is None else getattr(base, field.name)
             registry = field.metadata.get("registry")
             conversion = _Conversion(place / field.name, registry, inherited)
             values[field.name] = conversion.convert(hints[field.name], node[field.name])
-        elif base is None and _is_required(field):
-            raise ConfigError(f"{place / field.name} is required: {_help(field)}")
+        elif base is None and is_required(field):
+            raise ConfigError(f"{place / field.name} is required: {help_of(field)}")
     for name, other in getattr(config_class, "depends_on", {}).items():
         if other in node and name not in node:
-            values[name] = next(_default(field) for field in fields if field.name == name)
+            values[name] = next(default_of(field) for field in fields if field.name == name)
     return _construct(config_class, values, place, base)
 
 
@@ -125,11 +135,11 @@ def _take_runtime(
         )
     if field.name in place.runtime:
         values[field.name] = place.runtime[field.name]
-    elif _is_required(field):
+    elif is_required(field):
         if place.missing is None:
             raise MissingObjectError(
                 f"{place} needs the keyword argument prepare_compression(model, recipe, "
-                f"{field.name}=...): {_help(field)}",
+                f"{field.name}=...): {help_of(field)}",
                 option=field.name,
             )
         place.missing.append(MissingObject(f"{place.path}.{field.name}", blocks_checks=True))
@@ -142,7 +152,7 @@ def _construct(config_class: type[Any], values: dict[str, Any], place: _Place, b
             **values,
         }
     lacks = any(
-        _is_required(field) and field.name not in values for field in init_fields(config_class)
+        is_required(field) and field.name not in values for field in init_fields(config_class)
     )
     try:
         # Made in two steps, so that what a missing object leaves unfinished can be described.
@@ -169,8 +179,8 @@ def _construct(config_class: type[Any], values: dict[str, Any], place: _Place, b
 
 def _fill_unchecked(config: Any, values: Mapping[str, Any]) -> None:
     for field in init_fields(type(config)):
-        if field.name in values or not _is_required(field):
-            object.__setattr__(config, field.name, values.get(field.name, _default(field)))
+        if field.name in values or not is_required(field):
+            object.__setattr__(config, field.name, values.get(field.name, default_of(field)))
 
 
 def _put_before(error: CompressionError, place: _Place) -> None:
@@ -186,7 +196,7 @@ class _Conversion:
     inherited: Any = None
 
     def convert(self, hint: Any, node: Any) -> Any:
-        members = _union_members(hint)
+        members = union_members(hint)
         if node is None and types.NoneType in members:
             return None
         if isinstance(node, str) and str in members:
@@ -194,12 +204,12 @@ class _Conversion:
         scalars = [
             member
             for member in members
-            if not _is_structure(member) and not self._is_registered(member)
+            if not is_structure(member) and not self._is_registered(member)
         ]
         others = [member for member in scalars if member is not types.NoneType]
         for member in members:
-            if _container(member) is not None:
-                if isinstance(node, _NODE_OF[_container(member)]):
+            if container_of(member) is not None:
+                if isinstance(node, _NODE_OF[container_of(member)]):
                     return self._container(member, node)
             elif self._is_registered(member) and (isinstance(node, Mapping) or not others):
                 return self._registered(node)
@@ -207,7 +217,7 @@ class _Conversion:
                 return self._dataclass(typing.cast(type, member), node)
             elif member in (Any, object):
                 return node
-        expected = " or ".join(_show_type(member) for member in members)
+        expected = " or ".join(show_declared(member) for member in members)
         return convert_scalar(scalars, node, str(self.place), expected)
 
     def _is_registered(self, member: Any) -> bool:
@@ -216,7 +226,7 @@ class _Conversion:
         return isinstance(member, type) and any(issubclass(kind, member) for kind in registered)
 
     def _container(self, hint: Any, node: Any) -> Any:
-        kind, arguments = _container(hint), typing.get_args(hint)
+        kind, arguments = container_of(hint), typing.get_args(hint)
         if kind is dict:
             value_hint = arguments[1] if arguments else Any
             return {
@@ -266,60 +276,3 @@ class _Conversion:
 
 
 _NODE_OF: dict[type | None, type] = {dict: dict, list: list, tuple: list}
-
-
-def init_fields(config_class: type) -> list[Field[Any]]:
-    """Return the fields that are options."""
-    return [field for field in dataclasses.fields(config_class) if field.init]
-
-
-def _type_hints(config_class: type, place: _Place) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(config_class)
-    except NameError as error:
-        raise ConfigError(
-            f"{place}: the type hints of {config_class.__name__} cannot be resolved ({error}); "
-            "import the names that they use outside of TYPE_CHECKING."
-        ) from error
-
-
-def _union_members(hint: Any) -> list[Any]:
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return list(typing.get_args(hint)) if is_union else [hint]
-
-
-def _container(hint: Any) -> type | None:
-    """Return the class that holds a value of type `hint`, or None for what is no container."""
-    origin = typing.get_origin(hint) or hint
-    if not isinstance(origin, type) or origin is object or issubclass(origin, (str, bytes, Enum)):
-        return None
-    if origin is list:
-        return list
-    if issubclass(origin, Mapping):
-        return dict
-    return tuple if issubclass(origin, Sequence) else None
-
-
-def _is_structure(hint: Any) -> bool:
-    return _container(hint) is not None or dataclasses.is_dataclass(hint)
-
-
-def _show_type(hint: Any) -> str:
-    kind = _container(hint)
-    if kind is not None:
-        return "a mapping" if kind is dict else "a list"
-    return "a mapping of options" if dataclasses.is_dataclass(hint) else show_type(hint)
-
-
-def _default(field: Field[Any]) -> Any:
-    if field.default_factory is not MISSING:
-        return field.default_factory()
-    return None if field.default is MISSING else field.default
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
-
-
-def _help(field: Field[Any]) -> str:
-    return str(field.metadata.get("help", "it has no default."))

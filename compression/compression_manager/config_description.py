@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-from compression_manager.config import init_fields
+from compression_manager.config_fields import init_fields
 
 
 def describe_config(config: Any, *, live_objects: bool = True) -> dict[str, Any]:

@@ -78,3 +78,14 @@ class MetricBoard:
     def _publish(self, name: str, kind: MetricKind, value: float | Tensor) -> None:
         detached = value.detach() if isinstance(value, Tensor) else value
         self._pending.append(Metric(name, kind, detached, self.global_step))
+
+
+def quantizer_tag(layer: str, part: str, role: str) -> str:
+    """Return what the names of a fake quantizer's metrics begin with.
+
+    Args:
+        layer: name of the layer; empty for the model itself.
+        part: of the layer; empty if it has one only.
+        role: "weight" or "input".
+    """
+    return "/".join(filter(None, ("quantization", layer, part, role)))

@@ -70,7 +70,7 @@ def layers(loss: str, *mappings: Any) -> Distillers:
 
 
 def tokens(divergence: str, **options: Any) -> Distillers:
-    criterion = TokenDistillationLossConfig(divergence, **options)  # type: ignore[arg-type]
+    criterion = TokenDistillationLossConfig(divergence, **options)
     return lambda teacher: [DistillationConfig(teacher, criterion)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # ships no types
+import yaml
 
 from compression_manager.run_report.chart import NARROW, WIDE, line_chart, range_chart
 from compression_manager.run_report.curve import Curve

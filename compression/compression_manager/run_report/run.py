@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_manager.errors import CheckpointError
+from compression_manager.metrics import quantizer_tag
 from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.event_files import Events, read_events
@@ -175,7 +176,7 @@ def _recorded_ranges(checkpoints: Sequence[Manifest]) -> dict[str, Range]:
             for item in layer["quantizers"]:
                 if item["range"] is not None:
                     low, high = map(float, item["range"])
-                    tag = range_tag(layer["name"], item["part"], item["role"])
+                    tag = quantizer_tag(layer["name"], item["part"], item["role"])
                     point = (manifest.metadata["global_step"], low, high)
                     points.setdefault(tag, []).append(point)
     ranges = {}
@@ -183,11 +184,6 @@ def _recorded_ranges(checkpoints: Sequence[Manifest]) -> dict[str, Range]:
         steps, lows, highs = zip(*found, strict=True)
         ranges[tag] = Range(Curve(steps, lows), Curve(steps, highs))
     return ranges
-
-
-def range_tag(layer: str, part: str, role: str) -> str:
-    """Return the tag under which the range of a fake quantizer is published."""
-    return "/".join(filter(None, ("quantization", layer, part, role)))
 
 
 def _evaluations(curves: Mapping[str, Curve]) -> list[dict[str, Any]]:

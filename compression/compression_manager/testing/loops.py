@@ -43,7 +43,7 @@ def train(
         manager.model.train()
         for step, batch in manager.steps(batches):
             loss = _compute_loss(manager, batch, loss_arguments)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+            loss.backward()
             _update(manager, optimizer)
             losses.append(float(loss.detach()))
             if after_step is not None:
@@ -70,7 +70,7 @@ def train_with_hooks(
         for step, batch in enumerate(batches):
             manager.on_step_begin(step)
             loss = _compute_loss(manager, batch, loss_arguments)
-            loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+            loss.backward()
             _update(manager, optimizer)
             losses.append(float(loss.detach()))
             manager.on_step_end()
@@ -99,7 +99,7 @@ def train_without_optional_hooks(
         manager.on_step_begin(step)
         for _ in range(2):
             loss = _compute_loss(manager, batch, loss_arguments)
-            (loss / 2).backward()  # type: ignore[no-untyped-call]  # torch's own
+            (loss / 2).backward()
             losses.append(float(loss.detach()))
         manager.on_before_optimizer_step()
         optimizer.step()

@@ -36,8 +36,6 @@ class _Identity:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Identity) and self.value is other.value
 
-    __hash__ = None  # type: ignore[assignment]  # compared only
-
     def __repr__(self) -> str:
         value = self.value
         return getattr(value, "__qualname__", None) or f"a {type(value).__name__}"

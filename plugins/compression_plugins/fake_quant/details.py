@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compression_manager.metrics import MetricBoard
+from compression_manager.metrics import MetricBoard, quantizer_tag
 from compression_manager.quantization import QuantizationParameters
 from compression_manager.quantization.layers import QuantizedLayer
 
@@ -13,15 +13,15 @@ def publish_layer(metrics: MetricBoard, name: str, layer: QuantizedLayer) -> Non
     A layer of several parts publishes `quantization/<layer>/<part>/...`.
     """
     for part_name, part in layer.parts().items():
-        prefix = "/".join(filter(None, ("quantization", name, part_name)))
         if part.weight is not None and part.weight_quantizer is not None:
             weight = part.weight.detach()
-            metrics.histogram(f"{prefix}/weight", weight)
-            parameters = part.weight_quantizer.quantization_parameters(weight)
-            _publish(metrics, f"{prefix}/weight", parameters)
+            prefix = quantizer_tag(name, part_name, "weight")
+            metrics.histogram(prefix, weight)
+            _publish(metrics, prefix, part.weight_quantizer.quantization_parameters(weight))
         quantizer = part.input_quantizer
         if quantizer is not None and not quantizer.scheme.dynamic and quantizer.is_calibrated():
-            _publish(metrics, f"{prefix}/input", quantizer.quantization_parameters())
+            prefix = quantizer_tag(name, part_name, "input")
+            _publish(metrics, prefix, quantizer.quantization_parameters())
 
 
 def _publish(metrics: MetricBoard, prefix: str, parameters: QuantizationParameters) -> None:

@@ -47,8 +47,8 @@ class EventWriter:
         from torch.utils.tensorboard.summary import hparams
 
         # SummaryWriter.add_hparams would write a run of its own, in a subfolder.
-        summaries = hparams(flat_recipe(recipe), dict(metrics))  # type: ignore[no-untyped-call]  # untyped in torch
-        writer = self._writer._get_file_writer()  # type: ignore[no-untyped-call]  # untyped in torch
+        summaries = hparams(flat_recipe(recipe), dict(metrics))
+        writer = self._writer._get_file_writer()
         for summary in summaries:
             writer.add_summary(summary)
 

@@ -120,7 +120,7 @@ def test_config_that_can_be_changed(failure: Check) -> None:
     class Changeable(GoodConfig):
         pass
 
-    Changeable.__setattr__ = object.__setattr__  # type: ignore[method-assign]
+    Changeable.__setattr__ = object.__setattr__
     found = failure("test_config_is_a_frozen_dataclass", with_config(Changeable))
     assert "lets options be changed" in found
 
@@ -175,7 +175,7 @@ def test_live_object_that_is_no_runtime_option(failure: Check) -> None:
 def test_option_that_a_recipe_cannot_give(failure: Check) -> None:
     @dataclass(frozen=True)
     class Tensors(GoodConfig):
-        start: torch.Tensor = field(default=None, metadata=option("A tensor."))  # type: ignore[assignment]
+        start: torch.Tensor = field(default=None, metadata=option("A tensor."))
 
     found = failure(
         "test_recipe_gives_the_same_plugin",

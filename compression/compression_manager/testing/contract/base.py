@@ -98,6 +98,7 @@ class ContractRuns:
 
     def make_config(self) -> PluginConfig:
         """Return the config of the plugin under test; the only method that must be overridden."""
+        # Not abstract, because pytest would then stop at a TypeError that says nothing of this.
         raise NotImplementedError(
             f"{type(self).__name__} must override make_config(self) to return the plugin's config."
         )

@@ -6,7 +6,7 @@ import dataclasses
 from contextlib import suppress
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # ships no types
+import yaml
 
 from compression_manager.composition import describe_node
 from compression_manager.config import build_config

@@ -78,9 +78,7 @@ class TrainingLoop:
         """End whatever is open, and the training."""
         self._end_parts()
         self._warn_of_no_update()
-        if self._in_epoch:
-            self._in_epoch = False
-            self._manager.on_epoch_end()
+        self._close_epoch()
         self._manager.on_train_end()
         self.is_training, self._has_ended = False, True
 
@@ -88,8 +86,7 @@ class TrainingLoop:
         """Begin an epoch; end the one that is open."""
         self._imply_training()
         self._end_parts()
-        if self._in_epoch:
-            self._manager.on_epoch_end()
+        self._close_epoch()
         self._in_epoch = True
         self._manager.on_epoch_begin(epoch)
 
@@ -97,9 +94,7 @@ class TrainingLoop:
         """End the epoch, if one was begun."""
         self._end_parts()
         self._warn_of_no_update()
-        if self._in_epoch:
-            self._in_epoch = False
-            self._manager.on_epoch_end()
+        self._close_epoch()
 
     # Evaluation --------------------------------------------------------------------------------
 
@@ -240,6 +235,11 @@ class TrainingLoop:
     def _imply_training(self) -> None:
         if not self.is_training and not self._has_ended:
             self.begin_training()
+
+    def _close_epoch(self) -> None:
+        if self._in_epoch:
+            self._in_epoch = False
+            self._manager.on_epoch_end()
 
     def _end_parts(self) -> None:
         self._close_step()

@@ -37,8 +37,8 @@ class CompressedModel(nn.Module):
         super().__init__()
         self._saver = saver
         self.become(model)
-        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]  # torch
-        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]  # torch
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @property
     def model(self) -> nn.Module:

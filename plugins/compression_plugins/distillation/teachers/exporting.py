@@ -59,12 +59,12 @@ def _batch_shapes(
             "example_inputs must hold at least 2 examples, because torch.export takes a size of 0 "
             f"or 1 for a constant, got {size}; or pass dynamic_batch=False."
         )
-    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # untyped in torch
+    shapes = torch.export.ShapesCollection()
     batch = torch.export.Dim("batch")
     for tensor in tensors:
         if tensor.shape[0] == size:
             shapes[tensor] = {0: batch}
-    by_name: dict[str, Any] = shapes.dynamic_shapes(module, args, kwargs)  # type: ignore[no-untyped-call]  # untyped in torch
+    by_name: dict[str, Any] = shapes.dynamic_shapes(module, args, kwargs)
     return by_name
 
 
