@@ -156,8 +156,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
                 return input
             scale, zero_point = self._weight_qparams(input)
         else:
-            if self._phase.observing and self.training:
-                self._observe(input.detach())
+            self.follow(input)
             if not self._phase.quantizing or not self.is_calibrated():
                 return input
             scale, zero_point = self.scale, self.zero_point
@@ -171,6 +170,18 @@ class ObservedFakeQuantizer(FakeQuantizer):
             scheme.axis,
             group_size=scheme.group_size,
         )
+
+    def follow(self, input: Tensor) -> None:
+        """Let the range of an activation follow `input`, in a training step while observing.
+
+        Activation checkpointing runs a forward pass again during the backward pass, with what
+        was observed already.
+        """
+        if self._phase.observing and self.training and not _runs_backward():
+            self.observer.observe(input.detach())
+            # Some observers search long for their range; until it is used, nobody asks.
+            if self._phase.quantizing:
+                self._follow_observer()
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes now, as tensors of their own.
@@ -213,17 +224,16 @@ class ObservedFakeQuantizer(FakeQuantizer):
     def _weight_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return compute_qparams(*self.observer.compute_range(weight.detach()), self.scheme)
 
-    def _observe(self, input: Tensor) -> None:
-        self.observer.observe(input)
-        # Some observers search long for their range; until it is used, nobody asks.
-        if self._phase.quantizing:
-            self._follow_observer()
 
     def _follow_observer(self) -> None:
         """Bring an activation's scale and zero point up to date with what was observed."""
         scale, zero_point = compute_qparams(*self.observer.observed_range(), self.scheme)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+
+def _runs_backward() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _refresh(module: nn.Module, incompatible_keys: object) -> None:

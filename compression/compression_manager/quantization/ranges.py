@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.exporting import is_exporting
+from compression_manager.quantization.recent import shared
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -76,8 +77,9 @@ def _extremes(
             # torch's ONNX exporter knows neither aminmax nor amin without a dimension.
             flat = input.reshape(-1)
             return flat.amin(0), flat.amax(0)
-        low, high = torch.aminmax(input)
-        return low, high
+        if torch.compiler.is_compiling():
+            return torch.aminmax(input)
+        return shared(input, "range", lambda: torch.aminmax(input))
     # One pass each is many times faster than torch.aminmax along a dimension.
     if scheme.granularity == "token":
         return input.amin(-1, keepdim=True), input.amax(-1, keepdim=True)

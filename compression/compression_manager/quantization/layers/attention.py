@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.attention import ProjectedAttention
-from compression_manager.quantization.layers.base import Operand, Part, QuantizedLayer
+from compression_manager.quantization.layers.base import Operand, QuantizedLayer
+from compression_manager.quantization.layers.products import linear
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -46,14 +46,8 @@ class QuantizedMultiheadAttention(ProjectedAttention, QuantizedLayer, nn.Multihe
         """Return the projections of query, key and value on fake-quantized operands."""
         parts = self.parts()
         q, k, v = (
-            _project(parts[name], input)
+            linear(parts[name], self.product_options, input)
             for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
         )
         return q, k, v
 
-
-def _project(part: Part, input: Tensor) -> Tensor:
-    assert part.weight_quantizer is not None
-    if part.input_quantizer is not None:
-        input = part.input_quantizer(input)
-    return F.linear(input, part.weight_quantizer(part.weight), part.bias)

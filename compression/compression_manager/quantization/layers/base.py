@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.operands import forget_weight
+from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -59,10 +61,28 @@ class QuantizedLayer(nn.Module):
         float_class: the class of the layer before and after.
         quantizes_input: False where an input is not a factor of a product (indices) or its
             values inside the kernel cannot be reached.
+        product_options: how the layer multiplies, if it is linear or a convolution.
     """
 
     float_class: type[nn.Module]
     quantizes_input: ClassVar[bool] = True
+    product_options: ProductOptions = ProductOptions()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode, and take a look at the weights anew.
+
+        Around evaluation weights are exchanged, for averaged ones as an example, in ways that
+        leave no trace in them.
+        """
+        if mode != self.training:
+            self.forget_weights()
+        return super().train(mode)
+
+    def forget_weights(self) -> None:
+        """Quantize the weights anew in the next forward pass, whether or not they changed."""
+        for quantizer in self.quantizers():
+            if isinstance(quantizer, ObservedFakeQuantizer):
+                forget_weight(quantizer)
 
     @staticmethod
     def operands_of(layer: nn.Module) -> dict[str, Operand]:
@@ -151,6 +171,7 @@ def restore_layer(layer: QuantizedLayer) -> None:
     """Turn the layer back into the float layer that it was."""
     for name in list(_quantizer_names(layer)):
         delattr(layer, name)
+    vars(layer).pop("product_options", None)
     layer.__class__ = layer.float_class  # type: ignore[assignment]  # mypy allows no class change
 
 

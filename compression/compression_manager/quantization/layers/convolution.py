@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer
+from compression_manager.quantization.layers.products import convolve
 
 
 class _QuantizedConv(SinglePartLayer):
@@ -16,8 +17,8 @@ class _QuantizedConv(SinglePartLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input; shapes as the float layer."""
-        convolve = cast(Callable[..., Tensor], self._conv_forward)
-        return convolve(self.quantized_input(input), self.quantized_weight(), self.bias)
+        layer = cast(nn.Conv2d, self)
+        return convolve(layer, self.parts()[""], self.product_options, input)
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer
+from compression_manager.quantization.layers.products import linear
 
 
 class QuantizedLinear(SinglePartLayer, nn.Linear):
@@ -18,7 +18,7 @@ class QuantizedLinear(SinglePartLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return linear(self.parts()[""], self.product_options, input)
 
 
 class QuantizedOutputProjection(SinglePartLayer, NonDynamicallyQuantizableLinear):
@@ -28,7 +28,7 @@ class QuantizedOutputProjection(SinglePartLayer, NonDynamicallyQuantizableLinear
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return linear(self.parts()[""], self.product_options, input)
 
 
 class QuantizedConv1D(SinglePartLayer):
@@ -47,4 +47,4 @@ class QuantizedConv1D(SinglePartLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*, outputs)."""
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        return linear(self.parts()[""], self.product_options, x)

@@ -1,0 +1,27 @@
+"""What the user chooses: how products are computed forwards and backwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Forward = Literal["auto", "integer", "fake"]
+Backward = Literal["float32", "bfloat16x3", "bfloat16"]
+
+FORWARD: tuple[Forward, ...] = ("auto", "integer", "fake")
+BACKWARD: tuple[Backward, ...] = ("float32", "bfloat16x3", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ProductOptions:
+    """How quantization-aware layers multiply.
+
+    Attributes:
+        forward: "integer" wherever integers can be multiplied exactly; "auto" where that is fast
+            as well; "fake" never, but with the functions of `arithmetic`, which can be
+            differentiated twice.
+        backward: type of the products that give the gradients.
+    """
+
+    forward: Forward = "fake"
+    backward: Backward = "float32"

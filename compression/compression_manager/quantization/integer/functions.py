@@ -1,0 +1,182 @@
+"""Linear and convolution on integer operands, differentiable.
+
+Between forward and backward the integers are kept, and bits of what was clipped; no float copies.
+The gradients are those of the straight-through estimator: with float32 products they are, bit for
+bit, those of the functions of `arithmetic`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from compression_manager.quantization.integer import products
+from compression_manager.quantization.integer.arithmetic import Backward
+from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.products import Geometry
+from compression_manager.quantization.integer.rule import Path
+
+_PIECES: dict[Backward, int] = {"bfloat16": 1, "bfloat16x3": 3}
+
+
+class Operands:
+    """The integers of one call, and how it computes; opaque to autograd."""
+
+    def __init__(
+        self,
+        input: IntegerInput,
+        weight: IntegerWeight,
+        path: Path,
+        backward: Backward,
+        passes: Passes,
+    ) -> None:
+        self.input = input
+        self.weight = weight
+        self.path = path
+        self.backward = backward
+        self.passes = passes
+
+    def save(self, ctx: Any) -> None:
+        """Keep for the backward pass what it needs, as tensors that checkpointing can follow."""
+        ctx.backward, ctx.passes = self.backward, self.passes
+        ctx.save_for_backward(
+            self.input.codes,
+            self.input.scale,
+            self.input.zero_point,
+            self.input.clipped,
+            self.weight.codes,
+            self.weight.scale,
+            self.weight.clipped,
+        )
+
+    @classmethod
+    def saved(cls, ctx: Any) -> Operands:
+        """Return what `save` kept."""
+        tensors = ctx.saved_tensors  # read once, as activation checkpointing demands
+        return cls(
+            IntegerInput(*tensors[:4]), IntegerWeight(*tensors[4:]), "codes", ctx.backward,
+            ctx.passes,
+        )  # fmt: skip
+
+    def float_input(self) -> Tensor:
+        """Return the real numbers of the input's integers."""
+        scale, zero_point = self.input.scale, self.input.zero_point
+        if scale.device.type == "cpu":
+            return self.passes.dequantize(self.input.codes, float(scale), int(zero_point))
+        return self.passes.dequantize(self.input.codes, scale, zero_point)
+
+    def float_weight(self) -> Tensor:
+        """Return the real numbers of the weight's integers."""
+        return self.passes.dequantize_rows(self.weight.codes, self.weight.scale)
+
+    def input_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the input from that of its quantized values."""
+        return self._unclipped(gradient, self.input.codes, self.input.clipped)
+
+    def weight_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the weight from that of its quantized values."""
+        return self._unclipped(gradient, self.weight.codes, self.weight.clipped)
+
+    def _unclipped(self, gradient: Tensor, codes: Tensor, clipped: Tensor | None) -> Tensor:
+        if clipped is None:
+            return gradient
+        if gradient.stride() != codes.stride():
+            # The bits lie in the order of the codes in memory.
+            gradient = torch.empty_like(codes, dtype=gradient.dtype).copy_(gradient)
+        return self.passes.clear_clipped(gradient, clipped)
+
+
+class IntegerLinear(torch.autograd.Function):
+    """`F.linear` of (input, weight, bias), whose values the operands hold."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands
+    ) -> Tensor:
+        operands.save(ctx)
+        if operands.path == "integer":
+            return products.linear(operands.input, operands.weight, bias)
+        return F.linear(operands.float_input(), operands.float_weight(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        operands, wanted = Operands.saved(ctx), ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        for_input = for_weight = for_bias = None
+        if wanted[0]:
+            product = _by_weight(rows, operands).reshape(operands.input.codes.shape)
+            for_input = operands.input_gradient(product)
+        if wanted[1]:
+            for_weight = operands.weight_gradient(_by_input(rows, operands))
+        if wanted[2]:
+            for_bias = rows.sum(0)
+        return for_input, for_weight, for_bias, None
+
+
+def _by_weight(rows: Tensor, operands: Operands) -> Tensor:
+    """Return gradient @ weight: (rows, in features)."""
+    if operands.backward == "float32":
+        return rows.mm(operands.float_weight())
+    weight, pieces = operands.weight, _PIECES[operands.backward]
+    return operands.passes.multiply(rows * weight.scale, weight.codes, 0, pieces)
+
+
+def _by_input(rows: Tensor, operands: Operands) -> Tensor:
+    """Return gradient.T @ input: (out features, in features)."""
+    width = operands.input.codes.shape[-1]
+    if operands.backward == "float32":
+        return rows.t().mm(operands.float_input().reshape(-1, width))
+    input, pieces = operands.input, _PIECES[operands.backward]
+    codes = input.codes.reshape(-1, width)
+    product = operands.passes.multiply_transposed(rows, codes, int(input.zero_point), pieces)
+    return product.mul_(input.scale)
+
+
+class IntegerConvolution(torch.autograd.Function):
+    """`F.conv2d` of (input, weight, bias), whose values the operands hold."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operands: Operands,
+        geometry: Geometry,
+    ) -> Tensor:
+        operands.save(ctx)
+        ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
+        if operands.path == "integer":
+            return products.convolve(operands.input, operands.weight, bias, geometry)
+        return F.conv2d(operands.float_input(), operands.float_weight(), bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        operands = Operands.saved(ctx)
+        stride, padding, dilation, groups = ctx.geometry
+        dtype = torch.bfloat16 if operands.backward == "bfloat16" else torch.float32
+        for_input, for_weight, for_bias = torch.ops.aten.convolution_backward(
+            gradient.to(dtype),
+            operands.float_input().to(dtype),
+            operands.float_weight().to(dtype),
+            ctx.bias_sizes,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
+        )
+        if for_input is not None:
+            for_input = operands.input_gradient(for_input.float())
+        if for_weight is not None:
+            for_weight = operands.weight_gradient(for_weight.float())
+        return for_input, for_weight, None if for_bias is None else for_bias.float(), None, None

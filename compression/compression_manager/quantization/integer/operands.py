@@ -1,0 +1,182 @@
+"""The operands of an integer product: what a fake quantizer stands for, as integers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from compression_manager.quantization import arithmetic, kernels
+from compression_manager.quantization.integer.bits import pack_mask
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.recent import share, shared
+from compression_manager.quantization.observers.extremes import (
+    MinMaxObserver,
+    MovingAverageObserver,
+)
+from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
+from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.scheme import QuantizationScheme
+
+_BITS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerInput:
+    """A quantized activation.
+
+    Attributes:
+        codes: uint8 or int8, in the shape and memory format of the input.
+        scale: float32 (), a copy.
+        zero_point: int32 (), a copy.
+        clipped: bits in memory order of the elements outside of the range, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    clipped: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerWeight:
+    """A quantized weight, symmetric around zero.
+
+    Attributes:
+        codes: int8, (rows, ...).
+        scale: float32 (rows,).
+        clipped: bits of the elements outside of the range, or None.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    clipped: Tensor | None
+
+
+def why_no_integer_input(scheme: QuantizationScheme) -> str | None:
+    """Return why activations of `scheme` are no operands, or None if they are."""
+    if scheme.dynamic or scheme.granularity != "tensor":
+        return "its input's scale is not that of the whole tensor"
+    return f"its input has {scheme.bits} bits" if scheme.bits > _BITS else None
+
+
+def why_no_integer_weight(scheme: QuantizationScheme) -> str | None:
+    """Return why weights of `scheme` are no operands, or None if they are."""
+    if scheme.bits > _BITS:
+        return f"its weight has {scheme.bits} bits"
+    if not scheme.symmetric or not scheme.signed:
+        return "its weight is not symmetric around zero"
+    if scheme.granularity not in ("tensor", "channel") or scheme.axis not in (None, 0):
+        return "its weight has scales within an output channel"
+    return None
+
+
+def integer_input(
+    quantizer: ObservedFakeQuantizer, input: Tensor, passes: Passes
+) -> IntegerInput | None:
+    """Return the integers of `input`, which the quantizer follows in training as always.
+
+    Args:
+        quantizer: quantizes already, with a scheme that `why_no_integer_input` accepts.
+        input: float32, contiguous or channels_last.
+
+    Returns:
+        None if a value on the CPU is not finite, for which only floating point has a place.
+    """
+    if input.device.type != "cpu":
+        quantizer.follow(input)
+        return _on_accelerator(quantizer, input, passes)
+    share(input)
+    scheme = quantizer.scheme
+    low, high = tensor_range(input, QuantizationScheme())
+    if not bool((high - low).isfinite()):
+        return None
+    quantizer.follow(input)
+    scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
+    numbers = scale, zero_point, scheme.quant_min, scheme.quant_max
+
+    def compute() -> IntegerInput:
+        ends = torch.stack((low, high)) * quantizer.scale.reciprocal()
+        first, last = ends.round_().add_(zero_point).tolist()
+        clips = first < scheme.quant_min or last > scheme.quant_max
+        inverse = float(quantizer.scale.reciprocal())
+        codes, clipped = passes.quantize(input, inverse, *numbers[1:], clips)
+        return IntegerInput(codes, quantizer.scale.clone(), quantizer.zero_point.clone(), clipped)
+
+    return shared(input, (passes.name, numbers), compute)
+
+
+def _on_accelerator(
+    quantizer: ObservedFakeQuantizer, input: Tensor, passes: Passes
+) -> IntegerInput:
+    """Never waits: scales stay tensors, clipped bits are always kept, NaN becomes the scale."""
+    scale, zero_point = quantizer.scale.clone(), quantizer.zero_point.clone()
+    scheme = quantizer.scheme
+    codes, clipped = passes.quantize(
+        input, scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max, True
+    )
+    # One value that is not a number makes the whole result so, as it would make most of it.
+    scale = torch.where(torch.isnan(input.detach().sum()), torch.nan, scale)
+    return IntegerInput(codes, scale, zero_point, clipped)
+
+
+_weights: WeakKeyDictionary[ObservedFakeQuantizer, tuple[object, IntegerWeight]] = (
+    WeakKeyDictionary()
+)
+
+
+def integer_weight(
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes
+) -> IntegerWeight:
+    """Return the integers of `weight`, computed anew only if it changed.
+
+    Args:
+        quantizer: quantizes already, with a scheme that `why_no_integer_weight` accepts.
+        weight: float32, (rows, ...).
+    """
+    base = weight if weight._base is None else weight._base
+    state = (
+        id(base), base._version, weight.data_ptr(), weight.shape, weight.stride(), passes.name
+    )  # fmt: skip
+    known = _weights.get(quantizer)
+    if known is not None and known[0] == state:
+        return known[1]
+    computed = _quantize_weight(quantizer, weight.detach(), passes)
+    _weights[quantizer] = state, computed
+    return computed
+
+
+def forget_weight(quantizer: ObservedFakeQuantizer) -> None:
+    """Compute the integers anew in the next forward pass.
+
+    What an assignment to `parameter.data` writes into the same memory leaves no trace, so that
+    optimizer steps and changes of the mode end in a call of this.
+    """
+    _weights.pop(quantizer, None)
+
+
+def _quantize_weight(
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes
+) -> IntegerWeight:
+    scheme, observer = quantizer.scheme, quantizer.observer
+    rows = weight.shape[0]
+    if (
+        type(observer) in (MinMaxObserver, MovingAverageObserver)
+        and scheme.granularity == "channel"
+        and (scheme.quant_min, scheme.quant_max) == (-127, 127)
+        and weight.numel()
+    ):
+        # The range of such an observer is the weight's own, so that nothing is outside of it.
+        codes, scale = passes.quantize_rows(weight.reshape(rows, -1).contiguous())
+        return IntegerWeight(codes.reshape(weight.shape), scale, None)
+    scale, zero_point = compute_qparams(*observer.compute_range(weight), scheme)
+    numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+    codes = arithmetic.quantize(weight, *numbers).contiguous()
+    clipped = kernels.is_clipped(weight, *numbers).contiguous()
+    any_clipped = weight.device.type != "cpu" or bool(clipped.any())
+    return IntegerWeight(
+        codes, scale.expand(rows).contiguous(), pack_mask(clipped) if any_clipped else None
+    )

@@ -1,0 +1,155 @@
+"""Products of integers with 32-bit sums, as real numbers.
+
+On a CPU with VNNI oneDNN's kernels compute them, through operators that torch keeps for
+Inductor's own use; on other CPUs float64, whose sums of such products are exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
+
+# What turns a signed code into an unsigned one, and back.
+_OFFSET = 128
+
+
+class Geometry(NamedTuple):
+    """How a convolution of two spatial dimensions moves over its input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def linear(input: IntegerInput, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+    """Return the product of the real numbers that the integers stand for, plus `bias`.
+
+    Args:
+        input: codes (*, in features).
+        weight: codes (out features, in features).
+        bias: float32 (out features,), or None.
+
+    Returns:
+        float32 (*, out features).
+    """
+    matrix = input.codes.reshape(-1, input.codes.shape[-1])
+    if matrix.device.type == "cuda":
+        output = _cuda_linear(matrix, input, weight, bias)
+    elif cpu_features().vnni:
+        output = _onednn_linear(matrix, input, weight, bias)
+    else:
+        difference = matrix.double() - input.zero_point
+        output = _scaled(difference @ weight.codes.double().t(), input, weight.scale, bias)
+    return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
+
+
+def convolve(
+    input: IntegerInput, weight: IntegerWeight, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """Return the convolution of the real numbers that the integers stand for, on the CPU.
+
+    Args:
+        input: codes (N, C, H, W).
+        weight: codes (out channels, C / groups, height, width).
+        bias: float32 (out channels,), or None.
+        geometry: zero padding is that of real zeros.
+
+    Returns:
+        float32 (N, out channels, H', W'), in the memory format of the input.
+    """
+    if cpu_features().vnni:
+        return _onednn_convolve(input, weight, bias, geometry)
+    difference = input.codes.double() - input.zero_point
+    sums = F.conv2d(difference, weight.codes.double(), None, *geometry)
+    column = (-1, 1, 1)
+    return _scaled(
+        sums, input, weight.scale.reshape(column), None if bias is None else bias.reshape(column)
+    )
+
+
+def _scaled(sums: Tensor, input: IntegerInput, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Return integer sums times both scales, plus the bias, in float32."""
+    output = sums.to(torch.float32).mul_(input.scale * scale)
+    return output if bias is None else output.add_(bias)
+
+
+def _cuda_linear(
+    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
+) -> Tensor:
+    codes, zero_point = matrix, input.zero_point
+    if codes.dtype == torch.uint8:
+        # Flipping the highest bit subtracts 128.
+        codes, zero_point = (codes ^ _OFFSET).view(torch.int8), zero_point - _OFFSET
+    sums = torch._int_mm(codes, weight.codes.t())
+    sums.sub_(zero_point * weight.codes.sum(1, dtype=torch.int32))
+    return _scaled(sums, input, weight.scale, bias)
+
+
+def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int]:
+    """Return codes from 0 to 255, and their zero point."""
+    if codes.dtype == torch.uint8:
+        return codes, int(zero_point)
+    return codes.view(torch.uint8) ^ _OFFSET, int(zero_point) + _OFFSET
+
+
+def _onednn_linear(
+    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
+) -> Tensor:
+    operators = torch.ops.onednn
+    codes, zero_point = _unsigned(matrix, input.zero_point)
+    rows = weight.codes.shape[0]
+    output: Tensor = operators.qlinear_pointwise(
+        codes,
+        float(input.scale),
+        zero_point,
+        operators.qlinear_prepack(weight.codes, list(codes.shape)),
+        weight.scale,
+        torch.zeros(rows, dtype=torch.int32),
+        bias,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return output
+
+
+def _onednn_convolve(
+    input: IntegerInput, weight: IntegerWeight, bias: Tensor | None, geometry: Geometry
+) -> Tensor:
+    operators = torch.ops.onednn
+    codes, zero_point = _unsigned(input.codes, input.zero_point)
+    scale, (stride, padding, dilation, groups) = float(input.scale), geometry
+    packed = operators.qconv_prepack(
+        weight.codes, weight.scale, scale, zero_point, stride, padding, dilation, groups,
+        list(codes.shape),
+    )  # fmt: skip
+    output: Tensor = operators.qconv_pointwise(
+        codes,
+        scale,
+        zero_point,
+        packed,
+        weight.scale,
+        torch.zeros(weight.scale.shape[0], dtype=torch.int32),
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return output

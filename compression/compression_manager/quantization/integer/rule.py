@@ -1,0 +1,129 @@
+"""Which arithmetic a layer computes with: a rule on its operands, its size and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.selection import computes_reference
+
+Path = Literal["integer", "codes", "fake"]
+
+# 32-bit sums hold this many products of an unsigned and a signed 8-bit number.
+MAX_SUMMED = (2**31 - 1) // (255 * 127)
+
+# Below, in training, what surrounds an integer product costs more than the product saves.
+MIN_ROWS = 256
+MIN_SUMMED = 64
+MIN_COLUMNS = 16
+
+# What CUDA's product of 8-bit matrices takes.
+_CUDA_MULTIPLE = 8
+_CUDA_MIN_ROWS = 17
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The path that a product takes, and why it is not a faster one.
+
+    Attributes:
+        path: "integer": products of integers. "codes": float32 products, between which only the
+            integers are kept. "fake": the functions of `arithmetic`.
+        reason: why not integers; empty for them.
+    """
+
+    path: Path
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
+
+    rows: int
+    summed: int
+    columns: int
+    groups: int = 1
+
+
+def decide(options: ProductOptions, input: Tensor, weight: Tensor, size: Size) -> Decision:
+    """Return the path of a product whose quantizers give integers.
+
+    A rule on shapes, dtypes and the machine alone, so that equal runs compute equally.
+    """
+    reason = _why_no_codes(options, input, weight)
+    if reason is not None:
+        return Decision("fake", reason)
+    training = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    reason = why_no_integers(options, input.device, size, training)
+    if reason is None:
+        return Decision("integer")
+    # On an accelerator the passes around float32 products are many small kernels.
+    return Decision("codes" if input.device.type == "cpu" else "fake", reason)
+
+
+def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor) -> str | None:
+    if options.forward == "fake":
+        return 'forward="fake"'
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "it is compiled or traced, which sees through fake quantization only"
+    if computes_reference():
+        return "the operations are being recorded"
+    if type(input) is not Tensor or type(weight) not in (Tensor, Parameter):
+        return f"it computes on {type(input).__name__} and {type(weight).__name__}"
+    if input.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f"it computes in {input.dtype}"
+    if torch.is_autocast_enabled(input.device.type):
+        return "autocast chooses the type of the products"
+    if input.device.type not in ("cpu", "cuda"):
+        return f"it computes on {input.device.type}"
+    return "its input is empty" if input.numel() == 0 else None
+
+
+def why_no_integers(
+    options: ProductOptions, device: torch.device, size: Size, training: bool
+) -> str | None:
+    """Return why a product is not computed on integers; None if it is.
+
+    Args:
+        options: what the user chose.
+        device: the CPU or a CUDA device.
+        size: of the product.
+        training: whether gradients are wanted; without them integers pay at any size.
+    """
+    if size.summed > MAX_SUMMED:
+        return f"32-bit sums hold {MAX_SUMMED} products, not {size.summed}"
+    if device.type == "cuda":
+        return _why_not_on_cuda(size)
+    if options.forward == "integer":
+        return None
+    if not cpu_features().vnni:
+        return f"this CPU has {cpu_features()}"
+    if size.groups > 1:
+        return f"{size.groups} groups of channels leave little to multiply"
+    if not training:
+        return None
+    for name, value, least in (
+        ("rows", size.rows, MIN_ROWS),
+        ("products in a sum", size.summed, MIN_SUMMED),
+        ("output channels", size.columns, MIN_COLUMNS),
+    ):
+        if value < least:
+            return f"{value} {name} are too few to gain; {least} are needed"
+    return None
+
+
+def _why_not_on_cuda(size: Size) -> str | None:
+    if size.rows < _CUDA_MIN_ROWS:
+        return f"CUDA multiplies {_CUDA_MIN_ROWS} rows or more"
+    if size.summed % _CUDA_MULTIPLE or size.columns % _CUDA_MULTIPLE:
+        return f"CUDA multiplies matrices whose sides are multiples of {_CUDA_MULTIPLE}"
+    return None
+
+

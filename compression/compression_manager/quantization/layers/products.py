@@ -1,0 +1,188 @@
+"""The products of quantization-aware layers: on integers where that pays, else in floating point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compression_manager.quantization.integer.arithmetic import Backward, ProductOptions
+from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.functions import (
+    IntegerConvolution,
+    IntegerLinear,
+    Operands,
+)
+from compression_manager.quantization.integer.operands import (
+    integer_input,
+    integer_weight,
+    why_no_integer_input,
+    why_no_integer_weight,
+)
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.products import Geometry
+from compression_manager.quantization.integer.rule import Decision, Size, decide
+from compression_manager.quantization.integer.selection import TORCH, active_passes
+from compression_manager.quantization.layers.base import Part
+from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+
+_decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
+
+
+def last_decision(part: Part) -> Decision | None:
+    """Return how the product of `part` was computed last; None before its first call."""
+    return None if part.weight_quantizer is None else _decisions.get(part.weight_quantizer)
+
+
+def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
+    """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
+    weight, bias = cast(Tensor, part.weight), part.bias
+    columns, summed = weight.shape
+    size = Size(input.numel() // max(summed, 1), summed, columns)
+    operands = _operands(part, options, input, size)
+    if operands is None:
+        return F.linear(_fake_input(part, input), _fake_weight(part), bias)
+    # Function.apply is untyped in torch.
+    output: Tensor = IntegerLinear.apply(  # type: ignore[no-untyped-call]
+        input, weight, bias, operands
+    )
+    return output
+
+
+def convolve(
+    layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor
+) -> Tensor:
+    """Return the convolution of the quantized operands of `part`; shapes as the float layer."""
+    weight, bias = cast(Tensor, part.weight), part.bias
+    reason = _why_no_plain_convolution(layer, input)
+    operands = None
+    if reason is None:
+        operands = _operands(part, options, input, _convolution_size(layer, input))
+    elif not torch.compiler.is_compiling():
+        _decisions[_weight_quantizer(part)] = Decision("fake", reason)
+    if operands is None:
+        compute = cast(Callable[..., Tensor], layer._conv_forward)
+        return compute(_fake_input(part, input), _fake_weight(part), bias)
+    geometry = Geometry(
+        layer.stride, cast(tuple[int, ...], layer.padding), layer.dilation, layer.groups
+    )
+    output: Tensor = IntegerConvolution.apply(  # type: ignore[no-untyped-call]  # untyped in torch
+        input, weight, bias, operands, geometry
+    )
+    return output
+
+
+def _operands(
+    part: Part, options: ProductOptions, input: Tensor, size: Size
+) -> Operands | None:
+    """Return the integers to compute with, or None for the functions of `arithmetic`."""
+    if options.forward == "fake" or torch.compiler.is_compiling():
+        return None
+    weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
+    reason = _why_no_operands(part)
+    decision = Decision("fake", reason) if reason else decide(options, input, weight, size)
+    _decisions[quantizer] = decision
+    if decision.path == "fake":
+        return None
+    assert isinstance(part.input_quantizer, ObservedFakeQuantizer)  # or there were a reason
+    assert isinstance(quantizer, ObservedFakeQuantizer)
+    passes = active_passes() if input.device.type == "cpu" else TORCH
+    input_integers = integer_input(part.input_quantizer, _dense(input), passes)
+    if input_integers is None:
+        return None
+    return Operands(
+        input_integers,
+        integer_weight(quantizer, weight, passes),
+        decision.path,
+        backward_of(options, input.device, passes),
+        passes,
+    )
+
+
+def _why_no_operands(part: Part) -> str | None:
+    """Return what about the quantizers rules out integers, or None."""
+    if part.input_quantizer is None:
+        return "its input stays in floating point"
+    for quantizer, check in (
+        (part.input_quantizer, why_no_integer_input),
+        (_weight_quantizer(part), why_no_integer_weight),
+    ):
+        if type(quantizer) is not ObservedFakeQuantizer or _has_hooks(quantizer):
+            return f"its {type(quantizer).__name__} has arithmetic of its own"
+        if not quantizer.phase.quantizing:
+            return "fake quantization has not begun"
+        reason = check(quantizer.scheme)
+        if reason is not None:
+            return reason
+    return None if part.input_quantizer.is_calibrated() else "its input was not observed yet"
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -> Backward:
+    """Return how gradients are multiplied: as chosen, where the machine does it fast."""
+    chosen = options.backward
+    if chosen == "float32" or device.type != "cpu" or not cpu_features().amx:
+        return "float32"
+    pieces = 1 if chosen == "bfloat16" else 3
+    return chosen if passes.supports_pieces(pieces) else "float32"
+
+
+def _why_no_plain_convolution(layer: nn.Conv2d, input: Tensor) -> str | None:
+    """Return what about a convolution only torch's own function computes, or None."""
+    if len(layer.kernel_size) != 2:
+        return "only convolutions of two spatial dimensions have integer kernels"
+    if input.dim() != 4:
+        return "its input has no batch dimension"
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return f"padding {layer.padding!r} of mode '{layer.padding_mode}' has no integer kernel"
+    return None
+
+
+def _convolution_size(layer: nn.Conv2d, input: Tensor) -> Size:
+    sides = [
+        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+        for side, padding, dilation, kernel, stride in zip(
+            input.shape[2:],
+            cast(tuple[int, ...], layer.padding),
+            layer.dilation,
+            layer.kernel_size,
+            layer.stride,
+            strict=True,
+        )
+    ]
+    summed = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
+    return Size(input.shape[0] * sides[0] * sides[1], summed, layer.out_channels, layer.groups)
+
+
+def _dense(input: Tensor) -> Tensor:
+    """Return the input without gaps and in one of the two formats that kernels take."""
+    if input.is_contiguous() or (
+        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return input
+    return input.contiguous()
+
+
+def _weight_quantizer(part: Part) -> FakeQuantizer:
+    assert part.weight_quantizer is not None  # linear layers and convolutions have a weight
+    return part.weight_quantizer
+
+
+def _fake_input(part: Part, input: Tensor) -> Tensor:
+    return input if part.input_quantizer is None else cast(Tensor, part.input_quantizer(input))
+
+
+def _fake_weight(part: Part) -> Tensor:
+    return cast(Tensor, _weight_quantizer(part)(part.weight))
