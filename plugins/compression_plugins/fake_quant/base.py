@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
@@ -21,7 +22,9 @@ from compression_manager.quantization import (
     QuantizationSite,
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
+from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_output
 from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.convert import can_fold, convert_layer
@@ -51,6 +54,10 @@ class FakeQuantPlugin(Plugin[Options]):
         self._folded: dict[str, str] = {}
         self._context: Context | None = None
 
+    def product_options(self) -> ProductOptions:
+        """Return how the layers multiply; post-training quantization has no choice to make."""
+        return ProductOptions("auto")
+
     # Shape -----------------------------------------------------------------------------------
 
     @hookimpl
@@ -63,7 +70,9 @@ class FakeQuantPlugin(Plugin[Options]):
         }
         for name, of_parts in quantizers.items():
             layer = quantize_parts(context.model.get_submodule(name), of_parts)
+            layer.product_options = self.product_options()
             context.add_cleanup(_restoring(layer), owner=self.name)
+        self._save_memory_of_relus(context)
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
         if context.example_inputs is None:
             self._take_pairs(None)
@@ -88,6 +97,9 @@ class FakeQuantPlugin(Plugin[Options]):
     def convert_model(self, conversion: Conversion) -> None:
         """Replace every quantization-aware layer of the copy by its deployed form."""
         model = conversion.model
+        for module in model.modules():
+            if type(module) is BitMaskReLU:
+                keep_output(module)
         if conversion.example_inputs is not None:
             # Only the pairs of the model as deployed count: eval mode may take another path.
             deployed = _find_pairs(model, conversion.example_inputs)
@@ -131,6 +143,15 @@ class FakeQuantPlugin(Plugin[Options]):
         self._take_pairs(state["pairs"])
 
     # Internals -------------------------------------------------------------------------------
+
+    def _save_memory_of_relus(self, context: Context) -> None:
+        """Let each `nn.ReLU` keep bits where layers keep integers of what it returns."""
+        if self.product_options().forward == "fake":
+            return
+        for module in context.model.modules():
+            if type(module) is nn.ReLU:
+                keep_bits(module)
+                context.add_cleanup(partial(keep_output, module), owner=self.name)
 
     def _schemes(self) -> dict[str, str]:
         return {

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
-from compression_manager.checks import require_type
+from compression_manager.checks import require_choice, require_type
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.integer.arithmetic import (
+    BACKWARD,
+    FORWARD,
+    Backward,
+    Forward,
+    ProductOptions,
+)
 from compression_manager.schedule import StartAt
 
 DEFAULT_WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
@@ -110,9 +117,32 @@ class QATConfig(PluginConfig):
         default=None, metadata=option("When BatchNorm statistics stop changing; null: never.")
     )
 
+    forward: str = field(
+        default="auto",
+        metadata=option(
+            "Arithmetic of the products in forward: 'auto' (integers where the machine multiplies "
+            "them exactly and fast), 'integer' (wherever they are exact) or 'fake' (fake "
+            "quantization, which can be differentiated twice)."
+        ),
+    )
+    backward: str = field(
+        default="float32",
+        metadata=option(
+            "Arithmetic of the products in backward: 'float32', 'bfloat16x3' (float32's accuracy "
+            "from three bfloat16 products) or 'bfloat16'; the last two on CPUs with AMX."
+        ),
+    )
+
     def __post_init__(self) -> None:
         check_schemes(self)
         self._check_phases()
+        require_choice(self, "forward", self.forward, FORWARD)
+        require_choice(self, "backward", self.backward, BACKWARD)
+
+    @property
+    def products(self) -> ProductOptions:
+        """How the layers multiply."""
+        return ProductOptions(cast(Forward, self.forward), cast(Backward, self.backward))
 
     def _check_phases(self) -> None:
         for name in ("observe_at", "fake_quantize_at"):

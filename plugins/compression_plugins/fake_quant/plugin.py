@@ -11,6 +11,8 @@ from compression_manager import hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.operands import forget_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.plan import plan_model
@@ -36,6 +38,10 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         )
         counts_epochs = any(phase is not None and phase.epoch is not None for phase in phases)
         return frozenset({"on_epoch_begin"} if counts_epochs else ())
+
+    def product_options(self) -> ProductOptions:
+        """Return how the layers multiply."""
+        return self.config.products
 
     # Shape -----------------------------------------------------------------------------------
 
@@ -64,6 +70,11 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             **reached
         ):
             self._freeze_batch_norm(context)
+
+    @hookimpl
+    def on_after_optimizer_step(self) -> None:
+        """Quantize the weights anew, however the optimizer changed them."""
+        forget_weights()
 
     # Conversion ------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from compression_manager.quantization.graph.quantizer_lines import (
     quantizer_operation,
 )
 from compression_manager.quantization.graph.tensor_ids import TensorIds
+from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_manager.quantization.quantizer_module import FakeQuantizer
 
 
@@ -66,6 +67,7 @@ class _Recorder:
     def observe(self) -> Iterator[None]:
         """Observe what runs within the block."""
         with ExitStack() as stack:
+            stack.enter_context(reference_arithmetic())
             stack.enter_context(_Operators(self))
             stack.enter_context(_Functions(self))
             yield

@@ -123,6 +123,8 @@ def _on_accelerator(
     return IntegerInput(codes, scale, zero_point, clipped)
 
 
+# Counts the calls of `forget_weights`.
+_generation = 0
 _weights: WeakKeyDictionary[ObservedFakeQuantizer, tuple[object, IntegerWeight]] = (
     WeakKeyDictionary()
 )
@@ -139,7 +141,8 @@ def integer_weight(
     """
     base = weight if weight._base is None else weight._base
     state = (
-        id(base), base._version, weight.data_ptr(), weight.shape, weight.stride(), passes.name
+        _generation, id(base), base._version, weight.data_ptr(), weight.shape, weight.stride(),
+        passes.name,
     )  # fmt: skip
     known = _weights.get(quantizer)
     if known is not None and known[0] == state:
@@ -149,13 +152,14 @@ def integer_weight(
     return computed
 
 
-def forget_weight(quantizer: ObservedFakeQuantizer) -> None:
-    """Compute the integers anew in the next forward pass.
+def forget_weights() -> None:
+    """Compute the integers of all weights anew in their next forward pass.
 
-    What an assignment to `parameter.data` writes into the same memory leaves no trace, so that
-    optimizer steps and changes of the mode end in a call of this.
+    What is written through `parameter.data` leaves no trace, so that optimizer steps and changes
+    of the mode end in a call of this.
     """
-    _weights.pop(quantizer, None)
+    global _generation
+    _generation += 1
 
 
 def _quantize_weight(

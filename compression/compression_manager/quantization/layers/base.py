@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple, Self, cast
 from torch import Tensor, nn
 
 from compression_manager.quantization.integer.arithmetic import ProductOptions
-from compression_manager.quantization.integer.operands import forget_weight
-from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.integer.operands import forget_weights
+from compression_manager.quantization.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -75,14 +75,8 @@ class QuantizedLayer(nn.Module):
         leave no trace in them.
         """
         if mode != self.training:
-            self.forget_weights()
+            forget_weights()
         return super().train(mode)
-
-    def forget_weights(self) -> None:
-        """Quantize the weights anew in the next forward pass, whether or not they changed."""
-        for quantizer in self.quantizers():
-            if isinstance(quantizer, ObservedFakeQuantizer):
-                forget_weight(quantizer)
 
     @staticmethod
     def operands_of(layer: nn.Module) -> dict[str, Operand]:
