@@ -1,30 +1,42 @@
-"""The passes over memory around an integer product, as one interface for two implementations."""
+"""The passes over memory around an integer product, apart from the product itself.
+
+"Dense" means without gaps or overlaps in memory, in any order of the
+axes (channels_last included); results have the strides of the input. Bits are packed eight to a
+byte in the order of the elements in memory: bit i % 8, least significant first, of byte i // 8
+belongs to element i.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from compression_manager.quantization.scheme import QuantizationScheme
 
-# What `quantize_rows` quantizes to: -127 to 127, one scale for each row.
+# What `quantize_rows` quantizes to: -127 to 127, with one scale for each row.
 ROWS = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
 
 
-class Passes(ABC):
-    """Element-wise passes, and products in bfloat16.
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return all elements of a dense tensor in one dimension, as a view."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
-    All floating-point tensors are float32. What is called dense is contiguous or channels_last;
-    results have the memory format of the input. Bits are those of `pack_mask`, of the elements
-    in the order of memory.
+
+class Passes(ABC):
+    """One implementation of the passes.
+
+    Implementations give the same numbers to the last bit, except for `multiply` and
+    `multiply_transposed`, whose sums may be taken in another order.
 
     Attributes:
-        name: for reports, and to tell the results of one implementation from another's.
+        name: what reports call it: "torch" or "native".
     """
 
-    name: str
+    name: ClassVar[str]
 
     @abstractmethod
     def quantize(
@@ -36,84 +48,142 @@ class Passes(ABC):
         quant_max: int,
         clips: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the integers of `arithmetic.quantize`, and which elements were clipped.
+        """Return the integers of `input` and which elements were clipped.
+
+        clamp(round_half_even(input * inverse_scale) + zero_point, quant_min, quant_max) in float32,
+        the formula of `compression_manager.quantization.quantize`, whose integers these are. NaN
+        becomes the zero point.
 
         Args:
-            input: dense.
-            inverse_scale: 1 / scale, rounded to float32.
-            zero_point: integer of real zero.
-            quant_min: smallest integer.
-            quant_max: largest integer.
-            clips: False if the caller knows that nothing is clipped or not a number.
+            input: float32, dense, any shape.
+            inverse_scale: 1 / scale, rounded to float32; a tensor on an accelerator, which then
+                need not be waited for.
+            zero_point: integer of real zero, inside of the range.
+            quant_min: smallest integer, from -128.
+            quant_max: largest integer; to 255, or to 127 where quant_min is negative.
+            clips: False if the caller knows that no element lies outside of the range, so that none
+                is looked for.
 
         Returns:
-            codes: uint8 if there are no negative ones, else int8; NaN becomes the zero point.
-            clipped: bits of what lay outside of the range, NaN included; None if nothing did (on
-                an accelerator: only if `clips` is False).
+            codes: uint8 (int8 if quant_min is negative), shape and strides of `input`.
+            clipped: uint8 (ceil(n / 8),), bits that are 1 where the rounded value lay outside of
+                the range (NaN does); None if `clips` is False and, on the CPU, if there is no
+                such element.
         """
 
     @abstractmethod
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the integers of each row with its largest magnitude as the end of the range.
+        """Return the 8-bit integers of each row and their scales: symmetric, narrow range.
+
+        scale = max(max|row| / 127, float32's epsilon), cut and made NaN as in `compute_qparams`;
+        codes = clamp(round_half_even(weight * (1 / scale)), -127, 127). No element is clipped.
 
         Args:
-            weight: (rows, columns), contiguous, with at least one column.
+            weight: float32 (rows, columns), contiguous.
 
         Returns:
-            codes: int8 (rows, columns), of the scheme `ROWS`.
-            scale: float32 (rows,), as `compute_qparams` gives it; NaN in rows that are not finite,
-                whose codes mean nothing.
+            codes: int8 (rows, columns), contiguous; 0 in a row that is not finite.
+            scale: float32 (rows,); NaN for a row that is not finite, epsilon for an empty one.
         """
 
     @abstractmethod
     def dequantize(
         self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor
     ) -> Tensor:
-        """Return (codes - zero_point) * scale of dense uint8 or int8 codes."""
+        """Return (codes - zero_point) * scale.
+
+        Args:
+            codes: uint8 or int8, dense, any shape.
+            scale: a float32 number; a tensor on an accelerator.
+            zero_point: integer of real zero.
+
+        Returns:
+            float32, shape and strides of `codes`.
+        """
 
     @abstractmethod
     def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Return codes * scale[row] of dense int8 codes (rows, ...) and scales (rows,)."""
+        """Return codes * scale, with one scale for each index of the first axis.
+
+        Args:
+            codes: int8 (rows, *), dense.
+            scale: float32 (rows,).
+
+        Returns:
+            float32, shape and strides of `codes`.
+        """
 
     @abstractmethod
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
-        """Return the dense gradient, in place of which zeros stand where a bit is set."""
+        """Set the gradient to zero where an element was clipped, in place.
+
+        Set, not multiplied by zero: NaN and infinities go as well.
+
+        Args:
+            gradient: float32, dense, strides of the input of `quantize`.
+            clipped: the bits from `quantize`.
+
+        Returns:
+            `gradient` itself.
+        """
 
     @abstractmethod
     def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Return max(input, 0), where NaN stays NaN, and bits of what is not at most zero."""
+        """Return max(input, 0) and where its gradient passes.
+
+        Args:
+            input: float32, dense, any shape.
+
+        Returns:
+            output: float32, shape and strides of `input`; NaN stays NaN.
+            positive: uint8 (ceil(n / 8),), bits that are 1 unless input <= 0; so for NaN.
+        """
 
     @abstractmethod
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
-        """Return the dense gradient where a bit is set, else exactly zero."""
+        """Return the gradient of `relu`'s input: that of the output or exactly zero.
+
+        Args:
+            gradient: float32, dense, strides of the input of `relu`.
+            positive: the bits from `relu`.
+
+        Returns:
+            float32, shape and strides of `gradient`.
+        """
 
     @abstractmethod
     def supports_pieces(self, pieces: int) -> bool:
-        """Return whether this machine multiplies `pieces` (1 or 3) bfloat16 parts of a float32."""
+        """Return whether `multiply` computes with so many pieces here."""
 
     @abstractmethod
     def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
-        """Return left @ (right - zero_point) with bfloat16 factors and float32 sums.
+        """Return left @ (right - zero_point) by products of bfloat16 summed in float32.
+
+        The integers are exact in bfloat16. In one piece, `left` is rounded to bfloat16; split into
+        three, whose sum it is, the result has the error of a float32 product.
 
         Args:
-            left: (M, K); split into as many bfloat16 numbers as there are pieces.
-            right: int8 or uint8 (K, N), whose differences from the zero point bfloat16 holds.
-            zero_point: from -128 to 255.
-            pieces: 1: each factor rounded to bfloat16. 3: with float32's own error.
+            left: float32 (M, K).
+            right: int8 or uint8 (K, N).
+            zero_point: integer of real zero in `right`.
+            pieces: 1 or 3.
 
         Returns:
-            float32 (M, N).
+            float32 (M, N), contiguous.
         """
 
     @abstractmethod
     def multiply_transposed(
         self, left: Tensor, right: Tensor, zero_point: int, pieces: int
     ) -> Tensor:
-        """Return left.T @ (right - zero_point): (M, N) of (K, M) and (K, N); as `multiply`."""
+        """Return left.T @ (right - zero_point), computed as in `multiply`.
 
+        Args:
+            left: float32 (K, M).
+            right: int8 or uint8 (K, N).
+            zero_point: integer of real zero in `right`.
+            pieces: 1 or 3.
 
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """Return all elements of a dense tensor in one dimension, as a view."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+        Returns:
+            float32 (M, N), contiguous.
+        """
