@@ -88,8 +88,9 @@ def integer_input(
     """
     if input.device.type != "cpu":
         quantizer.follow(input)
-        return _on_accelerator(quantizer, input, passes)
+        return _on_accelerator(quantizer, input.detach(), passes)
     share(input)
+    input = input.detach()
     scheme = quantizer.scheme
     low, high = tensor_range(input, QuantizationScheme())
     if not bool((high - low).isfinite()):
@@ -119,7 +120,7 @@ def _on_accelerator(
         input, scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max, True
     )
     # One value that is not a number makes the whole result so, as it would make most of it.
-    scale = torch.where(torch.isnan(input.detach().sum()), torch.nan, scale)
+    scale = torch.where(torch.isnan(input.sum()), torch.nan, scale)
     return IntegerInput(codes, scale, zero_point, clipped)
 
 
