@@ -63,7 +63,7 @@ def trace(model: nn.Module, inputs: Any, *, operators: bool = True) -> ExportedP
     size = batch_size(inputs)
     batch = Dim("batch", min=1)
     # Untyped in torch, whose `export` takes it although its signature does not say so.
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes: Any = ShapesCollection()
     for tensor in tensors_in((args, kwargs)):
         if _is_batch(tensor, size):
             shapes[tensor] = {0: batch}
