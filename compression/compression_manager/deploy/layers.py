@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.deploy import products
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
+from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.storage.weight import WeightFormat
@@ -72,8 +74,10 @@ class ConvertedLayer(nn.Module):
         input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
         input_zero_point: int32 (); present with `input_scale`.
         bias: float, or None.
+        product_options: how a linear layer or convolution multiplies; not part of the state.
     """
 
+    product_options: ProductOptions = ProductOptions("auto")
     weight_format: WeightFormat
     weight: Tensor
     weight_scale: Tensor
@@ -185,6 +189,9 @@ class ConvertedLinear(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
+        output = products.linear(self, input)
+        if output is not None:
+            return output
         return F.linear(self.quantized_input(input), self.float_weight(input.dtype), self.bias)
 
 
@@ -205,6 +212,9 @@ class ConvertedConv(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution."""
+        integers = products.convolve(self, input)
+        if integers is not None:
+            return integers
         quantized = self.quantized_input(input)
         padding: Any = self.padding
         if self.padding_mode != "zeros":

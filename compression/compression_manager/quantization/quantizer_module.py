@@ -224,7 +224,6 @@ class ObservedFakeQuantizer(FakeQuantizer):
     def _weight_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return compute_qparams(*self.observer.compute_range(weight.detach()), self.scheme)
 
-
     def _follow_observer(self) -> None:
         """Bring an activation's scale and zero point up to date with what was observed."""
         scale, zero_point = compute_qparams(*self.observer.observed_range(), self.scheme)

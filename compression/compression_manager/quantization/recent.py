@@ -84,7 +84,7 @@ def forget_all() -> None:
 def _key(tensor: Tensor) -> _Key:
     return _Key(
         tensor.untyped_storage().data_ptr(),
-        tensor.storage_offset(),
+        int(tensor.storage_offset()),
         tensor.shape,
         tensor.stride(),
         tensor.dtype,

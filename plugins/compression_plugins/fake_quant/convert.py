@@ -36,7 +36,9 @@ def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -
     )
     converted = CONVERTED_CLASSES[spec.kind](layer, spec)
     for name, part in parts.items():
-        _fill(cast(ConvertedLayer, converted.get_submodule(name)), part, factor)
+        stored = cast(ConvertedLayer, converted.get_submodule(name))
+        stored.product_options = layer.product_options
+        _fill(stored, part, factor)
     return converted
 
 

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.arithmetic import Backward
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import Geometry
 from compression_manager.quantization.integer.rule import Path
 
 _PIECES: dict[Backward, int] = {"bfloat16": 1, "bfloat16x3": 3}

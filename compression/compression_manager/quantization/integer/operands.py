@@ -11,7 +11,7 @@ from torch import Tensor
 from compression_manager.quantization import arithmetic, kernels
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.recent import share, shared
+from compression_manager.quantization.integer.torch_passes import TorchPasses
 from compression_manager.quantization.observers.extremes import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -19,6 +19,7 @@ from compression_manager.quantization.observers.extremes import (
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
 from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.recent import share, shared
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _BITS = 8
@@ -88,40 +89,61 @@ def integer_input(
     """
     if input.device.type != "cpu":
         quantizer.follow(input)
-        return _on_accelerator(quantizer, input.detach(), passes)
+        return quantize_on_accelerator(
+            input.detach(), quantizer.scale, quantizer.zero_point, quantizer.scheme
+        )
     share(input)
     input = input.detach()
-    scheme = quantizer.scheme
     low, high = tensor_range(input, QuantizationScheme())
     if not bool((high - low).isfinite()):
         return None
     quantizer.follow(input)
-    scale, zero_point = float(quantizer.scale), int(quantizer.zero_point)
-    numbers = scale, zero_point, scheme.quant_min, scheme.quant_max
+    return quantize_finite(input, quantizer.scale, quantizer.zero_point, quantizer.scheme, passes)
+
+
+def quantize_finite(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: QuantizationScheme,
+    passes: Passes,
+) -> IntegerInput:
+    """Return the integers of a finite activation on the CPU, or those of an earlier call.
+
+    Args:
+        input: float32, contiguous or channels_last; without gradient.
+        scale: float32 ().
+        zero_point: int32 ().
+        scheme: one that `why_no_integer_input` accepts.
+        passes: what computes.
+    """
+    limits = int(zero_point), scheme.quant_min, scheme.quant_max
 
     def compute() -> IntegerInput:
-        ends = torch.stack((low, high)) * quantizer.scale.reciprocal()
+        inverse = scale.reciprocal()
+        ends = torch.stack(tensor_range(input, QuantizationScheme())) * inverse
         first, last = ends.round_().add_(zero_point).tolist()
         clips = first < scheme.quant_min or last > scheme.quant_max
-        inverse = float(quantizer.scale.reciprocal())
-        codes, clipped = passes.quantize(input, inverse, *numbers[1:], clips)
-        return IntegerInput(codes, quantizer.scale.clone(), quantizer.zero_point.clone(), clipped)
+        codes, clipped = passes.quantize(input, float(inverse), *limits, clips)
+        # Copies, because the buffers follow the next batch in place.
+        return IntegerInput(codes, scale.clone(), zero_point.clone(), clipped)
 
-    return shared(input, (passes.name, numbers), compute)
+    return shared(input, (passes.name, float(scale), *limits), compute)
 
 
-def _on_accelerator(
-    quantizer: ObservedFakeQuantizer, input: Tensor, passes: Passes
+def quantize_on_accelerator(
+    input: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme
 ) -> IntegerInput:
-    """Never waits: scales stay tensors, clipped bits are always kept, NaN becomes the scale."""
-    scale, zero_point = quantizer.scale.clone(), quantizer.zero_point.clone()
-    scheme = quantizer.scheme
-    codes, clipped = passes.quantize(
+    """Return the integers of an activation without waiting for the device.
+
+    Scales stay tensors, and clipped bits are kept even if there are none. One value that is not a
+    number makes the scale so, and with it the whole result.
+    """
+    codes, clipped = TorchPasses().quantize(
         input, scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max, True
     )
-    # One value that is not a number makes the whole result so, as it would make most of it.
-    scale = torch.where(torch.isnan(input.sum()), torch.nan, scale)
-    return IntegerInput(codes, scale, zero_point, clipped)
+    finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)
+    return IntegerInput(codes, finite_scale, zero_point.clone(), clipped)
 
 
 # Counts the calls of `forget_weights`.

@@ -87,9 +87,7 @@ class Passes(ABC):
         """
 
     @abstractmethod
-    def dequantize(
-        self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor
-    ) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
         """Return (codes - zero_point) * scale.
 
         Args:

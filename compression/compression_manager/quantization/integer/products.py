@@ -6,35 +6,45 @@ Inductor's own use; on other CPUs float64, whose sums of such products are exact
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 
 # What turns a signed code into an unsigned one, and back.
 _OFFSET = 128
 
 
-class Geometry(NamedTuple):
-    """How a convolution of two spatial dimensions moves over its input."""
+def pack_linear(weight: IntegerWeight, input_shape: tuple[int, int] | None = None) -> Tensor:
+    """Return the codes (out features, in features) in the order that oneDNN multiplies them in.
 
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    Opaque: neither to be saved nor to be traced. Of use on CPUs with VNNI alone.
+
+    Args:
+        weight: as for `linear`.
+        input_shape: (rows, in features), if the rows are known.
+    """
+    shape = None if input_shape is None else list(input_shape)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.codes, shape)
+    return packed
 
 
-def linear(input: IntegerInput, weight: IntegerWeight, bias: Tensor | None) -> Tensor:
+def linear(
+    input: IntegerInput,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    packed: Tensor | None = None,
+) -> Tensor:
     """Return the product of the real numbers that the integers stand for, plus `bias`.
 
     Args:
         input: codes (*, in features).
         weight: codes (out features, in features).
         bias: float32 (out features,), or None.
+        packed: what `pack_linear` returned for the weight, if it is kept.
 
     Returns:
         float32 (*, out features).
@@ -43,7 +53,7 @@ def linear(input: IntegerInput, weight: IntegerWeight, bias: Tensor | None) -> T
     if matrix.device.type == "cuda":
         output = _cuda_linear(matrix, input, weight, bias)
     elif cpu_features().vnni:
-        output = _onednn_linear(matrix, input, weight, bias)
+        output = _onednn_linear(matrix, input, weight, bias, packed)
     else:
         difference = matrix.double() - input.zero_point
         output = _scaled(difference @ weight.codes.double().t(), input, weight.scale, bias)
@@ -51,7 +61,11 @@ def linear(input: IntegerInput, weight: IntegerWeight, bias: Tensor | None) -> T
 
 
 def convolve(
-    input: IntegerInput, weight: IntegerWeight, bias: Tensor | None, geometry: Geometry
+    input: IntegerInput,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """Return the convolution of the real numbers that the integers stand for, on the CPU.
 
@@ -60,12 +74,13 @@ def convolve(
         weight: codes (out channels, C / groups, height, width).
         bias: float32 (out channels,), or None.
         geometry: zero padding is that of real zeros.
+        packed: what `pack_convolution` returned for the weight, if it is kept.
 
     Returns:
         float32 (N, out channels, H', W'), in the memory format of the input.
     """
     if cpu_features().vnni:
-        return _onednn_convolve(input, weight, bias, geometry)
+        return _onednn_convolve(input, weight, bias, geometry, packed)
     difference = input.codes.double() - input.zero_point
     sums = F.conv2d(difference, weight.codes.double(), None, *geometry)
     column = (-1, 1, 1)
@@ -100,18 +115,20 @@ def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int]:
 
 
 def _onednn_linear(
-    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
+    matrix: Tensor,
+    input: IntegerInput,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    packed: Tensor | None,
 ) -> Tensor:
-    operators = torch.ops.onednn
     codes, zero_point = _unsigned(matrix, input.zero_point)
-    rows = weight.codes.shape[0]
-    output: Tensor = operators.qlinear_pointwise(
+    output: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes,
         float(input.scale),
         zero_point,
-        operators.qlinear_prepack(weight.codes, list(codes.shape)),
+        pack_linear(weight, (codes.shape[0], codes.shape[1])) if packed is None else packed,
         weight.scale,
-        torch.zeros(rows, dtype=torch.int32),
+        torch.zeros(weight.scale.shape, dtype=torch.int32),
         bias,
         1.0,
         0,
@@ -121,30 +138,50 @@ def _onednn_linear(
         "",
     )
     return output
+
+
+def pack_convolution(
+    input: IntegerInput, weight: IntegerWeight, geometry: Geometry, *, any_batch: bool
+) -> Tensor:
+    """Return the codes of the weight in the order that oneDNN convolves them in; opaque too.
+
+    Args:
+        input: whose scale and shape count.
+        weight: as for `convolve`.
+        geometry: of the convolution.
+        any_batch: leave the order open to inputs of another size.
+    """
+    _, zero_point = _unsigned(input.codes, input.zero_point)
+    packed: Tensor = torch.ops.onednn.qconv_prepack(
+        weight.codes,
+        weight.scale,
+        float(input.scale),
+        zero_point,
+        *geometry,
+        None if any_batch else list(input.codes.shape),
+    )
+    return packed
 
 
 def _onednn_convolve(
-    input: IntegerInput, weight: IntegerWeight, bias: Tensor | None, geometry: Geometry
+    input: IntegerInput,
+    weight: IntegerWeight,
+    bias: Tensor | None,
+    geometry: Geometry,
+    packed: Tensor | None,
 ) -> Tensor:
-    operators = torch.ops.onednn
     codes, zero_point = _unsigned(input.codes, input.zero_point)
-    scale, (stride, padding, dilation, groups) = float(input.scale), geometry
-    packed = operators.qconv_prepack(
-        weight.codes, weight.scale, scale, zero_point, stride, padding, dilation, groups,
-        list(codes.shape),
-    )  # fmt: skip
-    output: Tensor = operators.qconv_pointwise(
+    if packed is None:
+        packed = pack_convolution(input, weight, geometry, any_batch=False)
+    output: Tensor = torch.ops.onednn.qconv_pointwise(
         codes,
-        scale,
+        float(input.scale),
         zero_point,
         packed,
         weight.scale,
-        torch.zeros(weight.scale.shape[0], dtype=torch.int32),
+        torch.zeros(weight.scale.shape, dtype=torch.int32),
         bias,
-        stride,
-        padding,
-        dilation,
-        groups,
+        *geometry,
         1.0,
         0,
         torch.float32,
@@ -152,4 +189,6 @@ def _onednn_convolve(
         [],
         "",
     )
-    return output
+    if input.codes.is_contiguous():
+        return output.contiguous()
+    return output.contiguous(memory_format=torch.channels_last)

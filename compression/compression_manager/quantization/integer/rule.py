@@ -52,15 +52,22 @@ class Size:
     groups: int = 1
 
 
-def decide(options: ProductOptions, input: Tensor, weight: Tensor, size: Size) -> Decision:
-    """Return the path of a product whose quantizers give integers.
+def decide(options: ProductOptions, input: Tensor, weight: Tensor | None, size: Size) -> Decision:
+    """Return the path of a product whose operands have integers.
 
     A rule on shapes, dtypes and the machine alone, so that equal runs compute equally.
+
+    Args:
+        options: what the user chose.
+        input: the input of the layer.
+        weight: its float weight; None in a deployed layer, which has none.
+        size: of the product.
     """
     reason = _why_no_codes(options, input, weight)
     if reason is not None:
         return Decision("fake", reason)
-    training = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+    trained = input.requires_grad or (weight is not None and weight.requires_grad)
+    training = torch.is_grad_enabled() and trained
     reason = why_no_integers(options, input.device, size, training)
     if reason is None:
         return Decision("integer")
@@ -68,17 +75,20 @@ def decide(options: ProductOptions, input: Tensor, weight: Tensor, size: Size) -
     return Decision("codes" if input.device.type == "cpu" else "fake", reason)
 
 
-def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor) -> str | None:
+def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
     if options.forward == "fake":
         return 'forward="fake"'
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "it is compiled or traced, which sees through fake quantization only"
     if computes_reference():
         return "the operations are being recorded"
-    if type(input) is not Tensor or type(weight) not in (Tensor, Parameter):
-        return f"it computes on {type(input).__name__} and {type(weight).__name__}"
-    if input.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f"it computes in {input.dtype}"
+    for operand in (input, weight):
+        if operand is None:
+            continue
+        if type(operand) not in (Tensor, Parameter):
+            return f"it computes on {type(operand).__name__}"
+        if operand.dtype != torch.float32:
+            return f"it computes in {operand.dtype}"
     if torch.is_autocast_enabled(input.device.type):
         return "autocast chooses the type of the products"
     if input.device.type not in ("cpu", "cuda"):
@@ -125,5 +135,3 @@ def _why_not_on_cuda(size: Size) -> str | None:
     if size.summed % _CUDA_MULTIPLE or size.columns % _CUDA_MULTIPLE:
         return f"CUDA multiplies matrices whose sides are multiples of {_CUDA_MULTIPLE}"
     return None
-
-

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -46,9 +44,7 @@ class TorchPasses(Passes):
         # Never outside of the range, whose end is the largest value itself.
         return (weight * scale.reciprocal()[:, None]).round_().to(torch.int8), scale
 
-    def dequantize(
-        self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor
-    ) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
         """Return (codes - zero point) * scale."""
         return codes.to(torch.float32).sub_(zero_point).mul_(scale)
 
@@ -100,4 +96,4 @@ class TorchPasses(Passes):
 def _exact(codes: Tensor, zero_point: int) -> Tensor:
     """Return codes - zero point, of which bfloat16 holds every value up to 256."""
     values = codes.to(torch.bfloat16)
-    return cast(Tensor, values.sub_(zero_point) if zero_point else values)
+    return values.sub_(zero_point) if zero_point else values

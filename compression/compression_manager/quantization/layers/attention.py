@@ -50,4 +50,3 @@ class QuantizedMultiheadAttention(ProjectedAttention, QuantizedLayer, nn.Multihe
             for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
         )
         return q, k, v
-

@@ -1,4 +1,4 @@
-"""The products of quantization-aware layers: on integers where that pays, else in floating point."""
+"""The products of quantization-aware layers, on integers where that pays."""
 
 from __future__ import annotations
 
@@ -17,6 +17,13 @@ from compression_manager.quantization.integer.functions import (
     IntegerLinear,
     Operands,
 )
+from compression_manager.quantization.integer.geometry import (
+    convolution_size,
+    dense,
+    geometry_of,
+    linear_size,
+    why_no_geometry,
+)
 from compression_manager.quantization.integer.operands import (
     integer_input,
     integer_weight,
@@ -24,7 +31,6 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import Geometry
 from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part
@@ -41,9 +47,7 @@ def last_decision(part: Part) -> Decision | None:
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
     weight, bias = cast(Tensor, part.weight), part.bias
-    columns, summed = weight.shape
-    size = Size(input.numel() // max(summed, 1), summed, columns)
-    operands = _operands(part, options, input, size)
+    operands = _operands(part, options, input, linear_size(input, weight.shape))
     if operands is None:
         return F.linear(_fake_input(part, input), _fake_weight(part), bias)
     # Function.apply is untyped in torch.
@@ -53,32 +57,25 @@ def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     return output
 
 
-def convolve(
-    layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor
-) -> Tensor:
+def convolve(layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return the convolution of the quantized operands of `part`; shapes as the float layer."""
     weight, bias = cast(Tensor, part.weight), part.bias
-    reason = _why_no_plain_convolution(layer, input)
+    reason = why_no_geometry(layer, input)
     operands = None
     if reason is None:
-        operands = _operands(part, options, input, _convolution_size(layer, input))
+        operands = _operands(part, options, input, convolution_size(layer, input))
     elif not torch.compiler.is_compiling():
         _decisions[_weight_quantizer(part)] = Decision("fake", reason)
     if operands is None:
         compute = cast(Callable[..., Tensor], layer._conv_forward)
         return compute(_fake_input(part, input), _fake_weight(part), bias)
-    geometry = Geometry(
-        layer.stride, cast(tuple[int, ...], layer.padding), layer.dilation, layer.groups
-    )
     output: Tensor = IntegerConvolution.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        input, weight, bias, operands, geometry
+        input, weight, bias, operands, geometry_of(layer)
     )
     return output
 
 
-def _operands(
-    part: Part, options: ProductOptions, input: Tensor, size: Size
-) -> Operands | None:
+def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) -> Operands | None:
     """Return the integers to compute with, or None for the functions of `arithmetic`."""
     if options.forward == "fake" or torch.compiler.is_compiling():
         return None
@@ -91,7 +88,7 @@ def _operands(
     assert isinstance(part.input_quantizer, ObservedFakeQuantizer)  # or there were a reason
     assert isinstance(quantizer, ObservedFakeQuantizer)
     passes = active_passes() if input.device.type == "cpu" else TORCH
-    input_integers = integer_input(part.input_quantizer, _dense(input), passes)
+    input_integers = integer_input(part.input_quantizer, dense(input), passes)
     if input_integers is None:
         return None
     return Operands(
@@ -137,42 +134,6 @@ def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -
         return "float32"
     pieces = 1 if chosen == "bfloat16" else 3
     return chosen if passes.supports_pieces(pieces) else "float32"
-
-
-def _why_no_plain_convolution(layer: nn.Conv2d, input: Tensor) -> str | None:
-    """Return what about a convolution only torch's own function computes, or None."""
-    if len(layer.kernel_size) != 2:
-        return "only convolutions of two spatial dimensions have integer kernels"
-    if input.dim() != 4:
-        return "its input has no batch dimension"
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        return f"padding {layer.padding!r} of mode '{layer.padding_mode}' has no integer kernel"
-    return None
-
-
-def _convolution_size(layer: nn.Conv2d, input: Tensor) -> Size:
-    sides = [
-        (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        for side, padding, dilation, kernel, stride in zip(
-            input.shape[2:],
-            cast(tuple[int, ...], layer.padding),
-            layer.dilation,
-            layer.kernel_size,
-            layer.stride,
-            strict=True,
-        )
-    ]
-    summed = layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
-    return Size(input.shape[0] * sides[0] * sides[1], summed, layer.out_channels, layer.groups)
-
-
-def _dense(input: Tensor) -> Tensor:
-    """Return the input without gaps and in one of the two formats that kernels take."""
-    if input.is_contiguous() or (
-        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return input
-    return input.contiguous()
 
 
 def _weight_quantizer(part: Part) -> FakeQuantizer:

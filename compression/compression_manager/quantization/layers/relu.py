@@ -32,7 +32,7 @@ class BitMaskReLU(nn.ReLU):
 def _keeps_bits(input: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state() is not None
         and not computes_reference()
         and torch.is_grad_enabled()
         and type(input) is Tensor

@@ -1,0 +1,74 @@
+"""What an integer product needs to know of a layer's shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from compression_manager.quantization.integer.rule import Size
+
+
+class Geometry(NamedTuple):
+    """How a convolution of two spatial dimensions moves over its input."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def linear_size(input: Tensor, weight_shape: tuple[int, ...]) -> Size:
+    """Return the size of the product of `input` (*, summed) and a weight (columns, summed)."""
+    columns, summed = weight_shape
+    return Size(input.numel() // max(summed, 1), summed, columns)
+
+
+def why_no_geometry(layer: nn.Module, input: Tensor) -> str | None:
+    """Return why only torch's own functions compute a convolution; None if kernels can.
+
+    Args:
+        layer: has the attributes of `nn.Conv2d`.
+        input: its input.
+    """
+    convolution = cast(nn.Conv2d, layer)
+    if len(convolution.kernel_size) != 2:
+        return "only convolutions of two spatial dimensions have integer kernels"
+    if input.dim() != 4:
+        return "its input has no batch dimension"
+    if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
+        return (
+            f"padding {convolution.padding!r} of mode '{convolution.padding_mode}' has no integer "
+            "kernel"
+        )
+    return None
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """Return the geometry of a convolution that `why_no_geometry` has nothing against."""
+    convolution = cast(nn.Conv2d, layer)
+    padding = cast(tuple[int, ...], convolution.padding)
+    return Geometry(convolution.stride, padding, convolution.dilation, convolution.groups)
+
+
+def convolution_size(layer: nn.Module, input: Tensor) -> Size:
+    """Return the size of the matrix product that the convolution of `input` amounts to."""
+    convolution, geometry = cast(nn.Conv2d, layer), geometry_of(layer)
+    kernel = convolution.kernel_size
+    rows = input.shape[0]
+    for axis in range(2):
+        reach = geometry.dilation[axis] * (kernel[axis] - 1) + 1
+        padded = input.shape[2 + axis] + 2 * geometry.padding[axis]
+        rows *= (padded - reach) // geometry.stride[axis] + 1
+    summed = convolution.in_channels // geometry.groups * kernel[0] * kernel[1]
+    return Size(rows, summed, convolution.out_channels, geometry.groups)
+
+
+def dense(input: Tensor) -> Tensor:
+    """Return `input` in one of the two memory formats that kernels take: a copy if need be."""
+    if input.is_contiguous() or (
+        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return input
+    return input.contiguous()
