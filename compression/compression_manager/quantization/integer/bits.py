@@ -20,6 +20,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     Element i is bit i % 8, counted from the least significant, of byte i // 8.
     """
     flat = mask.reshape(-1).view(torch.uint8)
+    if not flat.numel():
+        return flat
     missing = -flat.numel() % _BYTE
     if missing:
         flat = F.pad(flat, (0, missing))

@@ -1,0 +1,173 @@
+"""Values and gradients of products on integers, against exact sums and fake quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.layers.products import last_decision
+from integer_layers import exact, quantized, run
+
+LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "matrix": (lambda: nn.Linear(24, 10), (300, 24)),
+    "sequences": (lambda: nn.Linear(17, 5), (4, 7, 17)),
+    "no bias": (lambda: nn.Linear(8, 3, bias=False), (2, 8)),
+    "one row": (lambda: nn.Linear(8, 3), (8,)),
+    "many": (lambda: nn.Linear(700, 33), (70, 700)),
+}
+CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "padded": (lambda: nn.Conv2d(3, 8, 3, padding=1), (2, 3, 9, 7)),
+    "strided": (lambda: nn.Conv2d(6, 4, 3, stride=2, bias=False), (2, 6, 9, 8)),
+    "dilated": (lambda: nn.Conv2d(4, 5, (1, 3), dilation=2, padding=(0, 2)), (3, 4, 6, 6)),
+    "pointwise": (lambda: nn.Conv2d(16, 7, 1), (2, 16, 5, 5)),
+    "wide": (lambda: nn.Conv2d(64, 6, 3, padding=1), (1, 64, 6, 6)),
+}
+ALL = LINEAR | CONVOLUTIONS
+PATHS = {"auto": {"codes", "integer"}, "integer": {"integer"}}
+
+
+def _case(name: str) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    build, shape = ALL[name]
+    return build(), torch.randn(shape) + 0.3
+
+
+def _formats(input: Tensor) -> list[Tensor]:
+    if input.dim() != 4:
+        return [input]
+    return [input, input.contiguous(memory_format=torch.channels_last)]
+
+
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize("name", ALL)
+def test_output_is_that_of_exact_sums(name: str, forward: str) -> None:
+    layer, input = _case(name)
+    # A narrower range than the input's, so that some elements are clipped.
+    changed = quantized(layer, input * 0.7, forward)
+    for formatted in _formats(input):
+        with torch.no_grad():
+            output = changed(formatted)
+        expected = exact(changed, input)
+        assert np.abs(output.double().numpy() - expected).max() <= 1e-6 * np.abs(expected).max()
+        decision = last_decision(changed.parts()[""])
+        assert decision is not None
+        assert decision.path in PATHS[forward]
+        assert output.stride() == layer.float_class.forward(layer, formatted).stride()
+
+
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_are_those_of_fake_quantization_bit_for_bit(
+    name: str, clips: bool, forward: str
+) -> None:
+    layer, input = _case(name)
+    range_of = input * (0.7 if clips else 1.0)
+    changed = quantized(layer, range_of, forward)
+    twin = quantized(_case(name)[0], range_of, "fake")
+    for formatted in _formats(input):
+        output, gradients = run(changed, formatted)
+        expected, wanted = run(twin, formatted)
+        difference = (output - expected).abs().max() / expected.abs().max()
+        assert difference <= 1e-6
+        if forward == "auto" and _path(changed) == "codes":
+            assert torch.equal(output, expected)
+        for got, want in zip(gradients, wanted, strict=True):
+            assert got is not None
+            assert want is not None
+            assert torch.equal(got, want)
+        if name != "strided":  # which leaves a border unread
+            assert clips == bool((gradients[0] == 0).any())
+
+
+def _path(layer: Any) -> str:
+    decision = last_decision(layer.parts()[""])
+    assert decision is not None
+    return decision.path
+
+
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize(
+    ("weight", "input"),
+    [
+        (QuantizationScheme(bits=8, symmetric=True), QuantizationScheme(bits=8, symmetric=False)),
+        (QuantizationScheme(bits=4, symmetric=True, granularity="channel", axis=0), None),
+        (QuantizationScheme(bits=8, symmetric=True, narrow_range=False), None),
+        (None, QuantizationScheme(bits=6, symmetric=False, signed=False)),
+        (None, QuantizationScheme(bits=8, symmetric=True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["matrix", "padded"])
+def test_other_schemes(
+    name: str, weight: QuantizationScheme | None, input: QuantizationScheme | None, forward: str
+) -> None:
+    schemes = {
+        key: value for key, value in {"weight": weight, "input": input}.items() if value is not None
+    }
+    layer, values = _case(name)
+    changed = quantized(layer, values * 0.7, forward, **schemes)
+    twin = quantized(_case(name)[0], values * 0.7, "fake", **schemes)
+    output, gradients = run(changed, values)
+    expected, wanted = run(twin, values)
+    assert _path(changed) in PATHS[forward]
+    assert (output - expected).abs().max() <= 1e-6 * expected.abs().max()
+    for got, want in zip(gradients, wanted, strict=True):
+        assert got is not None
+        assert want is not None
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("forward", ["auto", "integer", "fake"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["matrix", "padded"])
+def test_numbers_without_an_integer_are_those_of_fake_quantization(
+    name: str, bad: float, forward: str
+) -> None:
+    layer, input = _case(name)
+    changed = quantized(layer, input, forward)
+    input.view(-1)[5] = bad
+    with torch.no_grad():
+        output = changed(input)
+        changed.product_options = quantized(_case(name)[0], torch.ones(1), "fake").product_options
+        expected = changed(input)
+    assert torch.equal(output.isnan(), expected.isnan())
+    finite = ~expected.isnan()
+    assert torch.allclose(output[finite], expected[finite], rtol=0, atol=1e-5)
+
+
+def test_a_weight_that_is_not_a_number_spoils_its_own_channel() -> None:
+    layer, input = _case("matrix")
+    changed = quantized(layer, input, "integer")
+    with torch.no_grad():
+        layer.get_parameter("weight")[3, 2] = torch.nan
+        output = changed(input)
+    assert bool(output[:, 3].isnan().all())
+    assert int(output.isnan().any(0).sum()) == 1
+
+
+def test_differentiating_twice_is_refused_and_left_to_fake_quantization() -> None:
+    layer, input = _case("matrix")
+    leaf = input.requires_grad_()
+    changed = quantized(layer, input.detach(), "auto")
+    (gradient,) = torch.autograd.grad(changed(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+    changed.product_options = quantized(_case("matrix")[0], torch.ones(1), "fake").product_options
+    (gradient,) = torch.autograd.grad(changed(leaf).square().sum(), leaf, create_graph=True)
+    gradient.sum().backward()
+
+
+def test_only_what_is_wanted_is_differentiated() -> None:
+    layer, input = _case("padded")
+    changed = quantized(layer, input, "auto")
+    layer.get_parameter("weight").requires_grad_(False)
+    changed(input).sum().backward()
+    assert layer.get_parameter("weight").grad is None
+    assert layer.get_parameter("bias").grad is not None

@@ -1,0 +1,91 @@
+"""The path of a product follows from shapes, dtypes and the machine alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.rule import MAX_SUMMED, Size, decide, why_no_integers
+from integer_layers import pretended
+
+LARGE = Size(rows=512, summed=512, columns=512)
+CPU = torch.device("cpu")
+
+
+def _reason(monkeypatch: Any, size: Size, *, vnni: bool = True, **options: Any) -> str | None:
+    training = options.pop("training", True)
+    with pretended(monkeypatch, vnni=vnni, amx=False):
+        return why_no_integers(ProductOptions(options.pop("forward", "auto")), CPU, size, training)
+
+
+def test_large_products_are_integer_where_the_cpu_has_the_instructions(monkeypatch: Any) -> None:
+    assert _reason(monkeypatch, LARGE) is None
+    assert _reason(monkeypatch, LARGE, vnni=False) == "this CPU has neither VNNI nor AMX"
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (LARGE.__class__(255, 512, 512), "255 rows are too few to gain; 256 are needed"),
+        (LARGE.__class__(512, 63, 512), "63 products in a sum are too few to gain; 64 are needed"),
+        (LARGE.__class__(512, 512, 15), "15 output channels are too few to gain; 16 are needed"),
+        (LARGE.__class__(512, 512, 512, 2), "2 groups of channels leave little to multiply"),
+    ],
+)
+def test_small_products_are_not_in_training(monkeypatch: Any, size: Size, reason: str) -> None:
+    assert _reason(monkeypatch, size) == reason
+    assert _reason(monkeypatch, size, forward="integer") is None
+
+
+def test_small_products_are_integer_without_gradients(monkeypatch: Any) -> None:
+    assert _reason(monkeypatch, Size(1, 27, 10), training=False) is None
+
+
+def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
+    fits, overflows = Size(512, MAX_SUMMED, 64), Size(512, MAX_SUMMED + 1, 64)
+    assert 255 * 127 * MAX_SUMMED < 2**31 <= 255 * 127 * (MAX_SUMMED + 1) + 2**15
+    assert _reason(monkeypatch, fits, forward="integer") is None
+    assert "32-bit sums" in (_reason(monkeypatch, overflows, forward="integer") or "")
+
+
+def test_cuda_multiplies_matrices_of_certain_sizes() -> None:
+    device, options = torch.device("cuda"), ProductOptions("auto")
+    assert why_no_integers(options, device, LARGE, True) is None
+    assert "17 rows" in (why_no_integers(options, device, Size(16, 512, 512), True) or "")
+    assert "multiples of 8" in (why_no_integers(options, device, Size(512, 500, 512), True) or "")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda input, weight: (input.double(), weight), "torch.float64"),
+        (lambda input, weight: (input, weight.bfloat16()), "torch.bfloat16"),
+        (lambda input, weight: (input[:0], weight), "empty"),
+        (lambda input, weight: (nn.Buffer(input), weight), None),
+    ],
+)
+def test_other_tensors_take_fake_quantization(change: Any, reason: str | None) -> None:
+    input, weight = change(torch.randn(4, 8), torch.randn(3, 8))
+    decision = decide(ProductOptions("integer"), input, weight, Size(4, 8, 3))
+    assert decision.path == ("integer" if reason is None else "fake")
+    assert (reason or "") in decision.reason
+
+
+def test_autocast_chooses_by_itself() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        decision = decide(
+            ProductOptions("integer"), torch.randn(4, 8), torch.randn(3, 8), Size(4, 8, 3)
+        )
+    assert (decision.path, decision.reason) == (
+        "fake", "autocast chooses the type of the products"
+    )  # fmt: skip
+
+
+def test_features_read_as_words() -> None:
+    assert str(CpuFeatures(vnni=True, amx=False)) == "VNNI"
+    assert str(CpuFeatures(vnni=True, amx=True)) == "VNNI and AMX"
