@@ -1,0 +1,1 @@
+"""Layers that compute their forward with 8-bit integers while they train."""

@@ -1,0 +1,169 @@
+"""The passes over memory around an integer product, apart from the product itself.
+
+All tensors are on the CPU. "Dense" means without gaps or overlaps in memory, in any order of the
+axes (channels_last included); results have the strides of the input. Bits are packed eight to a
+byte in the order of the elements in memory: bit i % 8, least significant first, of byte i // 8
+belongs to element i.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+
+class Passes(ABC):
+    """One implementation of the passes.
+
+    Implementations give the same numbers to the last bit, except for `multiply` and
+    `multiply_transposed`, whose sums may be taken in another order.
+
+    Attributes:
+        name: what reports call it: "torch" or "native".
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def quantize(
+        self,
+        input: Tensor,
+        inverse_scale: float,
+        zero_point: int,
+        quant_min: int,
+        quant_max: int,
+        clips: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the integers of `input` and which elements were clipped.
+
+        clamp(round_half_even(input * inverse_scale) + zero_point, quant_min, quant_max) in float32,
+        the formula of `compression_manager.quantization.quantize`, whose integers these are. NaN
+        becomes the zero point.
+
+        Args:
+            input: float32, dense, any shape.
+            inverse_scale: 1 / scale, rounded to float32.
+            zero_point: integer of real zero, inside of the range.
+            quant_min: smallest integer, from -128.
+            quant_max: largest integer; to 255, or to 127 where quant_min is negative.
+            clips: False if the caller knows that no element lies outside of the range, so that none
+                is looked for.
+
+        Returns:
+            codes: uint8 (int8 if quant_min is negative), shape and strides of `input`.
+            clipped: uint8 (ceil(n / 8),), bits that are 1 where the rounded value lay outside of
+                the range (NaN does); None if there is no such element, or `clips` is False.
+        """
+
+    @abstractmethod
+    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the 8-bit integers of each row and their scales: symmetric, narrow range.
+
+        scale = max(max|row| / 127, float32's epsilon), cut and made NaN as in `compute_qparams`;
+        codes = clamp(round_half_even(weight * (1 / scale)), -127, 127). No element is clipped.
+
+        Args:
+            weight: float32 (rows, columns), contiguous.
+
+        Returns:
+            codes: int8 (rows, columns), contiguous; 0 in a row that is not finite.
+            scale: float32 (rows,); NaN for a row that is not finite, epsilon for an empty one.
+        """
+
+    @abstractmethod
+    def dequantize(self, codes: Tensor, scale: float, zero_point: int) -> Tensor:
+        """Return (codes - zero_point) * scale.
+
+        Args:
+            codes: uint8 or int8, dense, any shape.
+            scale: a float32 number.
+            zero_point: integer of real zero.
+
+        Returns:
+            float32, shape and strides of `codes`.
+        """
+
+    @abstractmethod
+    def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """Return codes * scale, with one scale for each index of the first axis.
+
+        Args:
+            codes: int8 (rows, *), dense.
+            scale: float32 (rows,).
+
+        Returns:
+            float32, shape and strides of `codes`.
+        """
+
+    @abstractmethod
+    def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
+        """Set the gradient to zero where an element was clipped, in place.
+
+        Set, not multiplied by zero: NaN and infinities go as well.
+
+        Args:
+            gradient: float32, dense, strides of the input of `quantize`.
+            clipped: the bits from `quantize`.
+
+        Returns:
+            `gradient` itself.
+        """
+
+    @abstractmethod
+    def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Return max(input, 0) and where its gradient passes.
+
+        Args:
+            input: float32, dense, any shape.
+
+        Returns:
+            output: float32, shape and strides of `input`; NaN stays NaN.
+            positive: uint8 (ceil(n / 8),), bits that are 1 unless input <= 0; so for NaN.
+        """
+
+    @abstractmethod
+    def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
+        """Return the gradient of `relu`'s input: that of the output or exactly zero.
+
+        Args:
+            gradient: float32, dense, strides of the input of `relu`.
+            positive: the bits from `relu`.
+
+        Returns:
+            float32, shape and strides of `gradient`.
+        """
+
+    @abstractmethod
+    def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
+        """Return left @ (right - zero_point) by products of bfloat16 summed in float32.
+
+        The integers are exact in bfloat16. In one piece, `left` is rounded to bfloat16; split into
+        three, whose sum it is, the result has the error of a float32 product.
+
+        Args:
+            left: float32 (M, K).
+            right: int8 or uint8 (K, N).
+            zero_point: integer of real zero in `right`.
+            pieces: 1 or 3.
+
+        Returns:
+            float32 (M, N), contiguous.
+        """
+
+    @abstractmethod
+    def multiply_transposed(
+        self, left: Tensor, right: Tensor, zero_point: int, pieces: int
+    ) -> Tensor:
+        """Return left.T @ (right - zero_point), computed as in `multiply`.
+
+        Args:
+            left: float32 (K, M).
+            right: int8 or uint8 (K, N).
+            zero_point: integer of real zero in `right`.
+            pieces: 1 or 3.
+
+        Returns:
+            float32 (M, N), contiguous.
+        """
