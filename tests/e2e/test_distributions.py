@@ -101,7 +101,7 @@ def _expected(package: str, source: str) -> set[str]:
     root = ROOT / source
     folder = root / package
     patterns = ("*.py", "templates/*", "native/*.cpp", "native/*.h")
-        modules = [path for pattern in patterns for path in folder.rglob(pattern)]
+    modules = [path for pattern in patterns for path in folder.rglob(pattern)]
     return {f"{package}/py.typed", *(str(path.relative_to(root)) for path in modules)}
 
 

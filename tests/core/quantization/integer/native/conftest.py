@@ -1,0 +1,27 @@
+"""The native passes, built once and kept where torch keeps extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from compression_manager.quantization.integer.native import NativePasses, load_library
+
+
+@pytest.fixture(scope="session")
+def passes() -> NativePasses:
+    library = load_library()
+    if library.functions is None:
+        pytest.skip(library.reason)
+    return NativePasses()
+
+
+@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A number of threads for torch; more than one has each pass split its work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
