@@ -14,21 +14,55 @@ struct Range {
   float quant_max;
 };
 
-// Writes up to GROUP codes, and whether each was clipped if `Flags`.
-template <bool Flags, typename Code>
-inline void quantize_group(
-    const float* input, int64_t count, const Range& range, Code* codes, uint8_t* flags) {
+// The integer before it is clamped; NaN stays NaN.
+inline float round_level(float value, const Range& range) {
+  return std::nearbyint(value * range.inverse_scale) + range.zero_point;
+}
+
+// Comparisons with NaN are false: NaN ends as the second operand of each choice.
+inline float clamp_level(float level, const Range& range) {
+  const float above = level > range.quant_min ? level : range.quant_min;
+  return above < range.quant_max ? above : range.quant_max;
+}
+
+// Writes codes; returns whether any was clipped. The range is a copy, and pointers are restrict,
+// because the compiler takes stores of bytes for stores to anything.
+template <typename Code>
+inline bool quantize_group(
+    const float* __restrict input, int64_t count, const Range range, Code* __restrict codes) {
+  uint32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float rounded = std::nearbyint(input[i] * range.inverse_scale);
-    const float unclamped = (rounded == rounded ? rounded : 0.0f) + range.zero_point;
-    const float above = unclamped > range.quant_min ? unclamped : range.quant_min;
-    const float code = above < range.quant_max ? above : range.quant_max;
+    const float level = round_level(input[i], range);
+    const float code = clamp_level(level == level ? level : range.zero_point, range);
     codes[i] = static_cast<Code>(static_cast<int32_t>(code));
-    if (Flags) {
-      // False for NaN, which counts as clipped.
-      flags[i] = !(rounded + range.zero_point == code);
-    }
+    clipped |= level == code ? 0u : 1u;
   }
+  return clipped != 0;
+}
+
+// Writes the bits of up to GROUP elements.
+inline void mark_group(
+    const float* __restrict input, int64_t count, const Range range, uint8_t* mask) {
+  uint8_t flags[GROUP] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const float level = round_level(input[i], range);
+    flags[i] = !(level == clamp_level(level, range));
+  }
+  pack_flags(flags, count, mask);
+}
+
+// Most groups have no clipped element, so that the slower narrowing to bits is done only for those
+// that have.
+template <typename Code>
+inline bool quantize_and_mark(
+    const float* input, int64_t count, const Range range, Code* codes, uint8_t* mask) {
+  const bool clipped = quantize_group(input, count, range, codes);
+  if (clipped) {
+    mark_group(input, count, range, mask);
+  } else {
+    std::memset(mask, 0, divide_up(count, 8));
+  }
+  return clipped;
 }
 
 template <typename Code>
@@ -36,22 +70,18 @@ bool quantize(const float* input, int64_t size, Range range, Code* codes, uint8_
   std::atomic<bool> any{false};
   for_elements(size, [&](int64_t begin, int64_t end) {
     if (mask == nullptr) {
-      quantize_group<false>(input + begin, end - begin, range, codes + begin, nullptr);
+      quantize_group(input + begin, end - begin, range, codes + begin);
       return;
     }
-    uint64_t clipped = 0;
-    uint8_t flags[GROUP] = {};
+    bool clipped = false;
     int64_t i = begin;
     for (; i + GROUP <= end; i += GROUP) {
-      quantize_group<true>(input + i, GROUP, range, codes + i, flags);
-      clipped |= pack_flags(flags, GROUP, mask + i / 8);
+      clipped |= quantize_and_mark(input + i, GROUP, range, codes + i, mask + i / 8);
     }
     if (i < end) {
-      uint8_t rest[GROUP] = {};
-      quantize_group<true>(input + i, end - i, range, codes + i, rest);
-      clipped |= pack_flags(rest, end - i, mask + i / 8);
+      clipped |= quantize_and_mark(input + i, end - i, range, codes + i, mask + i / 8);
     }
-    if (clipped != 0) {
+    if (clipped) {
       any = true;
     }
   });
@@ -67,7 +97,8 @@ void dequantize(const Code* codes, int64_t size, float scale, int32_t zero_point
   });
 }
 
-inline uint64_t relu_group(const float* input, int64_t count, float* output, uint8_t* mask) {
+inline uint64_t relu_group(
+    const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask) {
   uint8_t flags[GROUP] = {};
   for (int64_t i = 0; i < count; ++i) {
     const bool positive = !(input[i] <= 0.0f);

@@ -33,7 +33,7 @@ VARIABLE = "COMPRESSION_MANAGER_NATIVE"
 # Seconds for a build, or for another process's.
 TIME_LIMIT = 120.0
 _POLL_SECONDS = 0.1
-_SHOWN_CHARACTERS = 1500
+_SHOWN_LINES = 12
 
 # What is loaded, by the path of the library; a build that failed is not tried again.
 _loaded: dict[Path, Library] = {}
@@ -207,8 +207,8 @@ def _compile(folder: Path) -> None:
             _stop(process)
         if status != 0:
             messages.seek(0)
-            text = messages.read().decode(errors="replace").strip()
-            raise _BuildError(text[-_SHOWN_CHARACTERS:] or f"the compiler ended with {status}")
+            lines = messages.read().decode(errors="replace").splitlines()[-_SHOWN_LINES:]
+            raise _BuildError("\n".join(lines) or f"the compiler ended with status {status}")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from compression_manager.quantization.integer.native import NativePasses, load_library
+from compression_manager.quantization.integer.native.loader import library_path
 
 
 @pytest.fixture(scope="session")
-def passes() -> NativePasses:
+def library_file() -> Path:
+    """The compiled library."""
     library = load_library()
     if library.functions is None:
         pytest.skip(library.reason)
+    return library_path()
+
+
+@pytest.fixture(scope="session")
+def passes(library_file: Path) -> NativePasses:
     return NativePasses()
 
 
