@@ -52,6 +52,10 @@ class NativePasses(Passes):
             raise QuantizationError(f"no native passes: {library.reason}.")
         self._functions = _declared(library.functions)
 
+    def __reduce__(self) -> tuple[type[NativePasses], tuple[()]]:
+        """Have a copy load the library again: addresses mean nothing in another process."""
+        return NativePasses, ()
+
     @property
     def supports_bfloat16(self) -> bool:
         """Whether `multiply` and `multiply_transposed` use AMX; without it they are very slow."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import platform
 import shutil
 import signal
@@ -210,6 +212,11 @@ def test_a_file_that_is_no_library_ends_in_a_warning(cache: Path) -> None:
     path.write_bytes(b"nothing")
     with pytest.warns(UserWarning, match="cannot be built or loaded: .*passes.so"):
         assert load_library().functions is None
+
+
+def test_passes_can_be_copied_and_pickled(passes: NativePasses) -> None:
+    for copied in (copy.deepcopy(passes), pickle.loads(pickle.dumps(passes))):
+        assert copied.relu(torch.tensor([-1.0, 2.0]))[0].tolist() == [0.0, 2.0]
 
 
 def test_a_forked_process_does_not_wait_for_a_thread_that_it_does_not_have(
