@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,6 +51,7 @@ def check_quantize(
     assert (clipped is not None) == (clips and bool(outside.any()))
 
 
+@settings(deadline=None, max_examples=100)
 @given(input=float_tensors(), grid=grids(), clips=st.booleans())
 def test_codes_and_clipped_elements_are_those_of_the_formula(
     passes: NativePasses, input: Tensor, grid: tuple[np.float32, int, int, int], clips: bool
@@ -77,6 +78,7 @@ def test_channels_last_keeps_its_strides(passes: NativePasses) -> None:
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
+@settings(deadline=None, max_examples=100)
 @given(
     codes=code_tensors(np.int8, np.uint8),
     scale=st.sampled_from([1.0, 0.1, 1e-38, 5e35]),
@@ -92,6 +94,7 @@ def test_dequantized_values_are_rounded_once(
     assert same(memory(output), exact.astype(np.float32))
 
 
+@settings(deadline=None, max_examples=100)
 @given(codes=code_tensors(np.int8, minimum_axes=1), seed=st.integers(0, 2**32))
 def test_each_row_has_its_own_scale_in_any_memory_format(
     passes: NativePasses, codes: Tensor, seed: int
@@ -104,6 +107,7 @@ def test_each_row_has_its_own_scale_in_any_memory_format(
     assert same(output.numpy(), codes.numpy().astype(np.float32) * scale.reshape(shape))
 
 
+@settings(deadline=None, max_examples=100)
 @given(gradient=float_tensors(), seed=st.integers(0, 2**32), share=st.sampled_from([0, 0.01, 0.5]))
 def test_clipped_elements_lose_their_gradient_in_place(
     passes: NativePasses, gradient: Tensor, seed: int, share: float
@@ -116,6 +120,7 @@ def test_clipped_elements_lose_their_gradient_in_place(
     assert gradient._version > version
 
 
+@settings(deadline=None, max_examples=100)
 @given(input=float_tensors())
 def test_relu_keeps_a_bit_where_the_gradient_passes(passes: NativePasses, input: Tensor) -> None:
     output, positive = passes.relu(input)
@@ -127,6 +132,7 @@ def test_relu_keeps_a_bit_where_the_gradient_passes(passes: NativePasses, input:
     assert torch.equal(output.nan_to_num(7.0), input.relu().nan_to_num(7.0))
 
 
+@settings(deadline=None, max_examples=100)
 @given(gradient=float_tensors(), seed=st.integers(0, 2**32))
 def test_relu_gradient_is_that_of_the_output_or_zero(
     passes: NativePasses, gradient: Tensor, seed: int

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme, quantize
 from compression_manager.quantization.integer.native import NativePasses
 from compression_manager.quantization.parameters import compute_qparams
-from dense_tensors import SPECIAL, same
+from dense_tensors import LARGEST, SPECIAL, same
 
 EPSILON = np.float32(2.0**-23)
 
@@ -39,6 +39,7 @@ def expected(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.nan_to_num(codes, nan=0.0).astype(np.int8), scale
 
 
+@settings(deadline=None, max_examples=100)
 @given(weight=weights())
 def test_rows_have_the_integers_and_scales_of_the_formula(
     passes: NativePasses, weight: np.ndarray
@@ -49,6 +50,7 @@ def test_rows_have_the_integers_and_scales_of_the_formula(
     assert np.array_equal(codes.numpy(), expected_codes)
 
 
+@settings(deadline=None, max_examples=100)
 @given(weight=weights())
 def test_rows_have_the_parameters_of_a_weight_quantizer(
     passes: NativePasses, weight: np.ndarray
@@ -61,6 +63,14 @@ def test_rows_have_the_parameters_of_a_weight_quantizer(
     assert same(scale.numpy(), reference.numpy())
     expected_codes = quantize(tensor, reference, zero_point, -127, 127, axis=0)
     assert torch.equal(codes, expected_codes)
+
+
+def test_the_scale_of_the_largest_float_is_cut(passes: NativePasses) -> None:
+    weight = np.array([[LARGEST], [-LARGEST], [np.float32(3.4e38)]])
+    codes, scale = passes.quantize_rows(torch.from_numpy(weight))
+    assert scale[0] == scale[1] < LARGEST / np.float32(127)
+    assert same(scale.numpy(), expected(weight)[1])
+    assert (codes.float() * scale[:, None]).isfinite().all()
 
 
 def test_threads_share_the_rows(passes: NativePasses, threads: int) -> None:
