@@ -100,7 +100,8 @@ def installed(distributions: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def _expected(package: str, source: str) -> set[str]:
     root = ROOT / source
     folder = root / package
-    modules = [*folder.rglob("*.py"), *folder.rglob("templates/*")]
+    patterns = ("*.py", "templates/*", "native/*.cpp", "native/*.h")
+    modules = [path for pattern in patterns for path in folder.rglob(pattern)]
     return {f"{package}/py.typed", *(str(path.relative_to(root)) for path in modules)}
 
 

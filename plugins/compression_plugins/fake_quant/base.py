@@ -23,6 +23,7 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.selection import prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_output
 from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
@@ -72,7 +73,9 @@ class FakeQuantPlugin(Plugin[Options]):
             layer = quantize_parts(context.model.get_submodule(name), of_parts)
             layer.product_options = self.product_options()
             context.add_cleanup(_restoring(layer), owner=self.name)
-        self._save_memory_of_relus(context)
+        if self._computes_on_cpu(context.model):
+            prepare_native()
+            self._save_memory_of_relus(context)
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
         if context.example_inputs is None:
             self._take_pairs(None)
@@ -144,10 +147,13 @@ class FakeQuantPlugin(Plugin[Options]):
 
     # Internals -------------------------------------------------------------------------------
 
+    def _computes_on_cpu(self, model: nn.Module) -> bool:
+        """Return whether layers keep integers between forward and backward, on the CPU."""
+        devices = {parameter.device.type for parameter in model.parameters()}
+        return self.product_options().forward != "fake" and "cpu" in devices
+
     def _save_memory_of_relus(self, context: Context) -> None:
         """Let each `nn.ReLU` keep bits where layers keep integers of what it returns."""
-        if self.product_options().forward == "fake":
-            return
         for module in context.model.modules():
             if type(module) is nn.ReLU:
                 keep_bits(module)

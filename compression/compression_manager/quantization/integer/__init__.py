@@ -1,1 +1,1 @@
-"""Quantization-aware products on integers."""
+"""Layers that compute their forward with 8-bit integers while they train."""

@@ -5,18 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from compression_manager.quantization.integer.native.loader import load_library
+from compression_manager.quantization.integer.native.passes import NativePasses
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 
 TORCH = TorchPasses()
 
 _chosen: Passes | None = None
+_native: Passes | None = None
+_native_reason: str | None = None
 _reference = False
 
 
 def active_passes() -> Passes:
-    """Return what computes the passes on the CPU."""
-    return TORCH if _chosen is None else _chosen
+    """Return what computes the passes on the CPU: native kernels, once they were made ready."""
+    return _chosen or _native or TORCH
+
+
+def prepare_native() -> str | None:
+    """Make the native kernels ready, which builds them where that was never done.
+
+    Returns:
+        Why there are none; None if they are ready.
+
+    Raises:
+        ConfigError: the environment variable COMPRESSION_MANAGER_NATIVE is neither 0 nor 1.
+    """
+    global _native, _native_reason
+    library = load_library()
+    _native = NativePasses() if library.functions is not None else None
+    _native_reason = library.reason or None
+    return _native_reason
+
+
+def why_not_native() -> str | None:
+    """Return why plain torch operations compute the passes; None if they do not."""
+    if active_passes() is not TORCH:
+        return None
+    return _native_reason or "the native kernels were not asked for"
 
 
 @contextmanager

@@ -1,0 +1,173 @@
+// Passes that treat each element by itself, in the order of memory.
+#include "common.h"
+
+#include <atomic>
+#include <cmath>
+
+namespace native {
+namespace {
+
+struct Range {
+  float inverse_scale;
+  float zero_point;
+  float quant_min;
+  float quant_max;
+};
+
+// The integer before it is clamped; NaN stays NaN.
+inline float round_level(float value, const Range& range) {
+  return std::nearbyint(value * range.inverse_scale) + range.zero_point;
+}
+
+// Comparisons with NaN are false: NaN ends as the second operand of each choice.
+inline float clamp_level(float level, const Range& range) {
+  const float above = level > range.quant_min ? level : range.quant_min;
+  return above < range.quant_max ? above : range.quant_max;
+}
+
+// Writes codes; returns whether any was clipped. The range is a copy, and pointers are restrict,
+// because the compiler takes stores of bytes for stores to anything.
+template <typename Code>
+inline bool quantize_group(
+    const float* __restrict input, int64_t count, const Range range, Code* __restrict codes) {
+  uint32_t clipped = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float level = round_level(input[i], range);
+    const float code = clamp_level(level == level ? level : range.zero_point, range);
+    codes[i] = static_cast<Code>(static_cast<int32_t>(code));
+    clipped |= level == code ? 0u : 1u;
+  }
+  return clipped != 0;
+}
+
+// Writes the bits of up to GROUP elements.
+inline void mark_group(
+    const float* __restrict input, int64_t count, const Range range, uint8_t* mask) {
+  uint8_t flags[GROUP] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const float level = round_level(input[i], range);
+    flags[i] = !(level == clamp_level(level, range));
+  }
+  pack_flags(flags, count, mask);
+}
+
+// Most groups have no clipped element, so that the slower narrowing to bits is done only for those
+// that have.
+template <typename Code>
+inline bool quantize_and_mark(
+    const float* input, int64_t count, const Range range, Code* codes, uint8_t* mask) {
+  const bool clipped = quantize_group(input, count, range, codes);
+  if (clipped) {
+    mark_group(input, count, range, mask);
+  } else {
+    std::memset(mask, 0, divide_up(count, 8));
+  }
+  return clipped;
+}
+
+template <typename Code>
+bool quantize(const float* input, int64_t size, Range range, Code* codes, uint8_t* mask) {
+  std::atomic<bool> any{false};
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    if (mask == nullptr) {
+      quantize_group(input + begin, end - begin, range, codes + begin);
+      return;
+    }
+    bool clipped = false;
+    int64_t i = begin;
+    for (; i + GROUP <= end; i += GROUP) {
+      clipped |= quantize_and_mark(input + i, GROUP, range, codes + i, mask + i / 8);
+    }
+    if (i < end) {
+      clipped |= quantize_and_mark(input + i, end - i, range, codes + i, mask + i / 8);
+    }
+    if (clipped) {
+      any = true;
+    }
+  });
+  return any;
+}
+
+template <typename Code>
+void dequantize(const Code* codes, int64_t size, float scale, int32_t zero_point, float* output) {
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      output[i] = static_cast<float>(codes[i] - zero_point) * scale;
+    }
+  });
+}
+
+inline uint64_t relu_group(
+    const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask) {
+  uint8_t flags[GROUP] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const bool positive = !(input[i] <= 0.0f);
+    flags[i] = positive;
+    output[i] = positive ? input[i] : 0.0f;
+  }
+  return pack_flags(flags, count, mask);
+}
+
+} // namespace
+} // namespace native
+
+using namespace native;
+
+// Returns whether any element was clipped; `mask` may be null if none can be.
+EXPORT bool quantize_elements(
+    const float* input,
+    int64_t size,
+    float inverse_scale,
+    float zero_point,
+    float quant_min,
+    float quant_max,
+    bool has_sign,
+    void* codes,
+    uint8_t* mask) {
+  const Range range{inverse_scale, zero_point, quant_min, quant_max};
+  return has_sign ? quantize(input, size, range, static_cast<int8_t*>(codes), mask)
+                  : quantize(input, size, range, static_cast<uint8_t*>(codes), mask);
+}
+
+EXPORT void dequantize_elements(
+    const void* codes, int64_t size, bool has_sign, float scale, int32_t zero_point, float* output) {
+  has_sign ? dequantize(static_cast<const int8_t*>(codes), size, scale, zero_point, output)
+           : dequantize(static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
+}
+
+EXPORT void clear_marked(float* values, int64_t size, const uint8_t* mask) {
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += GROUP) {
+      const int64_t count = std::min(GROUP, end - i);
+      const uint64_t marked = load_mask(mask + i / 8, count);
+      // Most groups have none, and memory that does not change need not be written.
+      if (marked != 0) {
+        keep_where(~marked, values + i, values + i, count);
+      }
+    }
+  });
+}
+
+EXPORT void relu_elements(const float* input, int64_t size, float* output, uint8_t* mask) {
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + GROUP <= end; i += GROUP) {
+      relu_group(input + i, GROUP, output + i, mask + i / 8);
+    }
+    if (i < end) {
+      relu_group(input + i, end - i, output + i, mask + i / 8);
+    }
+  });
+}
+
+EXPORT void keep_marked(const float* input, int64_t size, const uint8_t* mask, float* output) {
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + GROUP <= end; i += GROUP) {
+      keep_where(load_mask(mask + i / 8, GROUP), input + i, output + i, GROUP);
+    }
+    if (i < end) {
+      keep_where(load_mask(mask + i / 8, end - i), input + i, output + i, end - i);
+    }
+  });
+}

@@ -1,0 +1,76 @@
+// Passes with one scale for each row.
+#include "common.h"
+
+#include <cmath>
+#include <limits>
+
+namespace native {
+namespace {
+
+constexpr float LARGEST_CODE = 127.0f;
+// Rows that one thread takes at least have about this many elements.
+constexpr int64_t GRAIN = 32768;
+
+int64_t rows_per_thread(int64_t columns) {
+  return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, columns));
+}
+
+// The largest magnitude of a row; NaN if an element is not finite.
+float largest_magnitude(const float* row, int64_t columns) {
+  // Without their sign, floats are ordered as their bits are, and infinity and NaN come last.
+  int32_t largest = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    largest = std::max(largest, static_cast<int32_t>(to_bits(row[i]) & 0x7fffffffu));
+  }
+  const float magnitude = to_float(static_cast<uint32_t>(largest));
+  return std::isfinite(magnitude) ? magnitude : std::numeric_limits<float>::quiet_NaN();
+}
+
+// The float32 operations of compute_qparams, in the same order; comparisons let NaN through.
+float symmetric_scale(float magnitude) {
+  constexpr float smallest = std::numeric_limits<float>::epsilon();
+  constexpr double largest_level =
+      static_cast<double>(std::numeric_limits<float>::max()) * (1.0 - 1.0 / (1 << 22));
+  constexpr float largest = static_cast<float>(largest_level / LARGEST_CODE);
+  const float scale = magnitude / LARGEST_CODE;
+  return scale < smallest ? smallest : scale > largest ? largest : scale;
+}
+
+void quantize_row(const float* row, int64_t columns, float inverse_scale, int8_t* codes) {
+  for (int64_t i = 0; i < columns; ++i) {
+    const float rounded = std::nearbyint(row[i] * inverse_scale);
+    const float number = rounded == rounded ? rounded : 0.0f;
+    const float above = number > -LARGEST_CODE ? number : -LARGEST_CODE;
+    const float code = above < LARGEST_CODE ? above : LARGEST_CODE;
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(code));
+  }
+}
+
+} // namespace
+} // namespace native
+
+using namespace native;
+
+EXPORT void quantize_rows(
+    const float* weight, int64_t rows, int64_t columns, int8_t* codes, float* scales) {
+  at::parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* values = weight + row * columns;
+      scales[row] = symmetric_scale(largest_magnitude(values, columns));
+      quantize_row(values, columns, 1.0f / scales[row], codes + row * columns);
+    }
+  });
+}
+
+// The elements of a row lie in runs of `run`; the runs of all rows alternate in memory.
+EXPORT void dequantize_rows(
+    const int8_t* codes, int64_t runs, int64_t run, int64_t rows, const float* scales, float* output) {
+  at::parallel_for(0, runs, rows_per_thread(run), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const float scale = scales[index % rows];
+      for (int64_t i = index * run; i < (index + 1) * run; ++i) {
+        output[i] = static_cast<float>(codes[i]) * scale;
+      }
+    }
+  });
+}

@@ -1,0 +1,303 @@
+"""Check and time the native passes against plain torch operations.
+
+    python tests/benchmarks/native_passes.py [--threads 2] [--repeats 30]
+
+Prints a line for each check, then the median time of each pass beside that of the torch operations
+that it replaces, taken alternately in one process, with the bytes that a pass has to move; then
+bfloat16 products in one and three pieces beside float32's `torch.mm`. Needs nothing but the
+package. The exit code is 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from compression_manager.quantization.integer.native import NativePasses
+
+INVERSE_SCALE, ZERO_POINT, LOW, HIGH = 20.25, 121, 0, 255
+SCALE = 1 / INVERSE_SCALE
+ODD_SHAPES = [(1, 1, 1), (33, 65, 63), (257, 511, 129), (70, 2600, 65), (300, 513, 200)]
+# Rows, depth, columns: the encoder's products for the gradient of an input and of a weight.
+INPUT_GRADIENTS = [(2048, 512, 512), (2048, 512, 2048), (2048, 2048, 512)]
+WEIGHT_GRADIENTS = [(512, 2048, 512), (512, 2048, 2048), (2048, 2048, 512)]
+# float32's own rounding, relative to the sum of the magnitudes of the terms.
+TOLERANCE = 3e-7
+
+Computation = Callable[[], object]
+# Bytes for each element that have to be moved, the native pass, and plain torch operations.
+Case = tuple[float, Computation, Computation]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, then time; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    passes = NativePasses()
+    print(
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"bfloat16 products by AMX: {passes.supports_bfloat16}, {options.threads} threads"
+    )
+    results = [*element_checks(passes), *product_checks(passes)]
+    for name, passed in results:
+        print(f"{'PASS' if passed else 'FAIL'} {name}")
+    time_passes(passes, options.repeats)
+    if passes.supports_bfloat16:
+        time_products(passes, options.repeats)
+    else:
+        print("products are not timed: no AMX")
+    return 0 if all(passed for _, passed in results) else 1
+
+
+def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each check of an element-wise pass and whether it holds."""
+    for input in (torch.randn(100_003) * 5, images(7, 5, 9, 11), torch.empty(0)):
+        if input.numel() > 9:
+            flat(input)[:9] = torch.tensor(
+                [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 0.5, 1.5, -2.5, 3e38]
+            )
+        shape = tuple(input.shape)
+        for zero_point, low, high in ((ZERO_POINT, LOW, HIGH), (0, -128, 127)):
+            codes, clipped = passes.quantize(input, INVERSE_SCALE, zero_point, low, high, True)
+            expected, outside = quantize(input, zero_point, low, high)
+            same = torch.equal(codes, expected) and codes.stride() == input.stride()
+            yield f"quantize {shape} {codes.dtype}", same
+            yield f"clipped {shape} {codes.dtype}", torch.equal(bits(clipped, input), outside)
+            values = passes.dequantize(codes, SCALE, zero_point)
+            exact = ((codes.double() - zero_point) * to_float32(SCALE)).float()
+            yield f"dequantize {shape} {codes.dtype}", torch.equal(values, exact)
+        output, positive = passes.relu(input)
+        yield f"relu {shape}", torch.equal(output.nan_to_num(), input.relu().nan_to_num())
+        yield f"relu bits {shape}", torch.equal(bits(positive, input), ~(flat(input) <= 0))
+        gradient = torch.randn_like(input)
+        kept = torch.where(~(input <= 0), gradient, 0.0)
+        yield f"relu_gradient {shape}", torch.equal(passes.relu_gradient(gradient, positive), kept)
+        cleared = torch.where(~(input <= 0), 0.0, gradient)
+        yield (
+            f"clear_clipped {shape}",
+            torch.equal(passes.clear_clipped(gradient, positive), cleared),
+        )
+    weight = torch.randn(129, 517) * 10.0 ** torch.randint(-9, 9, (129, 1))
+    codes, scale = passes.quantize_rows(weight)
+    expected_codes, expected_scale = quantize_rows(weight)
+    yield "quantize_rows scale", torch.equal(scale, expected_scale)
+    yield "quantize_rows codes", torch.equal(codes, expected_codes)
+    rows = passes.dequantize_rows(codes, scale)
+    yield "dequantize_rows", torch.equal(rows, codes.float() * scale[:, None])
+
+
+def product_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each check of a product and whether it holds."""
+    for shape in [*ODD_SHAPES, *(INPUT_GRADIENTS[:1] if passes.supports_bfloat16 else [])]:
+        for dtype, zero_point in ((torch.uint8, 131), (torch.int8, 0)):
+            left, right = factors(*shape, dtype)
+            for pieces in (1, 3):
+                used = left.bfloat16() if pieces == 1 else left
+                exact = used.double() @ (right.double() - zero_point)
+                terms = used.double().abs() @ (right.double() - zero_point).abs()
+                outputs = {
+                    "multiply": passes.multiply(left, right, zero_point, pieces),
+                    "multiply_transposed": passes.multiply_transposed(
+                        left.t().contiguous(), right, zero_point, pieces
+                    ),
+                }
+                for name, output in outputs.items():
+                    error = ((output - exact).abs() / terms.clamp(min=1e-300)).max().item()
+                    label = f"{name} {shape} {dtype} {pieces} pieces, error {error:.1e}"
+                    yield label, error < TOLERANCE
+
+
+def time_passes(passes: NativePasses, repeats: int) -> None:
+    """Print a table of the element-wise passes, for sizes of the encoder and the ResNet."""
+    print(f"\n{'pass':40}{'native ms':>11}{'torch ms':>11}{'ratio':>8}{'GB/s':>8}")
+    for input in (torch.randn(2048, 512), torch.randn(2048, 2048), images(32, 64, 32, 32)):
+        for name, (size, native, plain) in element_cases(passes, input.clamp_(-5.9, 5.9)).items():
+            label = f"{name} {tuple(input.shape)}"
+            print_times(label, native, plain, input.numel() * size, repeats)
+    for name, (size, native, plain) in row_cases(passes, torch.randn(2048, 512)).items():
+        print_times(f"{name} (2048, 512)", native, plain, 2048 * 512 * size, repeats)
+
+
+def element_cases(passes: NativePasses, input: Tensor) -> dict[str, Case]:
+    """Return the cases of one tensor, which is inside of the range of the codes."""
+    codes, _ = passes.quantize(input, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, False)
+    output, positive = passes.relu(input)
+    where = input > 0
+    few = torch.zeros_like(positive)
+    few[::1000] = 1
+    few_where = bits(few, input)
+    clipping = input * 1.2
+    return {
+        "quantize": (
+            5,
+            lambda: passes.quantize(input, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, False),
+            lambda: quantize(input, ZERO_POINT, LOW, HIGH, finds_clipped=False),
+        ),
+        "quantize, clipped": (
+            5.125,
+            lambda: passes.quantize(clipping, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, True),
+            lambda: quantize(clipping, ZERO_POINT, LOW, HIGH),
+        ),
+        "dequantize": (
+            5,
+            lambda: passes.dequantize(codes, SCALE, ZERO_POINT),
+            lambda: codes.to(torch.float32).sub_(ZERO_POINT).mul_(SCALE),
+        ),
+        "clear_clipped": (
+            4.125,
+            lambda: passes.clear_clipped(output, few),
+            lambda: flat(output).masked_fill_(few_where, 0.0),
+        ),
+        "relu": (8.125, lambda: passes.relu(input), lambda: (input.relu(), input > 0)),
+        "relu_gradient": (
+            8.125,
+            lambda: passes.relu_gradient(input, positive),
+            lambda: torch.where(where, input, 0.0),
+        ),
+    }
+
+
+def row_cases(passes: NativePasses, weight: Tensor) -> dict[str, Case]:
+    """Return the cases of a weight."""
+    codes, scale = passes.quantize_rows(weight)
+    return {
+        "quantize_rows": (
+            5,
+            lambda: passes.quantize_rows(weight),
+            lambda: quantize_rows(weight),
+        ),
+        "dequantize_rows": (
+            5,
+            lambda: passes.dequantize_rows(codes, scale),
+            lambda: codes.to(torch.float32).mul_(scale[:, None]),
+        ),
+    }
+
+
+def time_products(passes: NativePasses, repeats: int) -> None:
+    """Print a table of the products: milliseconds, and ratio to float32's."""
+    columns = (
+        "float32 mm",
+        "1 piece",
+        "3 pieces",
+        "bf16 mm",
+        "1 / f32",
+        "3 / f32",
+        "TFLOPS 1",
+        "3",
+    )
+    print(f"\n{'rows, depth, columns':34}" + "".join(f"{name:>11}" for name in columns))
+    for transposed in (False, True):
+        for shape in WEIGHT_GRADIENTS if transposed else INPUT_GRADIENTS:
+            time_product(passes, shape, transposed, repeats)
+
+
+def time_product(
+    passes: NativePasses, shape: tuple[int, int, int], transposed: bool, repeats: int
+) -> None:
+    """Print the row of one product."""
+    left, right = factors(*shape, torch.int8)
+    floats = right.float()
+    multiply = passes.multiply
+    if transposed:
+        left, multiply = left.t().contiguous(), passes.multiply_transposed
+
+    def oriented(matrix: Tensor) -> Tensor:
+        return matrix.t() if transposed else matrix
+
+    plain, one, three, bfloat16 = medians(
+        [
+            lambda: torch.mm(oriented(left), floats),
+            lambda: multiply(left, right, 0, 1),
+            lambda: multiply(left, right, 0, 3),
+            lambda: torch.mm(oriented(left.bfloat16()), right.bfloat16()).float(),
+        ],
+        repeats,
+    )
+    operations = 2e-9 * shape[0] * shape[1] * shape[2]
+    figures = (plain, one, three, bfloat16, one / plain, three / plain)
+    rates = (operations / one, 3 * operations / three)
+    label = f"{'transposed ' if transposed else ''}{shape}"
+    print(f"{label:34}" + "".join(f"{figure:11.3f}" for figure in (*figures, *rates)))
+
+
+def print_times(
+    name: str, native: Computation, plain: Computation, size: float, repeats: int
+) -> None:
+    """Print a row: the times of both, their ratio, and the rate of the native one."""
+    fast, slow = medians([native, plain], repeats)
+    print(f"{name:40}{fast:11.3f}{slow:11.3f}{fast / slow:8.2f}{size / fast / 1e6:8.1f}")
+
+
+def medians(computations: Sequence[Computation], repeats: int) -> list[float]:
+    """Return the median milliseconds of each, taken alternately."""
+    times: list[list[float]] = [[] for _ in computations]
+    for repeat in range(repeats + 3):
+        for computation, taken in zip(computations, times, strict=True):
+            start = time.perf_counter()
+            computation()
+            if repeat >= 3:
+                taken.append((time.perf_counter() - start) * 1e3)
+    return [statistics.median(taken) for taken in times]
+
+
+def quantize(
+    input: Tensor, zero_point: int, low: int, high: int, *, finds_clipped: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return codes and, in the order of memory, what was clipped, by plain torch operations."""
+    unclamped = (input * INVERSE_SCALE).round_()
+    code_type = torch.uint8 if low >= 0 else torch.int8
+    if not finds_clipped:
+        return unclamped.add_(zero_point).clamp_(low, high).to(code_type), None
+    codes = unclamped.nan_to_num(0.0, torch.inf, -torch.inf).add_(zero_point).clamp_(low, high)
+    return codes.to(code_type), flat(unclamped.add_(zero_point) != codes)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of rows by plain torch operations."""
+    scale = (weight.abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).eps)
+    codes = (weight * scale.reciprocal()[:, None]).round_().clamp_(-127, 127)
+    return codes.to(torch.int8), scale
+
+
+def factors(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a left and a right factor."""
+    limits = torch.iinfo(dtype)
+    codes = torch.randint(limits.min, limits.max + 1, (depth, columns), dtype=dtype)
+    return torch.randn(rows, depth), codes
+
+
+def images(*shape: int) -> Tensor:
+    """Return a channels_last tensor."""
+    return (torch.randn(*shape) * 5).to(memory_format=torch.channels_last)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return the elements in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def bits(mask: Tensor | None, elements: Tensor) -> Tensor:
+    """Return a packed mask as booleans."""
+    if mask is None:
+        return torch.zeros(elements.numel(), dtype=torch.bool)
+    return (mask[:, None] >> torch.arange(8) & 1).bool().flatten()[: elements.numel()]
+
+
+def to_float32(value: float) -> float:
+    """Return `value` rounded to float32."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Each pass against numpy, element by element in the order of memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization import quantize
+from compression_manager.quantization.integer.native import NativePasses
+from dense_tensors import bits, code_tensors, float_tensors, memory, same
+
+RANGES = [(0, 255), (0, 127), (-128, 127), (-127, 127), (-8, 7), (0, 15)]
+LONG = 3 * 32768 + 77
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> tuple[np.float32, int, int, int]:
+    low, high = draw(st.sampled_from(RANGES))
+    scale = np.float32(draw(st.sampled_from([1.0, 0.25, 0.0123, 7.7, 1e-7, 3e37])))
+    return scale, draw(st.integers(low, high)), low, high
+
+
+def expected_codes(
+    values: np.ndarray, inverse_scale: np.float32, zero_point: int, low: int, high: int
+) -> tuple[np.ndarray, np.ndarray]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        unclamped = np.rint(values * inverse_scale) + np.float32(zero_point)
+    codes = np.where(np.isnan(unclamped), zero_point, np.clip(unclamped, low, high))
+    outside = ~((unclamped >= low) & (unclamped <= high))
+    return codes.astype(np.int8 if low < 0 else np.uint8), outside
+
+
+def check_quantize(
+    passes: NativePasses, input: Tensor, grid: tuple[np.float32, int, int, int], clips: bool
+) -> None:
+    scale, zero_point, low, high = grid
+    inverse_scale = np.float32(1) / scale
+    codes, clipped = passes.quantize(input, float(inverse_scale), zero_point, low, high, clips)
+    expected, outside = expected_codes(memory(input), inverse_scale, zero_point, low, high)
+    assert codes.stride() == input.stride()
+    assert np.array_equal(memory(codes), expected)
+    assert memory(codes).dtype == expected.dtype
+    assert torch.equal(codes, quantize(input, float(scale), zero_point, low, high))
+    if clips:
+        assert np.array_equal(bits(clipped, input.numel()), outside)
+    assert (clipped is not None) == (clips and bool(outside.any()))
+
+
+@settings(deadline=None, max_examples=100)
+@given(input=float_tensors(), grid=grids(), clips=st.booleans())
+def test_codes_and_clipped_elements_are_those_of_the_formula(
+    passes: NativePasses, input: Tensor, grid: tuple[np.float32, int, int, int], clips: bool
+) -> None:
+    check_quantize(passes, input, grid, clips)
+
+
+@pytest.mark.parametrize("size", [32768, LONG])
+def test_threads_share_the_quantization_of_a_long_tensor(
+    passes: NativePasses, threads: int, size: int
+) -> None:
+    input = torch.randn(size) * 4
+    check_quantize(passes, input, (np.float32(0.02), 128, 0, 255), True)
+    input[:] = 0.0
+    input[-1] = 100.0
+    check_quantize(passes, input, (np.float32(0.02), 128, 0, 255), True)
+
+
+def test_channels_last_keeps_its_strides(passes: NativePasses) -> None:
+    input = torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
+    codes, _ = passes.quantize(input, 10.0, 0, -128, 127, True)
+    output = passes.dequantize(codes, 0.1, 0)
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    codes=code_tensors(np.int8, np.uint8),
+    scale=st.sampled_from([1.0, 0.1, 1e-38, 5e35]),
+    zero_point=st.integers(-128, 255),
+)
+def test_dequantized_values_are_rounded_once(
+    passes: NativePasses, codes: Tensor, scale: float, zero_point: int
+) -> None:
+    single = np.float32(scale)
+    output = passes.dequantize(codes, float(single), zero_point)
+    exact = (memory(codes).astype(np.float64) - zero_point) * np.float64(single)
+    assert output.stride() == codes.stride()
+    assert same(memory(output), exact.astype(np.float32))
+
+
+@settings(deadline=None, max_examples=100)
+@given(codes=code_tensors(np.int8, minimum_axes=1), seed=st.integers(0, 2**32))
+def test_each_row_has_its_own_scale_in_any_memory_format(
+    passes: NativePasses, codes: Tensor, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    scale = generator.random(codes.shape[0], dtype=np.float32)
+    output = passes.dequantize_rows(codes, torch.from_numpy(scale))
+    shape = (-1, *[1] * (codes.dim() - 1))
+    assert output.stride() == codes.stride()
+    assert same(output.numpy(), codes.numpy().astype(np.float32) * scale.reshape(shape))
+
+
+@settings(deadline=None, max_examples=100)
+@given(gradient=float_tensors(), seed=st.integers(0, 2**32), share=st.sampled_from([0, 0.01, 0.5]))
+def test_clipped_elements_lose_their_gradient_in_place(
+    passes: NativePasses, gradient: Tensor, seed: int, share: float
+) -> None:
+    chosen = np.random.default_rng(seed).random(gradient.numel()) < share
+    mask = torch.from_numpy(np.packbits(chosen, bitorder="little"))
+    before, version = memory(gradient).copy(), gradient._version
+    assert passes.clear_clipped(gradient, mask) is gradient
+    assert same(memory(gradient), np.where(chosen, np.float32(0), before))
+    assert gradient._version > version
+
+
+@settings(deadline=None, max_examples=100)
+@given(input=float_tensors())
+def test_relu_keeps_a_bit_where_the_gradient_passes(passes: NativePasses, input: Tensor) -> None:
+    output, positive = passes.relu(input)
+    values = memory(input)
+    expected = ~(values <= 0)
+    assert output.stride() == input.stride()
+    assert same(memory(output), np.where(expected, values, np.float32(0)))
+    assert np.array_equal(bits(positive, input.numel()), expected)
+    assert torch.equal(output.nan_to_num(7.0), input.relu().nan_to_num(7.0))
+
+
+@settings(deadline=None, max_examples=100)
+@given(gradient=float_tensors(), seed=st.integers(0, 2**32))
+def test_relu_gradient_is_that_of_the_output_or_zero(
+    passes: NativePasses, gradient: Tensor, seed: int
+) -> None:
+    chosen = np.random.default_rng(seed).random(gradient.numel()) < 0.5
+    mask = torch.from_numpy(np.packbits(chosen, bitorder="little"))
+    before = memory(gradient).copy()
+    output = passes.relu_gradient(gradient, mask)
+    assert output.stride() == gradient.stride()
+    assert same(memory(output), np.where(chosen, before, np.float32(0)))
+    assert same(memory(gradient), before)
+
+
+def test_threads_share_every_pass_over_a_long_tensor(passes: NativePasses, threads: int) -> None:
+    input = torch.randn(LONG)
+    output, positive = passes.relu(input)
+    assert torch.equal(output, input.relu())
+    gradient = torch.randn(LONG)
+    assert torch.equal(
+        passes.relu_gradient(gradient, positive), torch.where(input > 0, gradient, 0)
+    )
+    expected = torch.where(input > 0, 0, gradient)
+    assert torch.equal(passes.clear_clipped(gradient, positive), expected)
+    codes = torch.randint(-128, 128, (3, LONG), dtype=torch.int8)
+    assert torch.equal(passes.dequantize(codes, 0.5, 3), (codes.float() - 3) * 0.5)
+    scale = torch.rand(3)
+    assert torch.equal(passes.dequantize_rows(codes, scale), codes * scale[:, None])
+
+
+def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
+    input = torch.zeros(4, 6)
+    with pytest.raises(QuantizationError, match=r"input is a dense float32 .*strides \(12, 2\)"):
+        passes.relu(torch.zeros(4, 12)[:, ::2])
+    with pytest.raises(QuantizationError, match=r"input is a dense float32 .*float64"):
+        passes.quantize(input.double(), 1.0, 0, -128, 127, True)
+    with pytest.raises(QuantizationError, match="got the range 0 to 256"):
+        passes.quantize(input, 1.0, 0, 0, 256, True)
+    with pytest.raises(QuantizationError, match="zero point 9"):
+        passes.quantize(input, 1.0, 9, 0, 7, True)
+    with pytest.raises(QuantizationError, match="codes is a dense uint8 or int8"):
+        passes.dequantize(input, 1.0, 0)
+    with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
+        passes.clear_clipped(input, torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
+        passes.relu_gradient(input, torch.zeros(2, dtype=torch.uint8))
+    with pytest.raises(QuantizationError, match="one element for each row"):
+        passes.dequantize_rows(torch.zeros(4, 6, dtype=torch.int8), torch.ones(6))
+    with pytest.raises(QuantizationError, match="on the CPU"):
+        passes.relu(torch.zeros(3, device="meta"))

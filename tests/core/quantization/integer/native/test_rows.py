@@ -1,0 +1,93 @@
+"""Weights, one scale for each row, against numpy and against the scheme's own parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization import QuantizationScheme, quantize
+from compression_manager.quantization.integer.native import NativePasses
+from compression_manager.quantization.parameters import compute_qparams
+from dense_tensors import LARGEST, SPECIAL, same
+
+EPSILON = np.float32(2.0**-23)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> np.ndarray:
+    rows, columns = draw(st.integers(0, 12)), draw(st.integers(1, 150))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    weight = generator.normal(size=(rows, columns)).astype(np.float32)
+    weight *= np.float32(10.0) ** generator.integers(-9, 30, size=(rows, 1)).astype(np.float32)
+    chosen = generator.random(weight.shape) < draw(st.sampled_from([0.0, 0.002, 0.05]))
+    weight[chosen] = generator.choice(SPECIAL, size=int(chosen.sum()))
+    return weight
+
+
+def expected(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    largest = np.abs(weight).max(1, initial=0)
+    scale = np.maximum(largest / np.float32(127), EPSILON)
+    with np.errstate(invalid="ignore", over="ignore"):
+        # Rounding may lift the outermost level above float32's maximum.
+        limit = np.float32(float(np.finfo(np.float32).max) * (1 - 2**-22) / 127)
+        scale = np.where(np.isfinite(largest), np.minimum(scale, limit), np.float32(np.nan))
+        codes = np.clip(np.rint(weight * (np.float32(1) / scale)[:, None]), -127, 127)
+    return np.nan_to_num(codes, nan=0.0).astype(np.int8), scale
+
+
+@settings(deadline=None, max_examples=100)
+@given(weight=weights())
+def test_rows_have_the_integers_and_scales_of_the_formula(
+    passes: NativePasses, weight: np.ndarray
+) -> None:
+    codes, scale = passes.quantize_rows(torch.from_numpy(weight))
+    expected_codes, expected_scale = expected(weight)
+    assert same(scale.numpy(), expected_scale)
+    assert np.array_equal(codes.numpy(), expected_codes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(weight=weights())
+def test_rows_have_the_parameters_of_a_weight_quantizer(
+    passes: NativePasses, weight: np.ndarray
+) -> None:
+    tensor = torch.from_numpy(weight)
+    scheme = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
+    low, high = tensor.amin(1), tensor.amax(1)
+    reference, zero_point = compute_qparams(low, high, scheme)
+    codes, scale = passes.quantize_rows(tensor)
+    assert same(scale.numpy(), reference.numpy())
+    expected_codes = quantize(tensor, reference, zero_point, -127, 127, axis=0)
+    assert torch.equal(codes, expected_codes)
+
+
+def test_the_scale_of_the_largest_float_is_cut(passes: NativePasses) -> None:
+    weight = np.array([[LARGEST], [-LARGEST], [np.float32(3.4e38)]])
+    codes, scale = passes.quantize_rows(torch.from_numpy(weight))
+    assert scale[0] == scale[1] < LARGEST / np.float32(127)
+    assert same(scale.numpy(), expected(weight)[1])
+    assert (codes.float() * scale[:, None]).isfinite().all()
+
+
+def test_threads_share_the_rows(passes: NativePasses, threads: int) -> None:
+    weight = np.random.default_rng(0).normal(size=(301, 517)).astype(np.float32)
+    codes, scale = passes.quantize_rows(torch.from_numpy(weight))
+    expected_codes, expected_scale = expected(weight)
+    assert np.array_equal(scale.numpy(), expected_scale)
+    assert np.array_equal(codes.numpy(), expected_codes)
+
+
+def test_a_row_without_elements_has_the_smallest_scale(passes: NativePasses) -> None:
+    codes, scale = passes.quantize_rows(torch.empty(3, 0))
+    assert codes.shape == (3, 0)
+    assert scale.tolist() == [float(EPSILON)] * 3
+
+
+def test_only_a_contiguous_matrix_is_taken(passes: NativePasses) -> None:
+    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4)):
+        with pytest.raises(QuantizationError, match="weight is a contiguous matrix"):
+            passes.quantize_rows(weight)
