@@ -46,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passes = NativePasses()
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"bfloat16 products by AMX: {passes.supports_bfloat16}, {options.threads} threads"
+        f"bfloat16 products by AMX: {passes.supports_pieces(3)}, {options.threads} threads"
     )
     results = [*element_checks(passes), *product_checks(passes)]
     for name, passed in results:
         print(f"{'PASS' if passed else 'FAIL'} {name}")
     time_passes(passes, options.repeats)
-    if passes.supports_bfloat16:
+    if passes.supports_pieces(3):
         time_products(passes, options.repeats)
     else:
         print("products are not timed: no AMX")
@@ -98,7 +98,7 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
 
 def product_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
     """Yield the name of each check of a product and whether it holds."""
-    for shape in [*ODD_SHAPES, *(INPUT_GRADIENTS[:1] if passes.supports_bfloat16 else [])]:
+    for shape in [*ODD_SHAPES, *(INPUT_GRADIENTS[:1] if passes.supports_pieces(3) else [])]:
         for dtype, zero_point in ((torch.uint8, 131), (torch.int8, 0)):
             left, right = factors(*shape, dtype)
             for pieces in (1, 3):

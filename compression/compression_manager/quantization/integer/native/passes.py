@@ -103,9 +103,7 @@ class NativePasses(Passes):
         )
         return codes, scale
 
-    def dequantize(
-        self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor
-    ) -> Tensor:
+    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
         """See `Passes.dequantize`."""
         _check("codes", codes, *_CODES)
         output = torch.empty_like(codes, dtype=torch.float32)
