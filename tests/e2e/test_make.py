@@ -158,6 +158,7 @@ def test_only_few_packages_are_needed() -> None:
         "tensorboard",
         "safetensors",
         "tqdm",
+        "ninja",
         "pyyaml",
     }
     pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().split("\n")}

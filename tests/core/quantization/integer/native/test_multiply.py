@@ -79,6 +79,12 @@ def test_one_piece_rounds_the_left_factor(
     assert largest_error(output, rounded_to_bfloat16(left.numpy()), right, 77) < 3e-7
 
 
+def test_one_piece_rounds_half_to_even(passes: NativePasses) -> None:
+    left = torch.tensor([[1 + 2**-8], [1 + 3 * 2**-8], [-1 - 3 * 2**-8]])
+    output = passes.multiply(left, torch.ones(1, 1, dtype=torch.int8), 0, 1)
+    assert output.flatten().tolist() == [1.0, 1 + 2**-6, -1 - 2**-6]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     rows=st.integers(0, 40),
