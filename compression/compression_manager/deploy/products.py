@@ -18,7 +18,6 @@ from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import (
     convolution_size,
-    dense,
     geometry_of,
     linear_size,
     why_no_geometry,
@@ -31,6 +30,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
+from compression_manager.quantization.integer.passes import dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.ranges import tensor_range

@@ -17,7 +17,7 @@ MIN_WIDE_SCALE = torch.finfo(torch.float32).tiny
 
 # What the outermost integers may stand for: float32's maximum, less what rounding the scale and
 # its product with an integer can add.
-_MAX_LEVEL = torch.finfo(torch.float32).max * (1 - 2**-22)
+MAX_LEVEL = torch.finfo(torch.float32).max * (1 - 2**-22)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def compute_qparams(
     nothing = (low + high) * 0.0
     if scheme.symmetric:
         scale = _divide(torch.maximum(-low, high) + nothing, _symmetric_steps(scheme), scheme)
-        scale = scale.clamp(max=_MAX_LEVEL / _farthest_symmetric_level(scheme))
+        scale = scale.clamp(max=MAX_LEVEL / _farthest_symmetric_level(scheme))
         return scale, torch.full_like(scale, scheme.symmetric_zero_point, dtype=index_dtype)
     # Halves, because the extent may exceed float32; the quotient is the same to the last bit.
     half_extent = high * 0.5 - low * 0.5 + nothing
@@ -121,7 +121,7 @@ def compute_qparams(
     zero_point = zero_point.clamp(scheme.quant_min, scheme.quant_max)
     # Rounding the zero point moves one end of the range outwards, by up to half a step.
     farthest = torch.maximum(scheme.quant_max - zero_point, zero_point - scheme.quant_min)
-    scale = torch.minimum(scale, (_MAX_LEVEL / farthest).to(torch.float32))
+    scale = torch.minimum(scale, (MAX_LEVEL / farthest).to(torch.float32))
     return scale, zero_point.to(index_dtype)
 
 

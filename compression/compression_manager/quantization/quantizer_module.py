@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization import scalars
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.parameters import (
@@ -226,7 +227,13 @@ class ObservedFakeQuantizer(FakeQuantizer):
 
     def _follow_observer(self) -> None:
         """Bring an activation's scale and zero point up to date with what was observed."""
-        scale, zero_point = compute_qparams(*self.observer.observed_range(), self.scheme)
+        minimum, maximum = self.observer.observed_range()
+        if scalars.fit(self.scheme) and scalars.hold(minimum, maximum):
+            numbers = scalars.affine_qparams(float(minimum), float(maximum), self.scheme)
+            self.scale.fill_(numbers[0])
+            self.zero_point.fill_(numbers[1])
+            return
+        scale, zero_point = compute_qparams(minimum, maximum, self.scheme)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
 

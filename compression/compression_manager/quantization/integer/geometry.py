@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.integer.rule import Size
@@ -63,12 +62,3 @@ def convolution_size(layer: nn.Module, input: Tensor) -> Size:
         rows *= (padded - reach) // geometry.stride[axis] + 1
     summed = convolution.in_channels // geometry.groups * kernel[0] * kernel[1]
     return Size(rows, summed, convolution.out_channels, geometry.groups)
-
-
-def dense(input: Tensor) -> Tensor:
-    """Return `input` in one of the two memory formats that kernels take: a copy if need be."""
-    if input.is_contiguous() or (
-        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return input
-    return input.contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compression_manager.quantization import arithmetic, kernels
 from compression_manager.quantization.integer.bits import pack_mask
-from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.passes import Passes, dense, in_memory_order
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 from compression_manager.quantization.observers.extremes import (
     MinMaxObserver,
@@ -197,12 +197,14 @@ def _quantize_weight(
         and weight.numel()
     ):
         # The range of such an observer is the weight's own, so that nothing is outside of it.
-        codes, scale = passes.quantize_rows(weight.reshape(rows, -1).contiguous())
-        return IntegerWeight(codes.reshape(weight.shape), scale, None)
+        weight = dense(weight)
+        codes, scale = passes.quantize_rows(in_memory_order(weight).view(rows, -1))
+        return IntegerWeight(codes.as_strided(weight.shape, weight.stride()), scale, None)
     scale, zero_point = compute_qparams(*observer.compute_range(weight), scheme)
     numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
-    codes = arithmetic.quantize(weight, *numbers).contiguous()
-    clipped = kernels.is_clipped(weight, *numbers).contiguous()
+    weight = dense(weight)
+    codes = arithmetic.quantize(weight, *numbers)
+    clipped = in_memory_order(kernels.is_clipped(weight, *numbers))
     any_clipped = weight.device.type != "cpu" or bool(clipped.any())
     return IntegerWeight(
         codes, scale.expand(rows).contiguous(), pack_mask(clipped) if any_clipped else None

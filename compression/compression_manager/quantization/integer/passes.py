@@ -11,12 +11,22 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from compression_manager.quantization.scheme import QuantizationScheme
 
 # What `quantize_rows` quantizes to: -127 to 127, with one scale for each row.
 ROWS = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return `tensor` in one of the two memory formats that kernels take: a copy if need be."""
+    if tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return tensor
+    return tensor.contiguous()
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from compression_manager.quantization.integer.functions import (
 )
 from compression_manager.quantization.integer.geometry import (
     convolution_size,
-    dense,
     geometry_of,
     linear_size,
     why_no_geometry,
@@ -30,7 +29,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
-from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.passes import Passes, dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part

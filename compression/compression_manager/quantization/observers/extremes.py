@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from compression_manager.quantization import scalars
 from compression_manager.quantization.observers.base import RangeObserver
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
@@ -52,6 +53,30 @@ class MovingAverageObserver(RangeObserver):
         self.averaging_constant = averaging_constant
         for name in ("first_minimum", "first_maximum"):
             self._add_range(name)
+
+    def observe(self, input: Tensor) -> None:
+        """Take the batch `input` into account; on the CPU a whole tensor's range as numbers."""
+        if (
+            self._spans_ranks()
+            or input.numel() == 0
+            or not scalars.hold(self.minimum, self.maximum)
+        ):
+            super().observe(input)
+            return
+        limits = self._extremes(input.detach())
+        if not scalars.hold(*limits):
+            super().observe(input)
+            return
+        low, high = (float(limit) for limit in limits)
+        first = int(self.batches_observed) == 0
+        ends = ((self.minimum, self.first_minimum, low), (self.maximum, self.first_maximum, high))
+        for kept, initial, batch in ends:
+            if first:
+                kept.fill_(batch)
+                initial.fill_(batch)
+            else:
+                kept.fill_(scalars.moving_average(float(kept), batch, self.averaging_constant))
+        self.batches_observed.add_(1)
 
     def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
         first = self.batches_observed == 0

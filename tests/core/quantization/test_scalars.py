@@ -1,0 +1,65 @@
+"""Arithmetic on Python numbers equals that of float32 tensors, to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compression_manager.quantization import (
+    MovingAverageObserver,
+    QuantizationScheme,
+    QuantizationSite,
+    choose_qparams,
+    scalars,
+)
+
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+SCHEMES = [
+    QuantizationScheme(bits=8, symmetric=False, signed=False),
+    QuantizationScheme(bits=8, symmetric=False),
+    QuantizationScheme(bits=3, symmetric=False, signed=False),
+    QuantizationScheme(bits=1, symmetric=False),
+]
+
+
+@given(NUMBERS, NUMBERS, st.sampled_from(SCHEMES))
+def test_scales_are_those_of_tensors(one: float, other: float, scheme: QuantizationScheme) -> None:
+    low, high = min(one, other), max(one, other)
+    assert scalars.fit(scheme)
+    scale, zero_point = scalars.affine_qparams(low, high, scheme)
+    expected = choose_qparams(torch.tensor(low), torch.tensor(high), scheme)
+    assert scale == expected[0].item()
+    assert zero_point == expected[1].item()
+
+
+@given(NUMBERS, NUMBERS, st.floats(1e-6, 1.0))
+def test_moving_averages_are_those_of_numpy(kept: float, batch: float, constant: float) -> None:
+    a, b, c = (np.float32(value) for value in (kept, batch, constant))
+    assert scalars.moving_average(kept, batch, constant) == a + c * (b - a)
+
+
+@pytest.mark.parametrize("last", [0.5, torch.nan, torch.inf, 3e38, -3e38])
+def test_observers_count_and_average_as_those_of_tensors(last: float) -> None:
+    scheme = SCHEMES[0]
+    site = QuantizationSite("layer", "activation")
+    fast, slow = MovingAverageObserver(scheme, site), MovingAverageObserver(scheme, site)
+    for seed in range(4):
+        batch = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+        if seed == 3:
+            batch[7] = last
+        fast.observe(batch)
+        super(MovingAverageObserver, slow).observe(batch)
+    for (name, mine), theirs in zip(
+        fast.state_dict().items(), slow.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs), name
+
+
+def test_large_or_absent_numbers_are_left_to_tensors() -> None:
+    assert scalars.hold(torch.tensor(1.0), torch.tensor(-2.0))
+    for limit in (torch.tensor(torch.nan), torch.tensor(3e38), torch.tensor([1.0])):
+        assert not scalars.hold(torch.tensor(1.0), limit)
+    assert not scalars.fit(QuantizationScheme(bits=8, symmetric=True))
