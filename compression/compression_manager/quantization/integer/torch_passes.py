@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from compression_manager.quantization.integer.bits import pack_mask, unpack_mask
 from compression_manager.quantization.integer.passes import ROWS, Passes, in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
+
+
+# Elements: half a mebibyte of float32, a part of one core's second-level cache. Full bytes of bits.
+_PART = 1 << 17
 
 
 class TorchPasses(Passes):
@@ -25,17 +31,22 @@ class TorchPasses(Passes):
         clips: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return codes and clipped bits."""
-        dtype = torch.uint8 if quant_min >= 0 else torch.int8
-        steps = (input * inverse_scale).round_().add_(zero_point)
-        if not clips:
-            return steps.to(dtype), None
-        inside = steps.clamp(quant_min, quant_max)
-        clipped = steps != inside
-        bits = None
-        if input.device.type != "cpu" or bool(clipped.any()):
-            bits = pack_mask(in_memory_order(clipped))
-        inside = torch.where(inside.isnan(), zero_point, inside) if bits is not None else inside
-        return inside.to(dtype), bits
+        codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
+        flat, flat_codes = in_memory_order(input), in_memory_order(codes)
+        bits = flat.new_zeros(-(-flat.numel() // 8), dtype=torch.uint8) if clips else None
+        any_clipped = input.device.type != "cpu"
+        for part in _parts(flat):
+            steps = (flat[part] * inverse_scale).round_().add_(zero_point)
+            if bits is not None:
+                inside = steps.clamp(quant_min, quant_max)
+                clipped = steps != inside
+                if any_clipped or bool(clipped.any()):
+                    any_clipped = True
+                    bits[_bytes(part)] = pack_mask(clipped)
+                    inside = torch.where(inside.isnan(), zero_point, inside)
+                steps = inside
+            flat_codes[part].copy_(steps)
+        return codes, bits if any_clipped else None
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and scales of symmetric 8-bit rows."""
@@ -46,7 +57,11 @@ class TorchPasses(Passes):
 
     def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
         """Return (codes - zero point) * scale."""
-        return codes.to(torch.float32).sub_(zero_point).mul_(scale)
+        values = torch.empty_like(codes, dtype=torch.float32)
+        flat, flat_codes = in_memory_order(values), in_memory_order(codes)
+        for part in _parts(flat):
+            flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
+        return values
 
     def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Return codes * scale of their row."""
@@ -55,19 +70,26 @@ class TorchPasses(Passes):
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """Zero the gradient in place where a bit is set."""
         flat = in_memory_order(gradient)
-        flat.masked_fill_(unpack_mask(clipped, flat.numel()), 0.0)
+        for part in _parts(flat):
+            bits = clipped[_bytes(part)]
+            if gradient.device.type != "cpu" or bool(bits.any()):
+                flat[part].masked_fill_(unpack_mask(bits, flat[part].numel()), 0.0)
         return gradient
 
     def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return max(input, 0) and the bits of what is not at most zero."""
         flat = in_memory_order(input)
-        return input.relu(), pack_mask((flat <= 0).logical_not_())
+        bits = [pack_mask((flat[part] <= 0).logical_not_()) for part in _parts(flat)]
+        return input.relu(), torch.cat(bits)
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """Return the gradient where a bit is set, else zero."""
-        flat = in_memory_order(gradient)
-        passed = torch.where(unpack_mask(positive, flat.numel()), flat, 0.0)
-        return passed.as_strided(gradient.shape, gradient.stride())
+        passed = torch.empty_like(gradient)
+        flat, flat_passed = in_memory_order(gradient), in_memory_order(passed)
+        for part in _parts(flat):
+            mask = unpack_mask(positive[_bytes(part)], flat[part].numel())
+            torch.where(mask, flat[part], flat.new_zeros(()), out=flat_passed[part])
+        return passed
 
     def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
         """Return the product in bfloat16; torch rounds the result to bfloat16 as well."""
@@ -91,6 +113,22 @@ class TorchPasses(Passes):
         if not self.supports_pieces(pieces):
             # torch's bfloat16 products have bfloat16 results, which undo what the pieces gain.
             raise NotImplementedError("plain torch operations multiply one bfloat16 piece only.")
+
+
+def _parts(flat: Tensor) -> Iterator[slice]:
+    """Yield parts of a vector that stay in cache from one operation to the next.
+
+    Memory is slower than the operations, so that each of them would wait for it anew.
+    """
+    count = flat.numel()
+    length = _PART if flat.device.type == "cpu" else max(count, 1)
+    for start in range(0, max(count, 1), length):
+        yield slice(start, min(start + length, count))
+
+
+def _bytes(part: slice) -> slice:
+    """Return the bytes that hold the bits of the elements of a part."""
+    return slice(part.start // 8, -(-part.stop // 8))
 
 
 def _exact(codes: Tensor, zero_point: int) -> Tensor:
