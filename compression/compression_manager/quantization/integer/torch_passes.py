@@ -11,7 +11,6 @@ from compression_manager.quantization.integer.bits import pack_mask, unpack_mask
 from compression_manager.quantization.integer.passes import ROWS, Passes, in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
-
 # Elements: half a mebibyte of float32, a part of one core's second-level cache. Full bytes of bits.
 _PART = 1 << 17
 

@@ -1,0 +1,180 @@
+"""Training on integers: together with what users put around their models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from compression_manager import ConfigError, prepare_compression
+from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.relu import BitMaskReLU
+from compression_plugins import QATConfig
+from quantization_reference import prepared, step, trained
+
+FORWARD = ("auto", "integer")
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2),
+        nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 3 * 3, 5),
+    )  # fmt: skip
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+SEQUENCES = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "cnn": (cnn, IMAGES),
+    "channels_last": (
+        lambda: cnn().to(memory_format=torch.channels_last),
+        IMAGES.contiguous(memory_format=torch.channels_last),
+    ),
+    "encoder": (encoder, SEQUENCES),
+}
+
+
+def paths(model: nn.Module) -> set[str]:
+    found = set()
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer):
+            for part in layer.parts().values():
+                decision = last_decision(part)
+                found.add("none" if decision is None else decision.path)
+    return found
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_follows_fake_quantization_to_the_last_bit_without_integer_kernels(
+    name: str,
+) -> None:
+    build, inputs = MODELS[name]
+    with torch.random.fork_rng():
+        fake = trained(build(), inputs, forward="fake", steps=4)
+        lean = trained(build(), inputs, forward="auto", steps=4)
+    if "integer" in paths(lean.model):
+        pytest.skip("this machine multiplies integers, which rounds otherwise")
+    assert paths(lean.model) == {"codes"}
+    assert paths(fake.model) == {"none"}
+    for (key, value), other in zip(
+        fake.model.state_dict().items(), lean.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_integers_of_the_converted_model_are_those_of_training(name: str) -> None:
+    build, inputs = MODELS[name]
+    manager = trained(build(), inputs, forward="integer")
+    assert paths(manager.model) == {"integer"}
+    converted = manager.convert(inputs)
+    manager.model.eval()
+    with torch.no_grad():
+        assert torch.equal(converted(inputs), manager.model(inputs))
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_give_the_same_gradients_and_ranges(
+    use_reentrant: bool, forward: str
+) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return checkpoint(super().forward, input, use_reentrant=use_reentrant)
+
+    inputs = IMAGES.clone().requires_grad_()
+    results = []
+    for kind in (nn.Sequential, Checkpointed):
+        model = kind(*cnn().children())
+        manager = prepared(model, [inputs, inputs * 1.5, inputs * 2.0], forward=forward)
+        results.append((gradients(model), manager.model.state_dict()))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert torch.equal(one, other)
+    for key, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][key]), key
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+def test_autocast_takes_fake_quantization_in_its_own_type(forward: str) -> None:
+    model = encoder()
+    manager = prepared(model, [SEQUENCES] * 2, forward=forward)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = step(manager, SEQUENCES, 2)
+    assert paths(model) == {"fake"}
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+def test_accumulated_gradients_are_the_sum_of_those_of_the_parts(forward: str) -> None:
+    # A frozen range, so that both ways quantize alike.
+    manager = prepared(cnn(), [IMAGES] * 3, forward=forward)
+    model = manager.model
+    model.eval()
+    model.zero_grad()
+    for part in IMAGES.split(2):
+        model(part).square().sum().backward()
+    together = gradients(model)
+    model.zero_grad()
+    alone = []
+    for part in IMAGES.split(2):
+        model.zero_grad()
+        model(part).square().sum().backward()
+        alone.append(gradients(model))
+    for total, first, second in zip(together, *alone, strict=True):
+        assert torch.allclose(total, first + second, rtol=0, atol=1e-5 * float(total.abs().max()))
+
+
+def test_copies_train_on_their_own() -> None:
+    manager = prepared(cnn(), [IMAGES] * 2)
+    twin = copy.deepcopy(manager.model)
+    before = manager.model.eval()(IMAGES)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(2.0)
+    assert not torch.equal(twin.eval()(IMAGES), before)
+    assert torch.equal(manager.model(IMAGES), before)
+
+
+def test_relus_keep_bits_as_long_as_the_manager_lives() -> None:
+    model = cnn()
+    manager = prepare_compression(model, [QATConfig()])
+    assert [type(module) for module in model if isinstance(module, nn.ReLU)] == [BitMaskReLU] * 2
+    manager.close()
+    assert [type(module) for module in model if isinstance(module, nn.ReLU)] == [nn.ReLU] * 2
+
+
+def test_fake_forward_leaves_relus_alone() -> None:
+    model = cnn()
+    prepare_compression(model, [QATConfig(forward="fake")])
+    assert not any(isinstance(module, BitMaskReLU) for module in model.modules())
+
+
+def test_converted_models_hold_plain_relus() -> None:
+    manager = trained(cnn(), IMAGES)
+    converted = manager.convert()
+    assert not any(isinstance(module, BitMaskReLU) for module in converted.modules())
+
+
+@pytest.mark.parametrize("option", ["forward", "backward"])
+def test_unknown_arithmetic_is_refused_with_the_nearest(option: str) -> None:
+    value: Any = {"forward": "integr", "backward": "bfloat16x2"}[option]
+    with pytest.raises(ConfigError, match="integer" if option == "forward" else "bfloat16x3"):
+        QATConfig(**{option: value})
