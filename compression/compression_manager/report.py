@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
 from compression_manager.deploy.parity import Parity
-from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
+from compression_manager.layer_measurements import LayerMeasurement, measure_layers
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.quantization.layers import QuantizedLayer, weight_identity
+from compression_manager.quantization.layers.products import describe_arithmetic
 from compression_manager.sensitivity import Sensitivity
 
 
@@ -37,6 +36,10 @@ class LayerReport:
         sqnr_db: signal-to-quantization-noise ratio of its output against the float layer on
             the same input, in decibels, infinite without noise; None if the layer was not
             reached, is not quantized, or fake quantization has not begun.
+        arithmetic: how its products were computed last, and why not on integers; "" if it has
+            none, or was not called yet.
+        time_ratio: time of its integer kernel to that of float32 on this machine; None if it
+            was not measured or does not compute on integers.
     """
 
     name: str
@@ -46,6 +49,8 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     sqnr_db: float | None
+    arithmetic: str = ""
+    time_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,30 @@ class Report:
             ).rstrip()
             for row in rows
         ]
+        lines += self._arithmetic_lines()
         if self.parity is not None:
             lines.append(str(self.parity))
         lines += [f"{plugin}: {note}" for plugin, note in self.notes.items()]
         lines += [str(part) for part in (self.sensitivity, self.graph) if part is not None]
         return "\n".join(lines)
+
+    def _arithmetic_lines(self) -> list[str]:
+        """Return who computes on what, layers with one answer in one line."""
+        layers_of: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.arithmetic:
+                layers_of.setdefault(layer.arithmetic, []).append(layer.name or "(the model)")
+        lines = [f"{arithmetic}: {', '.join(names)}" for arithmetic, names in layers_of.items()]
+        slower = [
+            f"{layer.name or '(the model)'} ({layer.time_ratio:.1f} times float32's time)"
+            for layer in self.layers
+            if layer.time_ratio is not None and layer.time_ratio > 1.0
+        ]
+        if slower:
+            lines.append(
+                f"slower on integers than in float32 here: {', '.join(slower)}"
+            )
+        return lines
 
 
 def build_report(
@@ -138,7 +162,7 @@ def build_report(
         folded: layer name -> layer that does its work after conversion.
         example_inputs: what to call the model with to measure noise; None leaves it out.
     """
-    noise = {} if example_inputs is None else _measure_noise(model, example_inputs)
+    measured = {} if example_inputs is None else measure_layers(model, example_inputs)
     inside_quantizers = {
         id(child)
         for module in model.modules()
@@ -152,7 +176,7 @@ def build_report(
             continue
         if isinstance(module, QuantizedLayer):
             gains_bias = name in folded.values()
-            layers.append(_quantized(name, module, noise.get(name), gains_bias, sizes))
+            layers.append(_quantized(name, module, measured.get(name), gains_bias, sizes))
         elif name in skipped or any(True for _ in _saved_tensors(module)):
             reason = skipped.get(name, "not a layer with a weight")
             size = sizes.take(_saved_tensors(module))
@@ -185,7 +209,11 @@ class _Sizes:
 
 
 def _quantized(
-    name: str, layer: QuantizedLayer, sqnr_db: float | None, gains_bias: bool, sizes: _Sizes
+    name: str,
+    layer: QuantizedLayer,
+    measured: LayerMeasurement | None,
+    gains_bias: bool,
+    sizes: _Sizes,
 ) -> LayerReport:
     weight, input = layer.weight_scheme, layer.input_scheme
     detail = f"weight {weight or 'none'}, input {input or 'float'}"
@@ -216,7 +244,17 @@ def _quantized(
                 held.pop(id(shared))
     before = sizes.take(layer.parameters(recurse=False))
     after = sum(_bytes(tensor) for tensor in held.values())
-    return LayerReport(name, spec.kind, True, detail, before, after, sqnr_db)
+    return LayerReport(
+        name,
+        spec.kind,
+        True,
+        detail,
+        before,
+        after,
+        None if measured is None else measured.sqnr_db,
+        describe_arithmetic(layer),
+        None if measured is None else measured.time_ratio,
+    )
 
 
 def _saved_tensors(module: nn.Module) -> list[Tensor]:
@@ -235,42 +273,3 @@ def _bytes(tensor: Tensor) -> int:
 
 def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)
-
-
-def _measure_noise(model: nn.Module, example_inputs: Any) -> dict[str, float]:
-    """Return layer -> SQNR in dB, comparing each layer with its float class on equal input."""
-    energies: dict[str, Tensor] = {}
-
-    def measure(name: str) -> Any:
-        def hook(
-            layer: QuantizedLayer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-        ) -> None:
-            exact = layer.float_class.forward(layer, *args, **kwargs)
-            energy = _energies(tensors_in(exact), tensors_in(output))
-            energies[name] = energies[name] + energy if name in energies else energy
-
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(quiet_evaluation(model))
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedLayer) and module.quantizers()[0].phase.quantizing:
-                handle = module.register_forward_hook(measure(name), with_kwargs=True, prepend=True)
-                stack.callback(handle.remove)
-        call_with_examples(model, example_inputs)
-    return {name: _decibels(*energy.tolist()) for name, energy in energies.items()}
-
-
-def _energies(exact: Iterable[Tensor], output: Iterable[Tensor]) -> Tensor:
-    """Return the sums of squares of what a layer returns and of its noise, float64 (2,)."""
-    pairs = [(a.double(), b) for a, b in zip(exact, output, strict=True) if a.is_floating_point()]
-    return torch.stack(
-        [torch.stack([a.square().sum(), (a - b).square().sum()]) for a, b in pairs]
-    ).sum(0)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise); infinite without noise."""
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal else -math.inf

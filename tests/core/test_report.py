@@ -233,7 +233,8 @@ def test_the_report_is_valid_json(value, plain):
         "layers": [
             {
                 "name": "fc", "kind": "Linear", "quantized": True, "detail": "int8",
-                "bytes_before": 40, "bytes_after": 10, "sqnr_db": plain,
+                "bytes_before": 40, "bytes_after": 10, "sqnr_db": plain, "arithmetic": "",
+                "time_ratio": None,
             }
         ],
         "bytes_before": 40,

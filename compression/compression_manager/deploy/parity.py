@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from compression_manager.model_call import (
     quiet_evaluation,
     tensors_in,
 )
+from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.layers.products import computes_integers
 
 # A layer and its conversion get the same input and multiply the same numbers, so that only the
 # order of float32 sums (and folding BatchNorm into the scale) may differ.
@@ -26,6 +29,11 @@ LAYER_TOLERANCE = 1e-4
 # Over the whole model such a difference can move a value across a rounding threshold, so that a
 # few elements of later layers differ by a step of their grid.
 MODEL_TOLERANCE = 2e-2
+
+# Quantized to 8 bits, a layer's two outputs differ by one step in so few elements at most, where
+# their float32 sums lie on either side of a rounding threshold.
+STEP_SHARE = 1e-3
+_STEPS = 255
 
 # Narrower types round each result (and a folded weight) by up to half their epsilon.
 _EPSILONS = 4
@@ -38,12 +46,18 @@ class Parity:
     Attributes:
         layer_errors: layer -> largest absolute difference for equal input, divided by the
             largest absolute output. Layers that the input did not reach are absent.
+        layer_steps: layer -> share of the output's elements that fall on another step of an
+            8-bit grid over its range, as the next layer's input would.
+        exact_layers: those whose outputs are equal to the last bit; with integer products all
+            that absorbed no BatchNorm.
         output_error: root mean square difference of the model's outputs, divided by the root
             mean square of the trained model's.
     """
 
     layer_errors: dict[str, float]
     output_error: float
+    layer_steps: dict[str, float] = field(default_factory=dict)
+    exact_layers: tuple[str, ...] = ()
 
     @property
     def worst_layer(self) -> str | None:
@@ -56,7 +70,8 @@ class Parity:
         where = "" if worst is None else f" ('{worst}')"
         return (
             f"parity of the converted model: relative error of the output {self.output_error:.1e}, "
-            f"largest of a layer on equal input {layers}{where}"
+            f"largest of a layer on equal input {layers}{where}; {len(self.exact_layers)} of "
+            f"{len(self.layer_errors)} layers agree to the last bit"
         )
 
 
@@ -85,12 +100,8 @@ def check_parity(
     with full_precision(), ExitStack() as stack, quiet_evaluation(trained):
         comparisons = _watch_layers(stack, trained, replacements)
         expected = list(tensors_in(call_with_examples(trained, example_inputs)))
-    for layer, (error, tolerance) in comparisons.items():
-        if not error <= tolerance:
-            raise ParityError(
-                f"layer '{layer}' computes something else after conversion: relative error "
-                f"{error:.2g}, allowed {tolerance:.2g}."
-            )
+    for layer, comparison in comparisons.items():
+        comparison.check(layer)
     actual = _run_converted(converted, example_inputs)
     error, tolerance = compare_outputs(expected, actual)
     if not error <= tolerance:
@@ -99,7 +110,50 @@ def check_parity(
             f"(relative root mean square), allowed {tolerance:.2g}, although each converted "
             "layer agrees: the model computes something outside of its layers that differs."
         )
-    return Parity({layer: error for layer, (error, _) in comparisons.items()}, error)
+    return Parity(
+        {layer: comparison.error for layer, comparison in comparisons.items()},
+        error,
+        {layer: comparison.step_share for layer, comparison in comparisons.items()},
+        tuple(layer for layer, comparison in comparisons.items() if comparison.error == 0.0),
+    )
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A layer's output and that of its conversion, for equal input.
+
+    Attributes:
+        error: largest absolute difference, divided by the largest absolute output.
+        tolerance: the largest error that is allowed.
+        step_share: share of elements on another step of an 8-bit grid.
+        allowed_share: the largest that is allowed.
+        farthest: largest number of steps between two elements.
+        must_be_equal: whether both multiply integers, and nothing else.
+    """
+
+    error: float
+    tolerance: float
+    step_share: float
+    allowed_share: float
+    farthest: int
+    must_be_equal: bool
+
+    def check(self, layer: str) -> None:
+        """Raise ParityError unless the outputs agree."""
+        problem = None
+        if not self.error <= self.tolerance:
+            problem = f"relative error {self.error:.2g}, allowed {self.tolerance:.2g}"
+        elif self.must_be_equal and self.error:
+            problem = f"relative error {self.error:.2g}, although both multiply the same integers"
+        elif self.farthest > 1 or self.step_share > self.allowed_share:
+            problem = (
+                f"{self.step_share:.2%} of its output lies up to {self.farthest} steps of 8 bits "
+                f"away; allowed is one step in {self.allowed_share:.2%}"
+            )
+        if problem is not None:
+            raise ParityError(
+                f"layer '{layer}' computes something else after conversion: {problem}."
+            )
 
 
 @contextmanager
@@ -135,12 +189,9 @@ def _run_converted(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 def _watch_layers(
     stack: ExitStack, trained: nn.Module, replacements: Sequence[Replacement]
-) -> dict[str, tuple[float, float]]:
-    """Compare each layer's first call while `trained` runs.
-
-    Fills the returned dict: layer -> relative error and tolerance.
-    """
-    comparisons: dict[str, tuple[float, float]] = {}
+) -> dict[str, _Comparison]:
+    """Compare each layer's first call while `trained` runs; the returned dict fills meanwhile."""
+    comparisons: dict[str, _Comparison] = {}
     results: dict[str, Any] = {}
 
     def run_converted(replacement: Replacement) -> Any:
@@ -155,10 +206,11 @@ def _watch_layers(
             if replacement.name in results:
                 expected = list(tensors_in(output))
                 actual = list(tensors_in(results.pop(replacement.name)))
-                comparisons[replacement.name] = (
-                    _largest_error(expected, actual),
-                    _tolerance(LAYER_TOLERANCE, *expected),
+                trained_layer = trained.get_submodule(replacement.name)
+                exact = isinstance(trained_layer, QuantizedLayer) and (
+                    computes_integers(trained_layer) and not replacement.absorbed
                 )
+                comparisons[replacement.name] = _compare(expected, actual, must_be_equal=exact)
 
         return hook
 
@@ -169,6 +221,35 @@ def _watch_layers(
         output_layer = trained.get_submodule(replacement.output_of)
         stack.callback(output_layer.register_forward_hook(compare(replacement)).remove)
     return comparisons
+
+
+def _compare(expected: list[Tensor], actual: list[Tensor], *, must_be_equal: bool) -> _Comparison:
+    error = _largest_error(expected, actual)
+    count = share = 0.0
+    farthest = 0
+    if math.isfinite(error):
+        for wanted, got in zip(expected, actual, strict=True):
+            # Narrower types have fewer digits than 8 bits need.
+            if wanted.dtype in (torch.float32, torch.float64) and wanted.numel():
+                distance = (_steps(wanted, wanted) - _steps(got, wanted)).abs()
+                farthest = max(farthest, int(distance.max()))
+                share += float((distance > 0).sum())
+                count += wanted.numel()
+    return _Comparison(
+        error=error,
+        tolerance=_tolerance(LAYER_TOLERANCE, *expected),
+        step_share=share / max(count, 1.0),
+        allowed_share=max(STEP_SHARE, 1.0 / max(count, 1.0)),
+        farthest=farthest,
+        must_be_equal=must_be_equal,
+    )
+
+
+def _steps(values: Tensor, like: Tensor) -> Tensor:
+    """Return on which of 256 steps over the range of `like` each value lies; float64."""
+    reference, finite = _finite(like), _finite(values)
+    low, high = reference.min(), reference.max()
+    return ((finite - low) * (_STEPS / (high - low).clamp(min=1e-30))).round()
 
 
 def _tolerance(base: float, *outputs: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
@@ -23,7 +24,7 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.integer.arithmetic import ProductOptions
-from compression_manager.quantization.integer.selection import prepare_native
+from compression_manager.quantization.integer.selection import describe_products, prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_output
 from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
@@ -126,11 +127,18 @@ class FakeQuantPlugin(Plugin[Options]):
     # State -----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the layers' schemes and the conv-BatchNorm pairs; all else is in the model."""
-        return {"layers": self._schemes(), "pairs": self._pairs}
+        """Return schemes, arithmetic and the conv-BatchNorm pairs; all else is in the model."""
+        return {
+            "layers": self._schemes(),
+            "pairs": self._pairs,
+            "arithmetic": describe_products(self.product_options()),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the pairs that were found.
+
+        Warns if products were computed otherwise, by another CPU for example, so that training
+        does not go on to the last bit.
 
         Raises:
             CheckpointMismatchError: other layers are quantized, or with other schemes.
@@ -143,6 +151,14 @@ class FakeQuantPlugin(Plugin[Options]):
                     f"checkpoint: {saved.get(name, 'not at all')}; here: "
                     f"{own.get(name, 'not at all')}."
                 )
+        arithmetic = describe_products(self.product_options())
+        saved_arithmetic = state.get("arithmetic", arithmetic)  # earlier versions saved none
+        if saved_arithmetic != arithmetic:
+            warnings.warn(
+                f"{self.name}: the checkpoint was computed with {saved_arithmetic}; here it is "
+                f"{arithmetic}, which rounds otherwise.",
+                stacklevel=2,
+            )
         self._take_pairs(state["pairs"])
 
     # Internals -------------------------------------------------------------------------------

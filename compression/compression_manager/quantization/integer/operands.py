@@ -68,7 +68,7 @@ def why_no_integer_weight(scheme: QuantizationScheme) -> str | None:
     """Return why weights of `scheme` are no operands, or None if they are."""
     if scheme.bits > _BITS:
         return f"its weight has {scheme.bits} bits"
-    if not scheme.symmetric or not scheme.signed:
+    if not scheme.symmetric or scheme.storage_dtype != torch.int8:
         return "its weight is not symmetric around zero"
     if scheme.granularity not in ("tensor", "channel") or scheme.axis not in (None, 0):
         return "its weight has scales within an output channel"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.passes import NativePasses
 from compression_manager.quantization.integer.passes import Passes
@@ -55,6 +57,16 @@ def use_passes(passes: Passes) -> Iterator[None]:
         yield
     finally:
         _chosen = before
+
+
+def describe_products(options: ProductOptions) -> str:
+    """Return what decides how products round: options, CPU, and who computes in bfloat16."""
+    if options.forward == "fake":
+        return "fake quantization"
+    described = f"forward={options.forward!r} on a CPU with {cpu_features()}"
+    if options.backward != "float32":
+        described += f", backward={options.backward!r} by {active_passes().name} kernels"
+    return described
 
 
 def computes_reference() -> bool:

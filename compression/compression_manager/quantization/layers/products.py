@@ -32,7 +32,7 @@ from compression_manager.quantization.integer.operands import (
 from compression_manager.quantization.integer.passes import Passes, dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
-from compression_manager.quantization.layers.base import Part
+from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 
 _decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
@@ -41,6 +41,32 @@ _decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
 def last_decision(part: Part) -> Decision | None:
     """Return how the product of `part` was computed last; None before its first call."""
     return None if part.weight_quantizer is None else _decisions.get(part.weight_quantizer)
+
+
+_WORDS = {
+    "integer": "products of integers with 32-bit sums",
+    "codes": "float32 products, integers kept for backward",
+    "fake": "float32 products of fake-quantized operands",
+}
+
+
+def describe_arithmetic(layer: QuantizedLayer) -> str:
+    """Return how the products of `layer` were computed last, and why not on integers."""
+    lines = []
+    for part in layer.parts().values():
+        decision = last_decision(part)
+        if decision is not None:
+            reason = f" ({decision.reason})" if decision.reason else ""
+            lines.append(f"{_WORDS[decision.path]}{reason}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def computes_integers(layer: QuantizedLayer) -> bool:
+    """Return whether all products of `layer` were computed on integers last."""
+    decisions = [last_decision(part) for part in layer.parts().values()]
+    return bool(decisions) and all(
+        decision is not None and decision.path == "integer" for decision in decisions
+    )
 
 
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
