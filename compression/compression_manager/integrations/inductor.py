@@ -84,7 +84,8 @@ def compile_program(program: ExportedProgram) -> tuple[Callable[..., Any], int]:
         What is called as the model is, and the number of its layers with 8-bit weights.
     """
     module, layers = to_inductor_operators(program)
-    return torch.compile(module), layers
+    with compiling():
+        return torch.compile(module), layers
 
 
 def write_package(program: ExportedProgram, path: Path) -> None:
