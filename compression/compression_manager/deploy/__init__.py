@@ -1,9 +1,8 @@
-"""Converted models: integer weights, parity, loading without training plugins, and export."""
+"""Converted models: integer weights, parity, loading without training plugins, export, runtimes."""
 
 from compression_manager.deploy.compiling import CompiledModel, compile
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.exporting import Export, export
-from compression_manager.deploy.fastest import Fastest, RouteResult, fastest
 from compression_manager.deploy.layers import (
     ConvertedConv,
     ConvertedEmbedding,
@@ -11,6 +10,7 @@ from compression_manager.deploy.layers import (
     ConvertedLinear,
     LayerSpec,
 )
+from compression_manager.deploy.measuring import Fastest, RouteResult, fastest
 from compression_manager.deploy.opening import ExportedModel, load_exported
 from compression_manager.deploy.parity import Parity, check_parity
 from compression_manager.deploy.replacement import Replacement

@@ -165,7 +165,7 @@ ROUTES: dict[str, Route] = {
 
 
 def find_routes(names: object) -> list[Route]:
-    """Return the routes called `names`, in the order of `ROUTES`; all of them for None.
+    """Return `eager` and the routes called `names`, in the order of `ROUTES`; for None all of them.
 
     Raises:
         ConfigError: an unknown name; with the nearest ones.
@@ -177,4 +177,4 @@ def find_routes(names: object) -> list[Route]:
     for name in names:
         if name not in ROUTES:
             raise ConfigError(f"there is no route {name!r}; {suggest(str(name), ROUTES)}")
-    return [route for name, route in ROUTES.items() if name in names]
+    return [route for name, route in ROUTES.items() if name == "eager" or name in names]

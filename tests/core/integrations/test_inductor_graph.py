@@ -1,4 +1,4 @@
-"""A converted model in the operators that Inductor knows: the same outputs, int8 where it can be."""
+"""A converted model in the operators that Inductor knows: the same outputs, int8 where possible."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def fastest(
     """
     require_converted(model, "fastest")
     require_integer("fastest", "rounds", rounds, minimum=1)
-    chosen = find_routes(None if routes is None else ["eager", *routes])
+    chosen = find_routes(routes)
     inputs = without_labels(inputs)
     reference = Reference.of(model, inputs)
     results: list[RouteResult] = []
