@@ -1,8 +1,8 @@
 """A traced model in the operators in whose place Inductor puts oneDNN's 8-bit kernels.
 
 Inductor looks for a linear layer or a convolution between `quantized_decomposed` operators
-(torch/_inductor/fx_passes/quantization.py): of the input, uint8 or int8 with a number for scale and
-zero point; of the weight, int8 per output channel. torch registers these operators in a private
+(torch/_inductor/fx_passes/quantization.py): of the input, uint8 with a number for scale and zero
+point; of the weight, int8 per output channel. torch registers these operators in a private
 module; only this one imports it.
 """
 
@@ -57,25 +57,25 @@ def _replace(node: Node, new: Node) -> None:
 
 
 def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
-    """Insert the operators of an input: float32, with one scale."""
-    input, scale, zero_point, low, high = node.args[:5]
-    namespace = torch.ops.quantized_decomposed
-    dtype = torch.uint8 if low == 0 else torch.int8
+    """Insert the operators of an input: float32, with one scale.
+
+    Convolutions take uint8 alone. Integers and zero point of a signed input, both larger by 128,
+    stand for the same numbers.
+    """
+    input, scale, zero_point, low = node.args[:4]
+    graph, namespace = node.graph, torch.ops.quantized_decomposed
     values = _constant(module, scale), _constant(module, zero_point)
-    if values[0] is not None and values[1] is not None:
-        scale, zero_point = float(values[0]), int(values[1])
-        quantize, dequantize = (
-            namespace.quantize_per_tensor.default,
-            namespace.dequantize_per_tensor.default,
-        )
-    else:  # of a range that each input brings along
-        quantize, dequantize = (
-            namespace.quantize_per_tensor.tensor,
-            namespace.dequantize_per_tensor.tensor,
-        )
-    graph, parameters = node.graph, (scale, zero_point, low, high, dtype)
     with graph.inserting_before(node):
+        if values[0] is not None and values[1] is not None:
+            scale, zero_point = float(values[0]), int(values[1]) - low
+            overload = "default"
+        else:  # of a range that each input brings along
+            zero_point = graph.call_function(torch.ops.aten.sub.Tensor, (zero_point, low))
+            overload = "tensor"
+        parameters = (scale, zero_point, 0, 255, torch.uint8)
+        quantize = getattr(namespace.quantize_per_tensor, overload)
         integers = graph.call_function(quantize, (input, *parameters))
+        dequantize = getattr(namespace.dequantize_per_tensor, overload)
         return graph.call_function(dequantize, (integers, *parameters))
 
 

@@ -88,6 +88,18 @@ def test_one_scale_for_a_weight_is_repeated_for_its_channels() -> None:
     assert_same(converted, module, randn(2, 6))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_signed_inputs_become_unsigned(dynamic: bool) -> None:
+    signed = QuantizationScheme(8, symmetric=False, dynamic=dynamic)
+    converted, module, weights, _ = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), activation=signed
+    )
+    assert weights == 1
+    kinds = {node.args[-1] for node in module.graph.nodes if "quantize_per_tensor" in node.name}
+    assert kinds == {torch.uint8}
+    assert_same(converted, module, 3 * randn(7, 6))
+
+
 def test_an_input_with_its_own_range_has_a_tensor_for_a_scale() -> None:
     dynamic = QuantizationScheme(8, symmetric=False, signed=False, dynamic=True)
     converted, module, weights, operators = translated(
