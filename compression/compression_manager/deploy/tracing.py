@@ -75,7 +75,6 @@ def batch_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the dynamic shapes, as `torch.export.export` takes them, that leave the batch open."""
     size = batch_size((args, kwargs))
     batch = Dim("batch", min=1)
-    # Untyped in torch, whose `export` takes it although its signature does not say so.
     shapes: Any = ShapesCollection()
     for tensor in tensors_in((args, kwargs)):
         if is_batch(tensor, size):
