@@ -49,8 +49,8 @@ test-slow: $(STAMP)  ## the tests that build, install and study; about two minut
 test-cuda: $(STAMP)  ## the tests that need a GPU; install a CUDA build of torch first
 	$(BIN)/python -m pytest -m "" tests/cuda
 
-conformance: $(STAMP)  ## compare every format and compiler with the converted model; TIME on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "" tests/conformance
+conformance: $(STAMP)  ## compare every format and compiler with the converted model; up to half an hour
+	$(BIN)/python -m pytest -m "" tests/conformance
 
 # The blocks of a page build on one another, so that they run in one process.
 check: $(STAMP)  ## lint, types, direction of imports, code blocks of the documentation

@@ -109,9 +109,6 @@ CASES = {
     "BERT": Case(_bert, _sentences),
 }
 
-# Tests of one model share what was exported, so that they run in one process.
-BY_MODEL = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in CASES]
-
 
 def converted(case: Case) -> nn.Module:
     """Return the model, trained quantization-aware for three steps, with integer weights."""

@@ -19,7 +19,7 @@ from torch import nn
 from compression_manager import deploy
 from compression_manager.integrations import inductor
 from compression_manager.model_call import call_model, tensors_in
-from conformance_models import BY_MODEL, CASES, converted
+from conformance_models import CASES, converted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -76,26 +76,25 @@ def check(run: Runner, model: nn.Module, name: str, batch: int, allowed: float) 
 
 
 @pytest.mark.parametrize("batch", [7, 64, 1])
-@pytest.mark.parametrize("name", BY_MODEL)
+@pytest.mark.parametrize("name", CASES)
 def test_a_compiled_model_returns_the_outputs_of_the_converted_model(name: str, batch: int) -> None:
     check(compiled(name), reference(name), name, batch, ALLOWED)
 
 
-@pytest.mark.parametrize("name", BY_MODEL)
+@pytest.mark.parametrize("name", CASES)
 def test_all_layers_run_on_8_bit_kernels_where_these_are_exact(name: str) -> None:
     expected = LAYERS[name] if inductor.int8_kernels_are_exact() else 0
     assert compiled(name).int8_kernels == compiled(name).layers == expected
 
 
 @pytest.mark.parametrize("batch", [7, 64, 1])
-@pytest.mark.parametrize("name", BY_MODEL)
+@pytest.mark.parametrize("name", CASES)
 def test_a_package_returns_the_outputs_of_the_converted_model(
     name: str, batch: int, folder: Path
 ) -> None:
     check(packaged(name, folder), reference(name), name, batch, ALLOWED)
 
 
-@pytest.mark.xdist_group("8-bit kernels")
 @pytest.mark.parametrize("name", ["demo CNN", "encoder"])
 def test_8_bit_kernels_compute_what_the_converted_model_computes(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -108,7 +107,6 @@ def test_8_bit_kernels_compute_what_the_converted_model_computes(
         check(run, model, name, batch, ALLOWED)
 
 
-@pytest.mark.xdist_group("8-bit kernels")
 def test_a_package_holds_8_bit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
     model = overflow_free(converted(CASES["embedding"]))

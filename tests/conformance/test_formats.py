@@ -18,7 +18,7 @@ import torch
 from compression_manager import deploy
 from compression_manager.deploy.formats import FORMATS
 from compression_manager.model_call import call_model, tensors_in
-from conformance_models import BY_MODEL, CASES, converted
+from conformance_models import CASES, converted
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +90,7 @@ def test_every_format_is_tested() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
-@pytest.mark.parametrize("name", BY_MODEL)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("format", LOAD)
 def test_a_file_returns_the_outputs_of_the_converted_model(
     format: str, name: str, batch: int, folder: Path

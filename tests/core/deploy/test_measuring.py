@@ -79,6 +79,8 @@ def test_the_fastest_of_those_that_agree_is_chosen(
     )
     result = deploy.fastest(model, VECTORS, rounds=3)
     found = {item.route: item for item in result.results}
+    assert isinstance(result, deploy.Fastest)
+    assert all(isinstance(item, deploy.RouteResult) for item in result.results)
     assert result.best is found["eager"]
     assert found["slow"].milliseconds is not None
     assert found["slow"].milliseconds >= 20

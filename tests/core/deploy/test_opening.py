@@ -28,6 +28,7 @@ def test_a_file_is_called_as_the_model(
 ) -> None:
     deploy.export(model, tmp_path / name, format, VECTORS)
     run = deploy.load_exported(tmp_path / name, int8=False)
+    assert isinstance(run, deploy.ExportedModel)
     assert (run.path, run.format) == (tmp_path / name, format)
     for size in (1, 7):
         output = run(VECTORS[:size])
