@@ -67,7 +67,7 @@ class Inspection(TrainingLoops):
 
         Args:
             path: the file, for example `model.onnx`.
-            format: `onnx` or `torch`.
+            format: `onnx`, `openvino`, `torch` or `aot_inductor`; see `deploy.export`.
             example_inputs: a batch to trace and compare with; default as in `convert`.
 
         Raises:

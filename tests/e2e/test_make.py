@@ -104,7 +104,10 @@ def test_test_and_test_slow_set_up_and_run_every_test(checkout: Checkout) -> Non
     *setup, run = checkout.make("test")
     assert len(setup) == 3
     assert run == "python -m pytest -n 2"  # setup.cfg holds back the slow ones alone
-    assert checkout.make("test-slow") == ["python -m pytest -n 2 -m slow tests"]
+    # Compilers take longer than all other slow tests; `make conformance` has them.
+    compilers = "--ignore tests/conformance/test_compilers.py"
+    assert checkout.make("test-slow") == [f"python -m pytest -n 2 -m slow {compilers} tests"]
+    assert checkout.make("conformance") == ["python -m pytest -m  tests/conformance"]
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     assert config["tool:pytest"]["testpaths"] == "tests"

@@ -1,5 +1,6 @@
-"""Converted models: integer weights, parity, loading without training plugins, and export."""
+"""Converted models: integer weights, parity, loading without training plugins, export, runtimes."""
 
+from compression_manager.deploy.compiling import CompiledModel, compile
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.exporting import Export, export
 from compression_manager.deploy.layers import (
@@ -9,6 +10,8 @@ from compression_manager.deploy.layers import (
     ConvertedLinear,
     LayerSpec,
 )
+from compression_manager.deploy.measuring import Fastest, RouteResult, fastest
+from compression_manager.deploy.opening import ExportedModel, load_exported
 from compression_manager.deploy.parity import Parity, check_parity
 from compression_manager.deploy.replacement import Replacement
 from compression_manager.deploy.storage import load
@@ -16,6 +19,13 @@ from compression_manager.deploy.storage import load
 __all__ = [
     "export",
     "Export",
+    "load_exported",
+    "ExportedModel",
+    "compile",
+    "CompiledModel",
+    "fastest",
+    "Fastest",
+    "RouteResult",
     "load",
     "Conversion",
     "Replacement",

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.export import ExportedProgram
 
-from compression_manager.deploy.formats import ExportFormat, Runner, find_format
-from compression_manager.deploy.parity import compare_outputs, full_precision
+from compression_manager.deploy.formats import ExportFormat, find_format
+from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.deploy.progress import progress
+from compression_manager.deploy.reference import Reference, require_converted
 from compression_manager.deploy.tracing import batch_size, brief, trace, with_batch
-from compression_manager.errors import ConfigError, NotExportableError, ParityError
-from compression_manager.model_call import (
-    call_with_examples,
-    quiet_evaluation,
-    tensors_in,
-    without_labels,
-)
-from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.errors import CheckpointError, ConfigError, NotExportableError, ParityError
+from compression_manager.model_call import without_labels
 from compression_manager.state.files import (
     is_regular_file,
     make_folder,
@@ -42,7 +36,7 @@ class Export:
     Attributes:
         path: where it is.
         format: its format.
-        size: bytes.
+        size: bytes, of all its files.
         output_error: largest relative error (root mean square) of its outputs, compared with the
             converted model's at a batch size of one and of the examples; None if `unchecked`.
         unchecked: why the file was not run, or None.
@@ -71,7 +65,9 @@ def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any)
         model: what `convert` returned or `deploy.load` loaded.
         path: the file; its folder is created if need be.
         format: `onnx` (QuantizeLinear and DequantizeLinear, operator set 18; needs the extra
-            `onnx`, and onnxruntime for the comparison) or `torch` (.pt2, for `torch.export.load`).
+            `onnx`, and onnxruntime for the comparison), `openvino` (.xml with .bin beside it;
+            needs the extra `openvino`), `torch` (.pt2, for `torch.export.load`) or
+            `aot_inductor` (.pt2, native code for processors like this one).
         example_inputs: what the model is called with: a tensor, a tuple (by position) or a mapping
             (by keyword, without its labels). Every tensor whose first dimension is that of the
             first one has the samples in it; all other dimensions are those of the file.
@@ -87,135 +83,98 @@ def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any)
     """
     exporter = find_format(format)
     _require_packages(exporter)
-    target = _target(path)
-    _require_converted(model)
+    target = _target(path, exporter)
+    require_converted(model, "export")
     inputs = without_labels(example_inputs)
     inputs = with_batch(inputs, max(2, batch_size(inputs)))
     with progress(f"exporting {target.name} ({exporter.name})", total=3) as begin:
         begin("tracing")
-        references = [_Reference.of(model, inputs), _Reference.of(model, with_batch(inputs, 1))]
-        program = trace(model, inputs, operators=exporter.operators)
-        begin("translating")
-        try:
-            content = exporter.serialize(program)
-        except Exception as error:
-            raise NotExportableError(
-                f"the model cannot be written as {exporter.name}: {brief(error)}"
-            ) from error
-        begin("comparing")
-        output_error, unchecked = _write_checked(target, content, exporter, references)
-    return Export(Path(path), exporter.name, len(content), output_error, unchecked)
+        references = [Reference.of(model, inputs), Reference.of(model, with_batch(inputs, 1))]
+        program = trace(model, inputs, view=exporter.view)
+        with ExitStack() as stack:
+            with writing(target):
+                make_folder(target.parent)
+                remove_abandoned(target.parent)
+                folder = stack.enter_context(temporary(target, Path.mkdir))
+            begin("writing")
+            draft = folder / target.name
+            _write(exporter, program, draft)
+            begin("comparing")
+            output_error, unchecked = _check(exporter, draft, target, references)
+            with writing(target):
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                _install(folder, target)
+    return Export(Path(path), exporter.name, size, output_error, unchecked)
 
 
-@dataclass(frozen=True)
-class _Reference:
-    """What the converted model returns for some inputs."""
-
-    inputs: Any
-    outputs: list[Tensor]
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Any) -> _Reference:
-        with full_precision(), quiet_evaluation(model):
-            return cls(inputs, list(tensors_in(call_with_examples(model, inputs))))
-
-
-def _write_checked(
-    target: Path, content: bytes, exporter: ExportFormat, references: list[_Reference]
-) -> tuple[float | None, str | None]:
-    """Write the file and give it its name if it computes the references.
-
-    Returns:
-        The largest error, and why it is not known; one of them is None.
-    """
-    error, unchecked = None, None
-    with ExitStack() as stack:
-        with writing(target):
-            make_folder(target.parent)
-            remove_abandoned(target.parent)
-            draft = stack.enter_context(temporary(target, Path.touch))
-            draft.write_bytes(content)
-            sync(draft)
-        if exporter.runtime is None or find_spec(exporter.runtime) is not None:
-            error = _check(draft, exporter, references)
-        else:
-            unchecked = f"not compared with the converted model: {exporter.runtime} is missing"
-            warnings.warn(f"{target}: {unchecked}; install it.", stacklevel=3)
-        with writing(target):
-            os.replace(draft, target)
-            sync(target.parent)
-    return error, unchecked
-
-
-def _check(draft: Path, exporter: ExportFormat, references: list[_Reference]) -> float:
-    name = f"the {exporter.name} file"
-    run: Runner = _or_parity_error(lambda: exporter.load(draft), f"{name} cannot be loaded")
-    worst = 0.0
-    for reference in references:
-        where = f"{name} at batch size {batch_size(reference.inputs)}"
-        with full_precision():
-            actual = _or_parity_error(lambda: run(reference.inputs), f"{where} fails")  # noqa: B023
-        error, tolerance = _difference(reference.outputs, actual, exporter.tolerance, where)
-        if not error <= tolerance:
-            raise ParityError(
-                f"{where} returns other outputs than the converted model: relative error "
-                f"{error:.2g} (root mean square), allowed {tolerance:.2g}."
-            )
-        worst = max(worst, error)
-    return worst
-
-
-def _or_parity_error(action: Callable[[], Any], what: str) -> Any:
+def _write(exporter: ExportFormat, program: ExportedProgram, draft: Path) -> None:
     try:
-        return action()
+        exporter.write(program, draft)
+        for file in draft.parent.iterdir():
+            sync(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {draft}: {error}") from error
     except Exception as error:
-        raise ParityError(f"{what}, unlike the converted model: {brief(error)}") from error
+        raise NotExportableError(
+            f"the model cannot be written as {exporter.name}: {brief(error)}"
+        ) from error
 
 
-def _difference(
-    expected: list[Tensor], actual: list[Tensor], tolerance: float, where: str
-) -> tuple[float, float]:
-    """Return the error of the outputs, and what is allowed."""
-    wanted, got = _listed(expected), _listed(actual)
-    if wanted != got:
-        raise ParityError(f"{where} returns {got} instead of {wanted}.")
-    error, tolerance = compare_outputs(expected, actual, tolerance)
-    for one, other in zip(expected, actual, strict=True):
-        if not one.is_floating_point() and one.numel():
-            error = max(error, float((one.cpu() != other.cpu()).double().mean()))
-    return error, tolerance
+def _check(
+    exporter: ExportFormat, draft: Path, target: Path, references: list[Reference]
+) -> tuple[float | None, str | None]:
+    """Return the largest error of the file, and why it is not known; one of them is None."""
+    if exporter.runtime is not None and missing_packages([exporter.runtime]):
+        unchecked = f"not compared with the converted model: {exporter.runtime} is missing"
+        warnings.warn(
+            f"{target}: {unchecked}; {install_command(exporter.runtime_extra)}", stacklevel=3
+        )
+        return None, unchecked
+    name = f"the {exporter.name} file"
+    try:
+        run = exporter.load(draft, int8=False)
+    except Exception as error:
+        raise ParityError(
+            f"{name} cannot be loaded, unlike the converted model: {brief(error)}"
+        ) from error
+    return max(item.compare(run, exporter.tolerance, name) for item in references), None
 
 
-def _listed(outputs: list[Tensor]) -> str:
-    """Return types and shapes."""
-    kinds = [(str(item.dtype).removeprefix("torch."), tuple(item.shape)) for item in outputs]
-    return ", ".join(f"{dtype} {shape}" for dtype, shape in kinds) or "no tensor"
+def _install(folder: Path, target: Path) -> None:
+    """Give the files of a folder their names beside `target`."""
+    others = [file for file in folder.iterdir() if file.name != target.name]
+    for other in others:
+        _require_file(target.with_name(other.name))
+    if others:
+        # A kill between the files then leaves no model, rather than halves of two.
+        target.unlink(missing_ok=True)
+    for file in (*others, folder / target.name):
+        os.replace(file, target.with_name(file.name))
+    sync(target.parent)
 
 
 def _require_packages(exporter: ExportFormat) -> None:
-    missing = [name for name in exporter.packages if find_spec(name) is None]
+    missing = missing_packages(exporter.packages)
     if missing:
         raise ConfigError(
             f"export to {exporter.name} needs {' and '.join(missing)}, which the extra "
-            f"'{exporter.extra}' installs: pip install 'compression-manager[{exporter.extra}]'"
+            f"'{exporter.extra}' installs: {install_command(exporter.extra)}"
         )
 
 
-def _target(path: object) -> Path:
+def _target(path: object, exporter: ExportFormat) -> Path:
     if not isinstance(path, (str, Path)) or not str(path):
         raise ConfigError(f"export takes the path of a file, got {path!r}.")
     target = Path(os.path.realpath(path))
-    if os.path.lexists(target) and not is_regular_file(target):
-        raise ConfigError(f"export writes a file, and {path} is something else; name a file.")
+    if exporter.suffix is not None and target.suffix != exporter.suffix:
+        raise ConfigError(
+            f"a file of the format {exporter.name} is named *{exporter.suffix}, got {path}."
+        )
+    _require_file(target)
     return target
 
 
-def _require_converted(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"export takes a torch.nn.Module, got {type(model).__name__}.")
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer):
-            raise ConfigError(
-                f"export takes a converted model; layer '{name}' is still that of training. Pass "
-                "what manager.convert() returns, or call manager.export."
-            )
+def _require_file(path: Path) -> None:
+    """Raise a ConfigError if `path` is something that a file cannot replace."""
+    if os.path.lexists(path) and not is_regular_file(path):
+        raise ConfigError(f"export writes a file, and {path} is something else; name a file.")

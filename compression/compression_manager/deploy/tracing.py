@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError, NotExportableError
 from compression_manager.model_call import quiet_evaluation, tensors_in
-from compression_manager.quantization.exporting import exporting_formulas
+from compression_manager.quantization.exporting import View, exporting
 
 
 def batch_size(inputs: Any) -> int:
@@ -41,34 +40,28 @@ def with_batch(inputs: Any, size: int) -> Any:
     order = torch.arange(size) % present
 
     def resize(leaf: Any) -> Any:
-        return leaf[order.to(leaf.device)] if _is_batch(leaf, present) else leaf
+        return leaf[order.to(leaf.device)] if is_batch(leaf, present) else leaf
 
     return tree_map(resize, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
-def trace(model: nn.Module, inputs: Any, *, operators: bool = True) -> ExportedProgram:
+def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> ExportedProgram:
     """Return the graph of `model` in eval mode, with the batch size left open.
 
     Args:
         model: takes `inputs` as `model_call.call_model` passes them.
         inputs: at least two samples; torch takes a size of one for a constant.
-        operators: whether quantization is one operator `compression_manager::...` each, or the
-            formula in torch's own.
+        view: what stands in the graph for the arithmetic of quantization; see
+            `quantization.exporting.exporting`.
 
     Raises:
         NotExportableError: torch.export cannot trace the model, or its graph depends on the
             batch size.
     """
     args, kwargs = _arguments(inputs)
-    size = batch_size(inputs)
-    batch = Dim("batch", min=1)
-    # Untyped in torch, whose `export` takes it although its signature does not say so.
-    shapes: Any = ShapesCollection()
-    for tensor in tensors_in((args, kwargs)):
-        if _is_batch(tensor, size):
-            shapes[tensor] = {0: batch}
+    shapes = batch_shapes(args, kwargs)
     try:
-        with quiet_evaluation(model), nullcontext() if operators else exporting_formulas():
+        with quiet_evaluation(model), exporting(view):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise NotExportableError(
@@ -76,6 +69,17 @@ def trace(model: nn.Module, inputs: Any, *, operators: bool = True) -> ExportedP
             "code must not depend on values of tensors, nor on how many samples there are in the "
             "first dimension of its inputs."
         ) from error
+
+
+def batch_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the dynamic shapes, as `torch.export.export` takes them, that leave the batch open."""
+    size = batch_size((args, kwargs))
+    batch = Dim("batch", min=1)
+    shapes: Any = ShapesCollection()
+    for tensor in tensors_in((args, kwargs)):
+        if is_batch(tensor, size):
+            shapes[tensor] = {0: batch}
+    return shapes
 
 
 def brief(error: BaseException) -> str:
@@ -91,5 +95,6 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inputs if isinstance(inputs, tuple) else (inputs,), {}
 
 
-def _is_batch(leaf: Any, size: int) -> bool:
+def is_batch(leaf: Any, size: int) -> bool:
+    """Return whether `leaf` is a tensor of `size` samples."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size

@@ -1,39 +1,30 @@
-"""Running ONNX files with onnxruntime."""
+"""Running ONNX files with onnxruntime; needs the extra `onnxruntime`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
-from torch import Tensor
 
-from compression_manager.model_call import tensors_in
+from compression_manager.integrations.graph_inputs import called_as_model
 
 
-def onnx_runner(path: Path) -> Callable[[Any], list[Tensor]]:
-    """Return a function from a model's inputs to the tensors of its outputs, in order.
+def load_onnx(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
+    """Return what is called as the model is; the CPU computes, with as many threads as torch has.
 
-    Inputs that are a mapping are given by name, all others in order. The CPU computes what the
-    file says, with as many threads as torch has: no optimization of the graph, of which some round
-    otherwise, and those for processors without VNNI even let 8-bit products overflow.
+    Args:
+        model: the file, or its content.
+        int8: whether quantized operators become 8-bit kernels, as is onnxruntime's default. These
+            round biases and outputs once more, and on processors without VNNI let 8-bit products
+            overflow. If not, the operators are computed in float32, as they are written.
     """
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not int8:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_inputs()]
-
-    def run(inputs: Any) -> list[Tensor]:
-        feed = {name: value.detach().cpu().numpy() for name, value in _named(inputs, names).items()}
-        return [torch.from_numpy(output) for output in session.run(None, feed)]
-
-    return run
-
-
-def _named(inputs: Any, names: list[str]) -> dict[str, Tensor]:
-    if isinstance(inputs, Mapping) and set(names) <= inputs.keys():
-        return {name: inputs[name] for name in names}
-    return dict(zip(names, tensors_in(inputs), strict=True))
+    return called_as_model(names, lambda feed: session.run(None, feed))

@@ -23,6 +23,9 @@ from compression_manager.quantization.exporting import exports_operators
 from compression_manager.quantization.grid import as_tensor, check_numbers
 from compression_manager.quantization.overridable import overridable
 
+# Kernels clip to the whole of the type, so that a narrower range is not theirs.
+_EIGHT_BITS = ((0, 255), (-128, 127))
+
 
 @overridable
 def quantize(
@@ -56,7 +59,7 @@ def quantize(
         QuantizationError: a dtype, shape or range that does not fit.
     """
     scale, zero_point = _as_tensors(scale, zero_point, input)
-    compute = operators.quantize if exports_operators() else kernels.quantize
+    compute = operators.quantize if exports_operators(eight_bits=False) else kernels.quantize
     return compute(input, scale, zero_point, quant_min, quant_max, axis, group_size)
 
 
@@ -88,8 +91,17 @@ def dequantize(
         raise QuantizationError(f"dequantize takes an integer tensor, got {quantized.dtype}.")
     if not dtype.is_floating_point:
         raise QuantizationError(f"dequantize returns floating-point numbers, not {dtype}.")
+    eight_bits = (
+        quantized.dtype == torch.int8
+        and dtype == torch.float32
+        and group_size is None
+        # A symmetric scheme; what a tensor holds is not known while it is traced.
+        and isinstance(zero_point, int)
+        and zero_point == 0
+    )
     scale, zero_point = _as_tensors(scale, zero_point, quantized)
-    compute = operators.dequantize if exports_operators() else kernels.dequantize
+    is_operator = exports_operators(eight_bits=eight_bits)
+    compute = operators.dequantize if is_operator else kernels.dequantize
     return compute(quantized, scale, zero_point, axis, group_size, dtype)
 
 
@@ -133,7 +145,14 @@ def fake_quantize(
         QuantizationError: a dtype, shape or range that does not fit.
     """
     scale, zero_point = _as_tensors(scale, zero_point, input)
-    compute = operators.fake_quantize if exports_operators() else kernels.fake_quantize
+    eight_bits = (
+        input.dtype == torch.float32
+        and scale.dim() == 0
+        and axis is None
+        and (quant_min, quant_max) in _EIGHT_BITS
+    )
+    is_operator = exports_operators(eight_bits=eight_bits)
+    compute = operators.fake_quantize if is_operator else kernels.fake_quantize
     return compute(
         input, scale, zero_point, quant_min, quant_max, axis, group_size, pass_clipped_gradient
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
+View = Literal["operators", "eight bits", "formulas"]
+
 # A plain global, because strict tracing can read no context variable.
-_formulas = False
+_view: View = "operators"
 
 
 def is_exporting() -> bool:
@@ -21,17 +24,28 @@ def is_exporting() -> bool:
     return flag
 
 
-def exports_operators() -> bool:
-    """Return whether torch.export is to see one operator for each function of the arithmetic."""
-    return is_exporting() and not _formulas
+def exports_operators(*, eight_bits: bool) -> bool:
+    """Return whether torch.export is to see one operator for a function of the arithmetic.
+
+    Args:
+        eight_bits: whether the arguments are those of 8-bit kernels: float32 numbers, and integers
+            that fill int8 or uint8 or are a symmetric int8 weight.
+    """
+    return is_exporting() and (_view == "operators" or (_view == "eight bits" and eight_bits))
 
 
 @contextmanager
-def exporting_formulas() -> Iterator[None]:
-    """Let torch.export trace the arithmetic itself, instead of the operators that stand for it."""
-    global _formulas
-    before, _formulas = _formulas, True
+def exporting(view: View) -> Iterator[None]:
+    """Choose what torch.export sees within a block.
+
+    Args:
+        view: `operators`, one for each function of the arithmetic; `formulas`, the arithmetic
+            itself; or `eight bits`, operators for what 8-bit kernels compute and formulas for all
+            else.
+    """
+    global _view
+    before, _view = _view, view
     try:
         yield
     finally:
-        _formulas = before
+        _view = before

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from compression_manager.deploy.formats.base import ExportFormat, Runner
+from compression_manager.deploy.formats.aot_inductor import AotInductorFormat
+from compression_manager.deploy.formats.base import ExportFormat
 from compression_manager.deploy.formats.onnx import OnnxFormat
+from compression_manager.deploy.formats.openvino import OpenVinoFormat
 from compression_manager.deploy.formats.torch_program import TorchFormat
 from compression_manager.errors import ConfigError, suggest
 
-__all__ = ["FORMATS", "ExportFormat", "Runner", "find_format"]
+__all__ = ["FORMATS", "ExportFormat", "find_format"]
 
-FORMATS: dict[str, ExportFormat] = {item.name: item for item in (OnnxFormat(), TorchFormat())}
+FORMATS: dict[str, ExportFormat] = {
+    item.name: item for item in (OnnxFormat(), OpenVinoFormat(), TorchFormat(), AotInductorFormat())
+}
 
 
 def find_format(name: object) -> ExportFormat:

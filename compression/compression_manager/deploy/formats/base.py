@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
 from torch.export import ExportedProgram
 
-Runner = Callable[[Any], list[Tensor]]
-"""Runs an exported file: example inputs -> the tensors of its outputs, in order."""
+from compression_manager.quantization.exporting import View
 
 
 class ExportFormat(ABC):
@@ -19,29 +17,42 @@ class ExportFormat(ABC):
 
     Attributes:
         name: what users call it.
+        suffix: end of the file's name that its runtime insists on, or None.
         packages: optional packages without which nothing is written.
         extra: extra of this distribution that installs `packages`.
-        operators: whether the program that it writes has the operators `compression_manager::...`
-            where the model quantizes; else it has the formula that they stand for.
         runtime: package that runs a file, or None if torch itself does.
+        runtime_extra: extra that installs `runtime`.
         tolerance: relative root mean square error of the outputs that its rounding allows.
     """
 
     name: ClassVar[str]
+    suffix: ClassVar[str | None] = None
     packages: ClassVar[tuple[str, ...]] = ()
     extra: ClassVar[str | None] = None
-    operators: ClassVar[bool] = True
     runtime: ClassVar[str | None] = None
+    runtime_extra: ClassVar[str | None] = None
     tolerance: ClassVar[float]
 
+    @property
+    def view(self) -> View:
+        """What stands for the arithmetic of quantization in the program that it writes."""
+        return "operators"
+
     @abstractmethod
-    def serialize(self, program: ExportedProgram) -> bytes:
-        """Return the content of the file.
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """Write the file `path`, and others beside it that differ from it in the suffix.
 
         Args:
             program: the traced model; may be changed.
+            path: in a folder of its own; does not exist.
         """
 
     @abstractmethod
-    def load(self, path: Path) -> Runner:
-        """Return what runs the file; only called if `runtime` is installed."""
+    def load(self, path: Path, *, int8: bool) -> Callable[..., Any]:
+        """Return what is called as the model is; only called if `runtime` is installed.
+
+        Args:
+            path: the file.
+            int8: whether the runtime may use its 8-bit kernels, which are wrong on some processors;
+                of no meaning where the file itself says how it is computed.
+        """

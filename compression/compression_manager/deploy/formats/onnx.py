@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch.export import ExportedProgram
 
-from compression_manager.deploy.formats.base import ExportFormat, Runner
+from compression_manager.deploy.formats.base import ExportFormat
 from compression_manager.deploy.parity import MODEL_TOLERANCE
 
 
@@ -21,18 +23,19 @@ class OnnxFormat(ExportFormat):
     packages = ("onnx", "onnxscript")
     extra = "onnx"
     runtime = "onnxruntime"
+    runtime_extra = "onnxruntime"
     tolerance = MODEL_TOLERANCE
 
     # The libraries are imported when they are needed.
 
-    def serialize(self, program: ExportedProgram) -> bytes:
-        """Return the serialized ModelProto."""
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """Write the serialized ModelProto."""
         from compression_manager.integrations.onnx_export import to_onnx
 
-        return to_onnx(program)
+        path.write_bytes(to_onnx(program))
 
-    def load(self, path: Path) -> Runner:
+    def load(self, path: Path, *, int8: bool) -> Callable[..., Any]:
         """Return what runs the file in onnxruntime, on the CPU."""
-        from compression_manager.integrations.onnx_runtime import onnx_runner
+        from compression_manager.integrations.onnx_runtime import load_onnx
 
-        return onnx_runner(path)
+        return load_onnx(path, int8=int8)

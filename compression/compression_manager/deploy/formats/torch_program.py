@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 
-from compression_manager.deploy.formats.base import ExportFormat, Runner
+from compression_manager.deploy.formats.base import ExportFormat
 from compression_manager.deploy.parity import LAYER_TOLERANCE
-from compression_manager.model_call import call_model, tensors_in
+from compression_manager.quantization.exporting import View
 
 
 class TorchFormat(ExportFormat):
@@ -22,23 +21,27 @@ class TorchFormat(ExportFormat):
     """
 
     name = "torch"
-    operators = False
     tolerance = LAYER_TOLERANCE
 
-    def serialize(self, program: ExportedProgram) -> bytes:
-        """Return the archive, without the example inputs, which torch would store as well."""
-        program.example_inputs = None
-        content = io.BytesIO()
-        torch.export.save(program, content)
-        return content.getvalue()
+    @property
+    def view(self) -> View:
+        """The formula in torch's own operators."""
+        return "formulas"
 
-    def load(self, path: Path) -> Runner:
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """Write the archive, without the example inputs, which torch would store as well."""
+        program.example_inputs = None
+        # torch wants the suffix .pt2 of a path, but not of an open file.
+        with path.open("wb") as file:
+            torch.export.save(program, file)
+
+    def load(self, path: Path, *, int8: bool) -> Callable[..., Any]:
         """Return what runs the program, on the device it was traced on."""
         with path.open("rb") as file:
             module = torch.export.load(file).module()
 
-        def run(inputs: Any) -> list[Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Any:
             with torch.no_grad():
-                return list(tensors_in(call_model(module, inputs)))
+                return module(*args, **kwargs)
 
         return run

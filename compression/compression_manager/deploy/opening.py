@@ -1,0 +1,81 @@
+"""Exported files, called as the model is."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compression_manager.deploy.formats import FORMATS, ExportFormat
+from compression_manager.deploy.packages import install_command, missing_packages
+from compression_manager.deploy.tracing import brief
+from compression_manager.errors import ConfigError
+
+
+class ExportedModel:
+    """What runs an exported file; made by `load_exported`.
+
+    Attributes:
+        path: the file.
+        format: its format.
+    """
+
+    def __init__(self, path: Path, format: str, run: Callable[..., Any]) -> None:
+        self.path = path
+        self.format = format
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the outputs; arguments as the exported model's.
+
+        Returns:
+            What the model returned, from `torch` and `aot_inductor`; from `onnx` and `openvino` its
+            output tensor, or the tuple of them, on the CPU.
+        """
+        return self._run(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"ExportedModel({self.path}, {self.format})"
+
+
+def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
+    """Load a file that `export` wrote, to be called as the model is, with any batch size.
+
+    ONNX files run in onnxruntime and .xml files in OpenVINO, on the CPU, with as many threads as
+    torch has when they are loaded.
+
+    Args:
+        path: the file.
+        int8: whether onnxruntime and OpenVINO may use their 8-bit kernels, which on processors
+            without VNNI overflow silently (`fastest` compares). Without them they compute the same
+            numbers in float32. Other formats compute as they were written.
+
+    Raises:
+        ConfigError: no such file, none of these formats, or a missing package.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"there is no file {path} to load.")
+    format = _format_of(file)
+    assert format.runtime_extra is not None or format.runtime is None
+    if format.runtime is not None and missing_packages([format.runtime]):
+        raise ConfigError(
+            f"{path} needs {format.runtime}, which the extra '{format.runtime_extra}' installs: "
+            f"{install_command(format.runtime_extra)}"
+        )
+    try:
+        run = format.load(file, int8=int8)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be loaded as {format.name}: {brief(error)}") from error
+    return ExportedModel(file, format.name, run)
+
+
+def _format_of(file: Path) -> ExportFormat:
+    """Return the format by the content of zip archives, else by the end of the name."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        compiled = any("/data/aotinductor/" in f"/{name}" for name in names)
+        return FORMATS["aot_inductor" if compiled else "torch"]
+    return FORMATS["openvino" if file.suffix == ".xml" else "onnx"]

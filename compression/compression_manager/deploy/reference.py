@@ -1,0 +1,112 @@
+"""What a converted model returns, and how far something that runs in its place is from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from compression_manager.deploy.parity import compare_outputs, full_precision
+from compression_manager.deploy.tracing import batch_size, brief
+from compression_manager.errors import ConfigError, ParityError
+from compression_manager.model_call import (
+    call_model,
+    call_with_examples,
+    quiet_evaluation,
+    tensors_in,
+)
+from compression_manager.quantization.layers import QuantizedLayer
+
+
+def require_converted(model: object, owner: str) -> nn.Module:
+    """Return `model` if it can be deployed.
+
+    Raises:
+        ConfigError: it is no module, or a layer is still that of training.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{owner} takes a torch.nn.Module, got {type(model).__name__}.")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer):
+            raise ConfigError(
+                f"{owner} takes a converted model; layer '{name}' is still that of training. Pass "
+                "what manager.convert() returns."
+            )
+    return model
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the converted model returns for some inputs.
+
+    Attributes:
+        inputs: as `model_call.call_model` passes them.
+        output: as the model returned it.
+    """
+
+    inputs: Any
+    output: Any
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Any) -> Reference:
+        """Run `model`, which stays as it is.
+
+        Raises:
+            ConfigError: it does not take `inputs`.
+        """
+        with full_precision(), quiet_evaluation(model):
+            return cls(inputs, call_with_examples(model, inputs))
+
+    def compare(self, run: Callable[..., Any], tolerance: float, name: str) -> float:
+        """Return the relative error (root mean square) of what `run` returns for the inputs.
+
+        Args:
+            run: called as the model is.
+            tolerance: largest error that is allowed; more in bfloat16 and float16.
+            name: what it is, for messages.
+
+        Raises:
+            ParityError: `run` fails, or returns something else.
+        """
+        error, allowed = self.measure(run, tolerance, name)
+        if not error <= allowed:
+            raise ParityError(
+                f"{self._where(name)} returns other outputs than the converted model: relative "
+                f"error {error:.2g} (root mean square), allowed {allowed:.2g}."
+            )
+        return error
+
+    def measure(self, run: Callable[..., Any], tolerance: float, name: str) -> tuple[float, float]:
+        """Return the error of what `run` returns, and what is allowed.
+
+        Raises:
+            ParityError: `run` fails, or returns tensors of other types and shapes.
+        """
+        where = self._where(name)
+        try:
+            with full_precision():
+                actual = list(tensors_in(call_model(run, self.inputs)))
+        except Exception as error:
+            raise ParityError(
+                f"{where} fails, unlike the converted model: {brief(error)}"
+            ) from error
+        expected = list(tensors_in(self.output))
+        wanted, got = _listed(expected), _listed(actual)
+        if wanted != got:
+            raise ParityError(f"{where} returns {got} instead of {wanted}.")
+        difference, allowed = compare_outputs(expected, actual, tolerance)
+        for one, other in zip(expected, actual, strict=True):
+            if not one.is_floating_point() and one.numel():
+                difference = max(difference, float((one.cpu() != other.cpu()).double().mean()))
+        return difference, allowed
+
+    def _where(self, name: str) -> str:
+        return f"{name} at batch size {batch_size(self.inputs)}"
+
+
+def _listed(outputs: list[Tensor]) -> str:
+    """Return types and shapes."""
+    kinds = [(str(item.dtype).removeprefix("torch."), tuple(item.shape)) for item in outputs]
+    return ", ".join(f"{dtype} {shape}" for dtype, shape in kinds) or "no tensor"

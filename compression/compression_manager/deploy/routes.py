@@ -1,0 +1,180 @@
+"""Ways to run a converted model on this machine."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from compression_manager.deploy.compiling import compile_now, traced_for_compiler
+from compression_manager.deploy.formats import FORMATS
+from compression_manager.deploy.reference import Reference
+from compression_manager.deploy.tracing import batch_size, trace, with_batch
+from compression_manager.errors import ConfigError, suggest
+
+Runner = Callable[..., Any]
+
+
+class Source:
+    """What routes are built from.
+
+    Attributes:
+        model: the converted model, in eval mode.
+        reference: what it returns for the inputs that are measured.
+        onnx_seconds: how long it took to make `onnx`; 0 if it was not made yet.
+    """
+
+    def __init__(self, model: nn.Module, reference: Reference) -> None:
+        self.model = model
+        self.reference = reference
+        self.onnx_seconds = 0.0
+        inputs = reference.inputs
+        self._examples = with_batch(inputs, max(2, batch_size(inputs)))
+
+    @functools.cached_property
+    def onnx(self) -> bytes:
+        """The model as an ONNX file."""
+        from compression_manager.integrations.onnx_export import to_onnx
+
+        begin = time.perf_counter()
+        content = to_onnx(trace(self.model, self._examples))
+        self.onnx_seconds = time.perf_counter() - begin
+        return content
+
+    def package(self, path: Path) -> None:
+        """Write the model as AOTInductor's package."""
+        format = FORMATS["aot_inductor"]
+        format.write(trace(self.model, self._examples, view=format.view), path)
+
+    def structured(self, run: Runner) -> Runner:
+        """Let `run`, which returns a tensor or a tuple, return what the model returns."""
+        leaves, structure = tree_flatten(self.reference.output)
+        is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = run(*args, **kwargs)
+            tensors = iter((output,) if isinstance(output, torch.Tensor) else output)
+            filled = [
+                next(tensors) if replaced else leaf
+                for leaf, replaced in zip(leaves, is_tensor, strict=True)
+            ]
+            return tree_unflatten(filled, structure)
+
+        return call
+
+
+class Route(ABC):
+    """One way to run a model.
+
+    Attributes:
+        name: what users call it.
+        packages: optional packages that it needs.
+        extra: extra of this distribution that installs `packages`.
+        from_onnx: whether it is built from `Source.onnx`.
+        cpu_only: whether it always computes on the CPU.
+        int8_settings: which settings of `int8` there are to build it with, the preferred one first.
+    """
+
+    name: ClassVar[str]
+    packages: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[str | None] = None
+    from_onnx: ClassVar[bool] = False
+    cpu_only: ClassVar[bool] = False
+    int8_settings: ClassVar[tuple[bool, ...]] = (True,)
+
+    @abstractmethod
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        """Return what is called as the model is, and which kernels it runs on."""
+
+
+class _Eager(Route):
+    name = "eager"
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                return source.model(*args, **kwargs)
+
+        return run, "the model's own"
+
+
+class _Inductor(Route):
+    name = "inductor"
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        compiled = traced_for_compiler(source.model, source.reference.inputs)
+        compile_now(compiled, source.reference.inputs)
+        if not compiled.layers:
+            return compiled, "float32"
+        return compiled, f"8-bit in {compiled.int8_kernels} of {compiled.layers} layers"
+
+
+class _AotInductor(Route):
+    name = "aot_inductor"
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        format = FORMATS["aot_inductor"]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pt2"
+            source.package(path)
+            run = format.load(path, int8=int8)
+        return run, "float32" if format.view == "formulas" else "8-bit"
+
+
+class _OnnxRuntime(Route):
+    name = "onnxruntime"
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    extra = "onnxruntime"
+    from_onnx = True
+    cpu_only = True
+    int8_settings = (True, False)
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        from compression_manager.integrations.onnx_runtime import load_onnx
+
+        run = load_onnx(source.onnx, int8=int8)
+        return source.structured(run), "8-bit" if int8 else "float32"
+
+
+class _OpenVino(Route):
+    name = "openvino"
+    packages = ("onnx", "onnxscript", "openvino")
+    extra = "openvino"
+    from_onnx = True
+    cpu_only = True
+    int8_settings = (True, False)
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        from compression_manager.integrations.openvino_runtime import load_openvino
+
+        run = load_openvino(source.onnx, int8=int8)
+        return source.structured(run), "8-bit" if int8 else "float32"
+
+
+ROUTES: dict[str, Route] = {
+    item.name: item for item in (_Eager(), _Inductor(), _AotInductor(), _OnnxRuntime(), _OpenVino())
+}
+
+
+def find_routes(names: object) -> list[Route]:
+    """Return `eager` and the routes called `names`, in the order of `ROUTES`; for None all of them.
+
+    Raises:
+        ConfigError: an unknown name; with the nearest ones.
+    """
+    if names is None:
+        return list(ROUTES.values())
+    if isinstance(names, str) or not isinstance(names, (list, tuple, set, frozenset)):
+        raise ConfigError(f"routes is a list of names ({', '.join(ROUTES)}), got {names!r}.")
+    for name in names:
+        if name not in ROUTES:
+            raise ConfigError(f"there is no route {name!r}; {suggest(str(name), ROUTES)}")
+    return [route for name, route in ROUTES.items() if name == "eager" or name in names]

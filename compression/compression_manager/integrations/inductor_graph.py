@@ -1,0 +1,155 @@
+"""A traced model in the operators in whose place Inductor puts oneDNN's 8-bit kernels.
+
+Inductor looks for a linear layer or a convolution between `quantized_decomposed` operators
+(torch/_inductor/fx_passes/quantization.py): of the input, uint8 with a number for scale and zero
+point; of the weight, int8 per output channel. torch registers these operators in a private
+module; only this one imports it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_decomposed
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from compression_manager.quantization import operators
+
+# Of torch.fx: their arguments have a type that nothing can be done with before asserting.
+Node = Any
+
+_CONVOLUTIONS = frozenset(
+    getattr(getattr(torch.ops.aten, f"conv{dimensions}d"), overload)
+    for dimensions in (1, 2, 3)
+    for overload in ("default", "padding")
+)
+
+
+def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int]:
+    """Return the module of a program in Inductor's operators, and the number of its int8 weights.
+
+    Args:
+        program: traced with the view `eight bits`; one traced with `formulas` stays as it is.
+    """
+    assert operators.fake_quantize is not None  # the import registers the operators
+    module = program.module()
+    ours = torch.ops.compression_manager
+    weights = 0
+    for node in list(module.graph.nodes):
+        if node.target is ours.fake_quantize.default:
+            _replace(node, _quantized_input(module, node))
+        elif node.target is ours.dequantize.default:
+            is_weight = _is_kernels_weight(module, node)
+            weights += is_weight
+            _replace(node, _kernels_weight(module, node) if is_weight else _formula(node))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module, weights
+
+
+def _replace(node: Node, new: Node) -> None:
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
+    """Insert the operators of an input: float32, with one scale.
+
+    Convolutions take uint8 alone. Integers and zero point of a signed input, both larger by 128,
+    stand for the same numbers.
+    """
+    input, scale, zero_point, low = node.args[:4]
+    graph, namespace = node.graph, torch.ops.quantized_decomposed
+    values = _constant(module, scale), _constant(module, zero_point)
+    with graph.inserting_before(node):
+        if values[0] is not None and values[1] is not None:
+            scale, zero_point = float(values[0]), int(values[1]) - low
+            overload = "default"
+        else:  # of a range that each input brings along
+            zero_point = graph.call_function(torch.ops.aten.sub.Tensor, (zero_point, low))
+            overload = "tensor"
+        parameters = (scale, zero_point, 0, 255, torch.uint8)
+        quantize = getattr(namespace.quantize_per_tensor, overload)
+        integers = graph.call_function(quantize, (input, *parameters))
+        dequantize = getattr(namespace.dequantize_per_tensor, overload)
+        return graph.call_function(dequantize, (integers, *parameters))
+
+
+def _is_kernels_weight(module: fx.GraphModule, node: Node) -> bool:
+    """Return whether an int8 tensor is a weight, symmetric and per output channel at most."""
+    weight = _constant(module, node.args[0])
+    if weight is None or _constant(module, node.args[1]) is None:
+        return False
+    return weight.dim() > 1 and _axis(node) in (None, 0) and not _has_one_channel(node)
+
+
+def _has_one_channel(node: Node) -> bool:
+    """Return whether a weight is that of a convolution over images of a single channel.
+
+    These are contiguous and channels-last at once. With an open batch size, Inductor (2.13) then
+    expects a contiguous output from the kernel, which returns channels-last.
+    """
+    return any(
+        user.target in _CONVOLUTIONS and user.args[0].meta["val"].shape[1] == 1
+        for user in node.users
+    )
+
+
+def _kernels_weight(module: fx.GraphModule, node: Node) -> Node:
+    """Insert the operator of a weight; scale and zero point are one for each output channel."""
+    channels = _constant(module, node.args[0]).shape[0]
+    scale = _constant(module, node.args[1]).expand(channels).contiguous()
+    zero_point = torch.zeros(channels, dtype=torch.int64, device=scale.device)
+    graph = node.graph
+    with graph.inserting_before(node):
+        parameters = [
+            graph.get_attr(_add_buffer(module, f"{node.name}_{suffix}", value))
+            for suffix, value in (("scale", scale), ("zero_point", zero_point))
+        ]
+        return graph.call_function(
+            torch.ops.quantized_decomposed.dequantize_per_channel.default,
+            (node.args[0], *parameters, 0, -128, 127, torch.int8),
+        )
+
+
+def _formula(node: Node) -> Node:
+    """Insert integers * scale, the zero point being 0."""
+    integers, scale = node.args[:2]
+    graph, axis = node.graph, _axis(node)
+    with graph.inserting_before(node):
+        if axis is not None and scale.meta["val"].dim():
+            shape = [1] * node.meta["val"].dim()
+            shape[axis] = -1
+            scale = graph.call_function(torch.ops.aten.reshape.default, (scale, shape))
+        real = graph.call_function(torch.ops.aten.to.dtype, (integers, torch.float32))
+        return graph.call_function(torch.ops.aten.mul.Tensor, (real, scale))
+
+
+def _axis(node: Node) -> int | None:
+    axis = node.args[3] if len(node.args) > 3 else None
+    return None if axis is None else int(axis) % node.meta["val"].dim()
+
+
+def _constant(module: fx.GraphModule, value: Any) -> Any:
+    """Return the tensor that a node of the graph always has, or None."""
+    if not isinstance(value, fx.Node):
+        return value
+    if value.op == "get_attr":
+        return operator.attrgetter(cast(str, value.target))(module)
+    if value.op != "call_function":
+        return None
+    inputs = {node: _constant(module, node) for node in value.all_input_nodes}
+    if any(item is None for item in inputs.values()):
+        return None
+    target: Any = value.target
+    args, kwargs = fx.map_arg((value.args, value.kwargs), inputs.__getitem__)
+    return target(*args, **kwargs)
+
+
+def _add_buffer(module: fx.GraphModule, name: str, value: Tensor) -> str:
+    module.register_buffer(name, value)
+    return name

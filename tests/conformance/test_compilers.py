@@ -1,0 +1,120 @@
+"""What torch's compiler makes of a converted model computes what the model computes, at any batch.
+
+Where the processor's 8-bit kernels overflow, compiled models compute in float32; the kernels
+themselves are then compared on weights so small that nothing overflows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compression_manager import deploy
+from compression_manager.integrations import inductor
+from compression_manager.model_call import call_model, tensors_in
+from conformance_models import CASES, converted
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+Runner = Callable[..., Any]
+ALLOWED = 2e-3
+# Linear layers and convolutions; the CNN and the ResNet compute their first layer, over a single
+# channel, in float32.
+LAYERS = {"demo CNN": 3, "ResNet": 9, "encoder": 7, "embedding": 2, "BERT": 8}
+
+
+@functools.cache
+def reference(name: str) -> nn.Module:
+    return converted(CASES[name])
+
+
+def overflow_free(model: nn.Module) -> nn.Module:
+    """Halve the integer weights, so that no pair of 8-bit products leaves 16 bits."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dtype == torch.int8:
+            weight.copy_(weight // 2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compiled")
+
+
+@functools.cache
+def compiled(name: str) -> deploy.CompiledModel:
+    """The model, compiled; the batch size of the examples is none of those tested."""
+    return deploy.compile(reference(name), CASES[name].inputs(5, seed=10))
+
+
+@functools.cache
+def packaged(name: str, folder: Path) -> Runner:
+    path = folder / f"{name}.pt2"
+    deploy.export(reference(name), path, "aot_inductor", CASES[name].inputs(5, seed=10))
+    return torch._inductor.aoti_load_package(path)
+
+
+def check(run: Runner, model: nn.Module, name: str, batch: int, allowed: float) -> None:
+    inputs = CASES[name].inputs(batch, seed=batch)
+    with torch.no_grad():
+        expected = list(tensors_in(call_model(model, inputs)))
+        actual = list(tensors_in(call_model(run, inputs)))
+    assert len(actual) == len(expected)
+    for wanted, got in zip(expected, actual, strict=True):
+        assert got.shape == wanted.shape
+        wanted64, got64 = (item.numpy().astype(np.float64) for item in (wanted, got))
+        error = np.sqrt(np.square(got64 - wanted64).sum() / np.square(wanted64).sum())
+        assert error <= allowed
+
+
+@pytest.mark.parametrize("batch", [7, 64, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_model_returns_the_outputs_of_the_converted_model(name: str, batch: int) -> None:
+    check(compiled(name), reference(name), name, batch, ALLOWED)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_layers_run_on_8_bit_kernels_where_these_are_exact(name: str) -> None:
+    expected = LAYERS[name] if inductor.int8_kernels_are_exact() else 0
+    assert compiled(name).int8_kernels == compiled(name).layers == expected
+
+
+@pytest.mark.parametrize("batch", [7, 64, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_a_package_returns_the_outputs_of_the_converted_model(
+    name: str, batch: int, folder: Path
+) -> None:
+    check(packaged(name, folder), reference(name), name, batch, ALLOWED)
+
+
+@pytest.mark.parametrize("name", ["demo CNN", "encoder"])
+def test_8_bit_kernels_compute_what_the_converted_model_computes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    model = overflow_free(converted(CASES[name]))
+    run = deploy.compile(model, CASES[name].inputs(5, seed=10))
+    assert run.int8_kernels == run.layers == LAYERS[name]
+    for batch in (7, 64):
+        check(run, model, name, batch, ALLOWED)
+
+
+def test_a_package_holds_8_bit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    model = overflow_free(converted(CASES["embedding"]))
+    path = tmp_path / "model.pt2"
+    with inductor.counting_kernels() as count:
+        deploy.export(model, path, "aot_inductor", CASES["embedding"].inputs(5, seed=10))
+    assert count() == LAYERS["embedding"]
+    run = deploy.load_exported(path)
+    assert run.format == "aot_inductor"
+    for batch in (1, 64):
+        check(run, model, "embedding", batch, ALLOWED)

@@ -1,0 +1,129 @@
+"""Export to OpenVINO: two files that belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import toys
+from compression_manager import deploy
+from compression_manager.deploy import exporting, formats
+from compression_manager.errors import ConfigError, ParityError
+from quantization_reference import trained
+
+openvino = pytest.importorskip("openvino")
+
+VECTORS = toys.vectors().tensors[0]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(toys.mlp(), VECTORS).convert()
+
+
+class WrittenOnce:
+    """A format that writes what `export` wrote once, so that a test need not translate."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = mlp()
+        self.result = deploy.export(self.model, folder / "model.xml", "openvino", VECTORS)
+        self.graph = self.result.path.read_bytes()
+        self.weights = self.result.path.with_suffix(".bin").read_bytes()
+
+    def write(self, program: object, path: Path) -> None:
+        path.write_bytes(self.graph)
+        path.with_suffix(".bin").write_bytes(self.weights)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> WrittenOnce:
+    return WrittenOnce(tmp_path_factory.mktemp("openvino"))
+
+
+@pytest.fixture
+def quick(written: WrittenOnce, monkeypatch: pytest.MonkeyPatch) -> WrittenOnce:
+    monkeypatch.setattr(formats.FORMATS["openvino"], "write", written.write)
+    return written
+
+
+def test_graph_and_weights_are_two_files(written: WrittenOnce) -> None:
+    path = written.result.path
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.bin", "model.xml"]
+    assert written.result.size == len(written.graph) + len(written.weights)
+    assert written.result.output_error is not None
+    assert written.result.output_error < 1e-5
+
+
+def test_the_weights_are_integers_and_scales_are_not_halved(written: WrittenOnce) -> None:
+    model = openvino.Core().read_model(written.result.path)
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    kinds = {
+        tuple(node.shape): node.get_element_type().get_type_name()
+        for node in constants
+        if len(node.shape) == 2 and min(node.shape) > 1
+    }
+    assert kinds == {(8, 6): "i8", (4, 8): "i8"}
+    assert not any(node.get_element_type().get_type_name() == "f16" for node in constants)
+
+
+def test_a_loaded_file_takes_any_batch_and_is_called_as_the_model(written: WrittenOnce) -> None:
+    run = deploy.load_exported(written.result.path, int8=False)
+    assert run.format == "openvino"
+    for size in (1, 9):
+        inputs = VECTORS.repeat(2, 1)[:size]
+        torch.testing.assert_close(run(inputs), written.model(inputs), rtol=0.02, atol=0.02)
+
+
+def test_a_pair_replaces_an_older_one(quick: WrittenOnce, tmp_path: Path) -> None:
+    graph, weights = tmp_path / "model.xml", tmp_path / "model.bin"
+    graph.write_text("older")
+    weights.write_text("older")
+    deploy.export(quick.model, graph, "openvino", VECTORS)
+    assert graph.read_bytes() == quick.graph
+    assert weights.read_bytes() == quick.weights
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_between_the_files_leaves_no_mixed_pair(
+    quick: WrittenOnce, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, weights = tmp_path / "model.xml", tmp_path / "model.bin"
+    graph.write_text("older")
+    weights.write_text("older")
+    replace = exporting.os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).suffix == ".xml":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(exporting.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        deploy.export(quick.model, graph, "openvino", VECTORS)
+    assert weights.read_bytes() == quick.weights
+    assert not graph.exists()
+
+
+def test_a_pair_that_computes_something_else_is_not_left(
+    quick: WrittenOnce, tmp_path: Path
+) -> None:
+    other = mlp()
+    with torch.no_grad():
+        other.get_submodule("2").weight.zero_()
+    with pytest.raises(ParityError, match=r"the openvino file at batch size .* relative error"):
+        deploy.export(other, tmp_path / "model.xml", "openvino", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_cannot_be_replaced_leave_the_older_graph(
+    quick: WrittenOnce, tmp_path: Path
+) -> None:
+    graph = tmp_path / "model.xml"
+    graph.write_text("older")
+    (tmp_path / "model.bin").mkdir()
+    with pytest.raises(ConfigError, match=r"model\.bin is something else"):
+        deploy.export(quick.model, graph, "openvino", VECTORS)
+    assert graph.read_text() == "older"

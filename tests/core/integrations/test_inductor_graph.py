@@ -1,0 +1,173 @@
+"""A converted model in the operators that Inductor knows: the same outputs, int8 where possible."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compression_manager import deploy
+from compression_manager.deploy.tracing import trace
+from compression_manager.integrations.inductor import int8_kernels_are_exact
+from compression_manager.integrations.inductor_graph import to_inductor_operators
+from compression_manager.quantization import QuantizationScheme
+from quantization_reference import trained
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def translated(
+    model: nn.Module, inputs: Any, **options: Any
+) -> tuple[nn.Module, Any, int, Counter[str]]:
+    """The converted model, its translation, its int8 weights, and how often operators occur."""
+    torch.manual_seed(0)
+    converted = trained(model, inputs, **options).convert()
+    module, weights = to_inductor_operators(trace(converted, inputs, view="eight bits"))
+    names = [str(node.target).partition(".")[2] for node in module.graph.nodes]
+    return converted, module, weights, Counter(names)
+
+
+def assert_same(converted: nn.Module, module: Any, inputs: Tensor) -> None:
+    """Bit for bit: the operators compute the same formula in the same order."""
+    with torch.no_grad():
+        assert torch.equal(module(inputs), converted(inputs))
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding="same", groups=4)
+        self.last = nn.Conv2d(4, 3, 3, stride=2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.last(self.depthwise(self.first(input).relu()).relu())
+
+
+def test_linear_layers_become_quantized_decomposed_operators() -> None:
+    converted, module, weights, operators = translated(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), randn(5, 6)
+    )
+    assert weights == 2
+    assert operators["quantize_per_tensor.default"] == 2
+    assert operators["dequantize_per_tensor.default"] == 2
+    assert operators["dequantize_per_channel.default"] == 2
+    assert not any(name.startswith("fake_quantize") for name in operators)
+    for size in (1, 5, 9):
+        assert_same(converted, module, randn(size, 6))
+
+
+def test_scale_and_zero_point_of_inputs_are_numbers() -> None:
+    converted, module, *_ = translated(nn.Sequential(nn.Linear(6, 4)), randn(5, 6))
+    layer = converted.get_submodule("0")
+    namespace = torch.ops.quantized_decomposed
+    (node,) = module.graph.find_nodes(
+        op="call_function", target=namespace.quantize_per_tensor.default
+    )
+    assert isinstance(layer, deploy.ConvertedLinear)
+    expected = (float(layer.input_scale), int(layer.input_zero_point), 0, 255, torch.uint8)
+    assert node.args[1:] == expected
+
+
+def test_convolutions_over_one_channel_stay_in_float32() -> None:
+    converted, module, weights, _ = translated(Convolutions(), randn(3, 1, 12, 12))
+    assert weights == 2
+    assert_same(converted, module, randn(4, 1, 12, 12))
+
+
+def test_one_scale_for_a_weight_is_repeated_for_its_channels() -> None:
+    converted, module, weights, operators = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), weight=QuantizationScheme(8)
+    )
+    assert (weights, operators["dequantize_per_channel.default"]) == (1, 1)
+    assert_same(converted, module, randn(2, 6))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_signed_inputs_become_unsigned(dynamic: bool) -> None:
+    signed = QuantizationScheme(8, symmetric=False, dynamic=dynamic)
+    converted, module, weights, _ = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), activation=signed
+    )
+    assert weights == 1
+    kinds = {node.args[-1] for node in module.graph.nodes if "quantize_per_tensor" in node.name}
+    assert kinds == {torch.uint8}
+    assert_same(converted, module, 3 * randn(7, 6))
+
+
+def test_an_input_with_its_own_range_has_a_tensor_for_a_scale() -> None:
+    dynamic = QuantizationScheme(8, symmetric=False, signed=False, dynamic=True)
+    converted, module, weights, operators = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), activation=dynamic
+    )
+    assert (weights, operators["quantize_per_tensor.tensor"]) == (1, 1)
+    assert_same(converted, module, randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": QuantizationScheme(4, granularity="channel")},
+        {"weight": QuantizationScheme(8, symmetric=False, granularity="channel")},
+        {"weight": QuantizationScheme(8, granularity="group", group_size=3)},
+    ],
+    ids=["4 bits", "affine", "groups"],
+)
+def test_weights_that_no_kernel_takes_stay_formulas(options: dict[str, Any]) -> None:
+    converted, module, weights, operators = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), **options
+    )
+    assert (weights, operators["dequantize_per_channel.default"]) == (0, 0)
+    assert_same(converted, module, randn(2, 6))
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        QuantizationScheme(8),  # from -127 to 127, and kernels clip at -128
+        QuantizationScheme(4, symmetric=False, signed=False),
+        QuantizationScheme(8, False, "token", dynamic=True),
+    ],
+    ids=str,
+)
+def test_inputs_that_no_kernel_clips_stay_formulas(scheme: QuantizationScheme) -> None:
+    converted, module, _, operators = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), activation=scheme
+    )
+    assert not any(name.startswith("quantize_per_tensor") for name in operators)
+    assert_same(converted, module, randn(2, 6))
+
+
+def test_rows_of_an_embedding_are_dequantized_after_they_are_chosen() -> None:
+    indices = torch.randint(20, (5, 3), generator=torch.Generator().manual_seed(0))
+
+    class Bag(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(20, 6)
+            self.head = nn.Linear(6, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.table(tokens).mean(1))
+
+    converted, module, weights, _ = translated(Bag(), indices)
+    assert weights == 1  # the head's
+    assert_same(converted, module, indices[:2])
+
+
+def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randint(0, 256, (32, 96), dtype=torch.uint8, generator=generator)
+    weight = torch.randint(-127, 128, (24, 96), dtype=torch.int8, generator=generator)
+    product = torch.ops.onednn.qlinear_pointwise(
+        *(input, 1.0, 0, torch.ops.onednn.qlinear_prepack(weight, None)),
+        *(torch.ones(24), torch.zeros(24, dtype=torch.int64)),
+        *(None, 1.0, 0, torch.float32, "none", [], ""),
+    )
+    expected = input.long() @ weight.long().t()
+    assert torch.equal(product.long(), expected) == int8_kernels_are_exact()
