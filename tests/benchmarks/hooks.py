@@ -48,14 +48,19 @@ BATCH = (torch.randn(8, 8), torch.randint(8, (8,)), torch.arange(8))
 def hook_overhead(
     counts: Sequence[int] = (0, 1, 5), rounds: int = 40, steps: int = 250
 ) -> dict[str, dict[str, float]]:
-    """Return number of plugins -> microseconds that all hooks of one step take."""
+    """Return number of plugins -> microseconds that all hooks of one step take.
+
+    `cpu` is the median in time of the processor. Hooks wait for nothing, so that on a quiet
+    machine both are the same; on a busy one this is what they cost.
+    """
     model = nn.Linear(8, 8)
     arms = {str(count): _hooked(manager_with(count, model), steps) for count in counts}
     durations = interleaved(arms, rounds, warm_up=3)
     found = {}
     for name, own in durations.items():
         spread = Spread.of([1e6 * duration.passed / steps for duration in own])
-        found[name] = {"median": spread.median, "low": spread.low, "high": spread.high}
+        by_cpu = statistics.median(1e6 * duration.cpu / steps for duration in own)
+        found[name] = vars(spread) | {"cpu": by_cpu}
     return found
 
 
@@ -246,10 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     hooks = document["hooks"] = hook_overhead(rounds=options.rounds)
     print("\nall hooks of one step")
     for count, spread in hooks.items():
-        verdict = "meets" if spread["median"] <= HOOK_BAR else "misses"
+        verdict = "meets" if spread["cpu"] <= HOOK_BAR else "misses"
         print(
             f"  {count} plugins: {spread['median']:.1f} us ({spread['low']:.1f}-"
-            f"{spread['high']:.1f}), {verdict} the bar of {HOOK_BAR:.0f}",
+            f"{spread['high']:.1f}), by CPU {spread['cpu']:.1f}: {verdict} the bar of "
+            f"{HOOK_BAR:.0f}",
             flush=True,
         )
     saved = document["checkpoint"] = checkpoint_cost(options.shrink, min(5, options.rounds))
