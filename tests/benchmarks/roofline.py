@@ -24,7 +24,7 @@ from measuring.trainer import Trainer
 from measuring.work import count_work
 
 
-def peaks(megabytes: int = 256, side: int = 2048, rounds: int = 7) -> dict[str, float]:
+def peaks(megabytes: int = 256, side: int = 1024, rounds: int = 7) -> dict[str, float]:
     """Return gigabytes, or 10**9 operations, per second: the best round of each measurement.
 
     The best, because this is about what the machine can do; disturbances only slow it down.
@@ -43,7 +43,7 @@ def peaks(megabytes: int = 256, side: int = 2048, rounds: int = 7) -> dict[str, 
         "int8": (lambda: torch._int_mm(codes, others), 2 * side**3),
     }
     calls = {name: lambda number, call=call: call() for name, (call, _) in arms.items()}
-    durations = interleaved(calls, rounds, warm_up=2, label="peaks")
+    durations = interleaved(calls, rounds, warm_up=2, seconds=30, label="peaks")
     return {
         name: amount / min(duration.passed for duration in durations[name]) / 1e9
         for name, (_, amount) in arms.items()
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--megabytes", type=int, default=256, help="of each tensor that is copied")
-    parser.add_argument("--side", type=int, default=2048, help="of the matrices")
+    parser.add_argument("--side", type=int, default=1024, help="of the matrices")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shrink", type=int, default=1, help="divide the sizes, for a quick look")

@@ -69,7 +69,8 @@ def test_the_least_time_divides_by_the_peak_of_the_type():
 
 def test_it_runs_and_reports(tmp_path, capsys):
     before, path = torch.get_num_threads(), tmp_path / "roofline.json"
-    arguments = ["--megabytes", "4", "--side", "64", "--rounds", "3", "--threads", "1", "--shrink", "8"]
+    arguments = ["--megabytes", "4", "--side", "64", "--rounds", "3", "--threads", "1"]
+    arguments += ["--shrink", "8"]
     try:
         document = roofline.main([*arguments, "--json", str(path)])
     finally:
