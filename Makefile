@@ -5,9 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEEDS ?= 1
 DATA ?=
+MACHINE ?=
 WORKERS ?= 2
 
-.PHONY: help venv demo study distillation-study tables bench-teacher bench-distillation test \
+THREADS ?= $(shell nproc)
+SECONDS_PER_MODEL ?= 180
+BENCH := tests/benchmarks
+RESULTS := runs/benchmarks
+
+.PHONY: help venv demo study distillation-study tables bench bench-training bench-inference \
+	bench-hooks bench-roofline bench-peers performance bench-teacher bench-distillation test \
 	test-slow test-cuda conformance check docs reference readme
 
 help:  ## show this list
@@ -33,6 +40,30 @@ distillation-study: $(STAMP)  ## compare all ways to distill over 3 seeds; WORKE
 
 tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo SEEDS=3`
 	$(BIN)/python examples/post_training_study.py
+
+# They run one after the other, however many jobs make was given: nothing else may be running.
+bench: $(STAMP)  ## training steps, inference, hooks, the machine; a quarter of an hour, quiet machine
+	$(MAKE) -j1 bench-roofline bench-training bench-inference bench-hooks
+
+bench-roofline: $(STAMP)  ## what the machine can do: bandwidth, peaks; what a step needs of both
+	$(BIN)/python $(BENCH)/roofline.py --threads $(THREADS)
+
+bench-training: $(STAMP)  ## time a quantization-aware training step beside the float32 step
+	$(BIN)/python $(BENCH)/training_step.py --threads $(THREADS) \
+		--seconds-per-model $(SECONDS_PER_MODEL) --chart $(RESULTS)/training_step.png
+
+bench-inference: $(STAMP)  ## time the converted model by every route beside float32
+	$(BIN)/python $(BENCH)/inference.py --threads $(THREADS) \
+		--seconds-per-model $(SECONDS_PER_MODEL) --chart $(RESULTS)/inference.png
+
+bench-hooks: $(STAMP)  ## time hooks, checkpoints, long trainings and many layers
+	$(BIN)/python $(BENCH)/hooks.py
+
+bench-peers: $(STAMP)  ## the same for other libraries, in environments of their own (build/peers)
+	$(BIN)/python $(BENCH)/peers/run.py --threads $(THREADS) --chart $(RESULTS)/peers.png
+
+performance: $(STAMP)  ## put these figures into the docs; MACHINE=<short name of the processor>
+	$(BIN)/python docs/update_performance.py $(if $(MACHINE),--machine "$(MACHINE)")
 
 bench-teacher: $(STAMP)  ## speed, memory and distortion of the teacher's options
 	$(BIN)/python tests/benchmarks/teacher_runtime.py

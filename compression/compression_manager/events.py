@@ -238,7 +238,8 @@ class TrainingEvents:
         self._deliver_metrics()
 
     def _count_optimizer_step(self) -> None:
-        self._context.global_step += self._lifecycle.close_update()
+        if self._lifecycle.close_update():
+            self._context.global_step += 1
 
     def _deliver_metrics(self) -> None:
         metrics = tuple(self._context.metrics.drain())

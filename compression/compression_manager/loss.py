@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from compression_manager.errors import ConfigError, LossError
@@ -73,7 +73,7 @@ class LossTerms:
         total = _weighted(next(terms))
         for term in terms:
             total = total + _weighted(term)
-        if not torch.isfinite(total.detach()):
+        if not math.isfinite(total.item()):
             values = ", ".join(
                 f"{term.name} = {float(term.value.detach()):g} (weight {float(term.weight):g})"
                 for term in self
@@ -86,7 +86,7 @@ class LossTerms:
 
 
 def _weighted(term: LossTerm) -> Tensor:
-    value = term.value.reshape(())
+    value = term.value if term.value.dim() == 0 else term.value.reshape(())
     is_one = not isinstance(term.weight, Tensor) and term.weight == 1.0
     return value if is_one else term.weight * value
 

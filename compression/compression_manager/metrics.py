@@ -58,17 +58,18 @@ class MetricBoard:
                     f"metric '{name}' must be one number, got a tensor of shape "
                     f"{tuple(value.shape)}; reduce it, or publish a histogram."
                 )
-            # Losses and scales are changed in place later on.
-            value = value.detach().reshape(()).clone()
+            # Losses and scales are changed in place later on. Reading an accelerator would wait.
+            is_on_cpu = value.device.type == "cpu"
+            value = value.item() if is_on_cpu else value.detach().reshape(()).clone()
         self._publish(name, "scalar", value)
 
     def histogram(self, name: str, value: Tensor) -> None:
         """Publish a distribution: a tensor of any shape."""
-        self._publish(name, "histogram", value)
+        self._publish(name, "histogram", value.detach())
 
     def image(self, name: str, value: Tensor) -> None:
         """Publish an image: float (channels, height, width) in [0, 1]."""
-        self._publish(name, "image", value)
+        self._publish(name, "image", value.detach())
 
     def drain(self) -> list[Metric]:
         """Return what was published since the last call, oldest first."""
@@ -76,8 +77,7 @@ class MetricBoard:
         return pending
 
     def _publish(self, name: str, kind: MetricKind, value: float | Tensor) -> None:
-        detached = value.detach() if isinstance(value, Tensor) else value
-        self._pending.append(Metric(name, kind, detached, self.global_step))
+        self._pending.append(Metric(name, kind, value, self.global_step))
 
 
 def quantizer_tag(layer: str, part: str, role: str) -> str:

@@ -66,8 +66,9 @@ class Tracked(Mapping[str, Any]):
         A group with a name (`group["name"]`) is shown by it.
         """
         rates: dict[str, float] = {}
-        several = len(self.optimizers) > 1
-        for name, optimizer in self.optimizers.items():
+        optimizers = self.optimizers
+        several = len(optimizers) > 1
+        for name, optimizer in optimizers.items():
             base = f"learning_rate/{name}" if several else "learning_rate"
             unnamed = sum("name" not in group for group in optimizer.param_groups)
             for index, group in enumerate(optimizer.param_groups):

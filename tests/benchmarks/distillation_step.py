@@ -12,28 +12,29 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from compression_manager import CompressionManager, prepare_compression
+from compression_manager.plugin import PluginConfig
 from compression_plugins import (
     DistillationConfig,
     IndexedDataset,
     KnowledgeDistillationLossConfig,
     TeacherCache,
 )
+from measuring.timing import interleaved, milliseconds
+from measuring.trainer import Trainer
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import models
@@ -102,18 +103,6 @@ class Counted(nn.Module):
         return output
 
 
-class Clock:
-    """Seconds that its block took: passed, and of the processor."""
-
-    def __enter__(self) -> Clock:
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.passed = time.perf_counter() - self._start[0]
-        self.cpu = time.process_time() - self._start[1]
-
-
 class Encoder(nn.Module):
     """A transformer encoder of pre-norm layers: (N, 32) int64 tokens -> (N, 100) logits."""
 
@@ -132,42 +121,10 @@ class Encoder(nn.Module):
         return output
 
 
-class Trainer:
-    """Trains a copy of the case's student, a step at a time."""
-
-    def __init__(self, case: Case, teacher: nn.Module | None, cache: TeacherCache | None) -> None:
-        self.student = copy.deepcopy(case.student)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-3)
-        self.manager: CompressionManager | None = None
-        if cache is not None:
-            config = DistillationConfig(teacher_cache=cache, criterion=CRITERION)
-            self.manager = prepare_compression(self.student, [config])
-        elif teacher is not None:
-            config = DistillationConfig(teacher, criterion=CRITERION)
-            self.manager = prepare_compression(self.student, [config])
-        if self.manager is not None:
-            self.manager.on_train_begin()
-            self.manager.on_epoch_begin(0)
-
-    def step(self, number: int, inputs: Tensor, targets: Tensor, ids: Tensor) -> float:
-        """Make one step of the README's loop; return the loss."""
-        manager = self.manager
-        if manager is not None:
-            manager.on_step_begin(number)
-        output = self.student(inputs)
-        loss = F.cross_entropy(output, targets)
-        if manager is not None:
-            loss = manager.on_after_compute_loss(inputs, output, loss, sample_ids=ids)
-        loss.backward()
-        if manager is not None:
-            manager.on_before_optimizer_step()
-        self.optimizer.step()
-        if manager is not None:
-            manager.on_after_optimizer_step()
-        self.optimizer.zero_grad()
-        if manager is not None:
-            manager.on_step_end()
-        return loss.item()
+def trainer(case: Case, *configs: PluginConfig) -> Trainer:
+    """Return what trains a copy of the case's student, a step at a time."""
+    student = copy.deepcopy(case.student)
+    return Trainer(student, configs, torch.optim.AdamW(student.parameters(), lr=1e-3))
 
 
 def cases(names: Sequence[str], samples: int, batch_size: int | None) -> list[Case]:
@@ -201,33 +158,33 @@ def measure(case: Case, steps: int, live_steps: int, dtype: str, directory: Path
     cache.build(teacher, loader)
     batches = list(loader)
     trainers = {
-        "plain": Trainer(case, None, None),
-        "cached": Trainer(case, None, cache),
-        "live": Trainer(case, teacher, None),
+        "plain": trainer(case),
+        "cached": trainer(case, DistillationConfig(teacher_cache=cache, criterion=CRITERION)),
+        "live": trainer(case, DistillationConfig(teacher, criterion=CRITERION)),
     }
-    clocks: dict[str, list[Clock]] = {name: [] for name in (*trainers, "lookup")}
     forwards = dict.fromkeys(trainers, 0)
-    difference = 0.0
-    for number in range(WARM_UP + steps):
-        batch = batches[number % len(batches)]
-        losses: dict[str, float] = {}
-        names = list(trainers) if number < WARM_UP + live_steps else ["plain", "cached"]
-        # Another one first each time: who comes first finds the processor's caches cold.
-        for name in (names[(number + turn) % len(names)] for turn in range(len(names))):
-            before = teacher.forwards
-            with Clock() as clock:
-                losses[name] = trainers[name].step(number, *batch)
-            clocks[name].append(clock)
-            forwards[name] += teacher.forwards - before
-        with Clock() as clock:
-            cache.lookup(batch[2])
-        clocks["lookup"].append(clock)
-        if "live" in losses:
-            difference = max(difference, abs(losses["cached"] - losses["live"]))
-    timed = {name: values[WARM_UP:] for name, values in clocks.items()}
+    losses: dict[str, list[float]] = {name: [] for name in trainers}
+
+    def step(name: str, number: int) -> None:
+        before = teacher.forwards
+        losses[name].append(trainers[name].step(number, *batches[number % len(batches)]))
+        forwards[name] += teacher.forwards - before
+
+    arms: dict[str, Callable[[int], object]] = {
+        name: functools.partial(step, name) for name in trainers
+    }
+    arms["lookup"] = lambda number: cache.lookup(batches[number % len(batches)][2])
+    timed = interleaved(arms, live_steps, warm_up=WARM_UP)
+    del arms["live"]
+    later = interleaved(arms, steps - live_steps, start=WARM_UP + live_steps)
+    for name, durations in later.items():
+        timed[name] += durations
     # The live teacher has the first steps only.
     pairs = {name: list(zip(timed[name], timed["plain"], strict=False)) for name in forwards}
     passed = [own.passed / plain.passed for own, plain in pairs["cached"]]
+    difference = max(
+        abs(cached - live) for cached, live in zip(losses["cached"], losses["live"], strict=False)
+    )
     quartiles = statistics.quantiles(passed, n=4)
     return Result(
         case=case.name,
@@ -235,12 +192,12 @@ def measure(case: Case, steps: int, live_steps: int, dtype: str, directory: Path
         threads=torch.get_num_threads(),
         steps=steps,
         live_steps=live_steps,
-        plain_ms=1000 * statistics.median(clock.passed for clock in timed["plain"]),
+        plain_ms=milliseconds(timed["plain"]),
         cached=statistics.median(passed),
         cached_quartiles=(quartiles[0], quartiles[2]),
         cached_cpu=statistics.median(own.cpu / plain.cpu for own, plain in pairs["cached"]),
         live=statistics.median(own.passed / plain.passed for own, plain in pairs["live"]),
-        lookup_ms=1000 * statistics.median(clock.passed for clock in timed["lookup"]),
+        lookup_ms=milliseconds(timed["lookup"]),
         cached_teacher_forwards=forwards["cached"],
         live_teacher_forwards=forwards["live"],
         largest_loss_difference=difference,

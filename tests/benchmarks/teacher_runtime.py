@@ -28,6 +28,7 @@ from compression_plugins import TeacherRuntime
 from compression_plugins.distillation.teachers.distortion import measure_distortion
 from compression_plugins.distillation.teachers.runtime import running_teacher
 from compression_plugins.distillation.teachers.teacher import Teacher
+from measuring.timing import interleaved, milliseconds, ratios
 
 sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import fashion_mnist
@@ -115,27 +116,25 @@ def measure(
             "kl": distortion.kl,
             "top1_agreement": distortion.top1_agreement,
         }
-    seconds = interleaved(teachers, batches[0], options.rounds)
-    for name, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[BASELINE], strict=True)]
+    arms = {name: _arm(teacher, batches[0]) for name, teacher in teachers.items()}
+    durations = interleaved(arms, options.rounds)
+    for name, own in durations.items():
+        relative = ratios(own, durations[BASELINE])
         rows[name] |= {
-            "ms": 1e3 * statistics.median(own),
-            "ratio": statistics.median(ratios),
-            "lowest_ratio": min(ratios),
-            "highest_ratio": max(ratios),
+            "ms": milliseconds(own),
+            "ratio": statistics.median(relative),
+            "lowest_ratio": min(relative),
+            "highest_ratio": max(relative),
         }
     return rows
 
 
-def interleaved(teachers: dict[str, Teacher], batch: Tensor, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each teacher's forward pass in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in teachers}
-    for _ in range(rounds):
-        for name, teacher in teachers.items():
-            start = time.perf_counter()
-            teacher.run(batch)
-            seconds[name].append(_elapsed(start, batch.device))
-    return seconds
+def _arm(teacher: Teacher, batch: Tensor) -> Callable[[int], None]:
+    def run(number: int) -> None:
+        teacher.run(batch)
+        _wait(batch.device)
+
+    return run
 
 
 def train(model: nn.Module, data: fashion_mnist.Split, epochs: int, limit: int) -> None:
@@ -182,9 +181,13 @@ def _size(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _elapsed(start: float, device: torch.device) -> float:
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _elapsed(start: float, device: torch.device) -> float:
+    _wait(device)
     return time.perf_counter() - start
 
 

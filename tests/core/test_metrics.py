@@ -31,14 +31,20 @@ def test_board_keeps_order_kind_and_step() -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
-def test_scalar_tensor_is_copied_and_0_dimensional(shape: tuple[int, ...]) -> None:
+def test_scalar_tensor_is_copied_as_a_number(shape: tuple[int, ...]) -> None:
     board, value = MetricBoard(), torch.full(shape, 2.0, requires_grad=True)
     board.scalar("a", value)
     with torch.no_grad():
         value.fill_(7)
-    metric = board.drain()[0]
-    assert metric.value.shape == ()  # type: ignore[union-attr]
-    assert metric.as_float() == 2.0
+    assert board.drain()[0].value == 2.0
+
+
+def test_scalar_of_an_accelerator_is_not_read_when_published() -> None:
+    board, value = MetricBoard(), torch.empty(1, 1, device="meta", requires_grad=True)
+    board.scalar("a", value)
+    published = board.drain()[0].value
+    assert isinstance(published, torch.Tensor)
+    assert (published.shape, published.requires_grad) == ((), False)
 
 
 def test_several_numbers_are_no_scalar() -> None:

@@ -35,6 +35,7 @@ class Conversion:
     parity: Parity | None = None
     accepted: bool = False
     _swaps: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list, init=False)
+    _places: dict[int, list[tuple[nn.Module, str]]] = field(default_factory=dict, init=False)
 
     def replace(self, name: str, layer: ConvertedLayer, absorbs: Sequence[str] = ()) -> None:
         """Put `layer` in place of the module `name`, under all names that the module has.
@@ -62,16 +63,37 @@ class Conversion:
             parent, child, old = self._swaps.pop()
             _set_child(parent, child, old)
         self.replacements.clear()
+        self._places.clear()
 
     def _swap(self, name: str, new: nn.Module) -> None:
         old = self.model.get_submodule(name)
         if old is self.model:
             self.model = new
             return
-        for parent in list(self.model.modules()):
-            for child in [key for key, value in parent._modules.items() if value is old]:
-                _set_child(parent, child, new)
-                self._swaps.append((parent, child, old))
+        for parent, child in self._places_of(old):
+            _set_child(parent, child, new)
+            self._swaps.append((parent, child, old))
+            self._places.setdefault(id(new), []).append((parent, child))
+
+    def _places_of(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Return every (parent, name) of a module; the whole model is searched once, not each time.
+
+        It is searched again if it is not as it was found, because a plugin changed it otherwise.
+        """
+        places = self._places.get(id(module), [])
+        if not places or any(parent._modules.get(name) is not module for parent, name in places):
+            self._places = _all_places(self.model)
+            places = self._places[id(module)]
+        return list(places)
+
+
+def _all_places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, name))
+    return places
 
 
 def _set_child(parent: nn.Module, name: str, child: nn.Module) -> None:

@@ -1,0 +1,283 @@
+"""How fast the converted model runs, by every route, as a multiple of float32 eager's speed.
+
+    make bench-inference
+    python tests/benchmarks/inference.py --threads 2 --routes float32 int8-eager int8-openvino
+
+The int8 model is trained quantization-aware for a few steps and converted; all routes run that one.
+They take turns in one process, on the same batch. Every speed-up is over the float32 model, called
+eagerly, of the same round. A route that returns something else than the converted model is listed
+with its error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compression_plugins import QATConfig
+from measuring import machine
+from measuring.models import WORKLOADS, Workload
+from measuring.report import RESULTS, bar_chart, row, write_json
+from measuring.timing import Duration, Spread, interleaved, milliseconds, ratios
+from measuring.trainer import Trainer
+
+BASELINE = "float32"
+BARS = {"encoder": 7.0, "resnet": 18.0}
+"""Workload -> the smallest speed-up of the best route that is wanted, on a processor with AMX."""
+
+TOLERANCE = 1e-2
+"""Relative error (root mean square) up to which a route's output is that of the converted model."""
+
+WARM_UP = 3
+WIDTHS = (26, 23, 9, 10, 6)
+HEADINGS = ("route", "speed-up (quartiles)", "ms", "error", "runs")
+
+Runner = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the routes run: both models in eval mode, and the batch."""
+
+    float_model: nn.Module
+    converted: nn.Module
+    inputs: Tensor
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to run one of the models.
+
+    Attributes:
+        build: makes what is called with the batch; whatever it raises is the reason for which the
+            route is left out.
+        int8: whether it runs the converted model.
+    """
+
+    name: str
+    title: str
+    build: Callable[[Subject], Runner]
+    int8: bool = True
+
+
+def _float_inductor(subject: Subject) -> Runner:
+    return torch.compile(subject.float_model)
+
+
+def _library(name: str) -> Callable[[Subject], Runner]:
+    """Return what builds one of the routes that `compression_manager.deploy.fastest` measures."""
+
+    def build(subject: Subject) -> Runner:
+        try:
+            routes = importlib.import_module("compression_manager.deploy.routes")
+            reference = importlib.import_module("compression_manager.deploy.reference")
+        except ModuleNotFoundError as error:
+            raise RuntimeError(f"this version has no such route: {error}") from error
+        source = routes.Source(
+            subject.converted, reference.Reference.of(subject.converted, subject.inputs)
+        )
+        run, kernels = routes.ROUTES[name].build(source, int8=True)
+        print(f"  {name}: {kernels}", file=sys.stderr, flush=True)
+        return run
+
+    return build
+
+
+ROUTES = (
+    Route(BASELINE, "float32, eager", lambda subject: subject.float_model, int8=False),
+    Route("float32-inductor", "float32, Inductor", _float_inductor, int8=False),
+    Route("int8-eager", "int8, eager", lambda subject: subject.converted),
+    Route("int8-inductor", "int8, Inductor", _library("inductor")),
+    Route("int8-aot-inductor", "int8, AOTInductor", _library("aot_inductor")),
+    Route("int8-onnxruntime", "int8, onnxruntime", _library("onnxruntime")),
+    Route("int8-openvino", "int8, OpenVINO", _library("openvino")),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one route.
+
+    Attributes:
+        speed_up: median over the rounds, over float32 eager.
+        quartiles: first and third quartile of the same.
+        milliseconds: median of a batch.
+        error: relative error of the output, compared with that of the model it runs.
+        runs: timed rounds.
+        skipped: why nothing was measured; the figures are None then.
+    """
+
+    model: str
+    route: str
+    title: str
+    speed_up: float | None = None
+    quartiles: tuple[float, float] | None = None
+    milliseconds: float | None = None
+    error: float | None = None
+    runs: int = 0
+    skipped: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the output is that of the model."""
+        return self.error is not None and self.error <= TOLERANCE
+
+    def __str__(self) -> str:
+        if self.skipped is not None:
+            return f"{self.title:<{WIDTHS[0]}}  skipped: {self.skipped}"
+        spread = Spread(self.speed_up, *self.quartiles)
+        cells = [self.title, spread, f"{self.milliseconds:.2f}", f"{self.error:.1e}", self.runs]
+        return row(cells, WIDTHS) + ("" if self.is_right else "  wrong output")
+
+
+def subject_of(workload: Workload, steps: int = 3) -> Subject:
+    """Train the workload's model for a few steps, quantization-aware, and convert it."""
+    trainer = Trainer(workload.build(), [QATConfig()])
+    for number in range(steps):
+        trainer.step(number, *workload.batches[number % len(workload.batches)])
+    converted = trainer.manager.convert(workload.inputs)
+    float_model = workload.build().eval()
+    return Subject(float_model, converted.eval(), workload.inputs)
+
+
+def measure(
+    workload: Workload, routes: Sequence[Route], runs: int, seconds: float | None
+) -> list[Result]:
+    """Build the routes, compare their outputs, and time them in turns."""
+    runners: dict[str, Runner] = {}
+    errors: dict[str, float] = {}
+    skipped: dict[str, str] = {}
+    subject = subject_of(workload)
+    with torch.no_grad():
+        for route in routes:
+            print(f"building {workload.name}, {route.title} ...", file=sys.stderr, flush=True)
+            model = subject.converted if route.int8 else subject.float_model
+            expected = model(subject.inputs)
+            try:
+                runners[route.name] = route.build(subject)
+                output = runners[route.name](subject.inputs)
+                errors[route.name] = relative_error(output, expected)
+            except Exception as error:
+                runners.pop(route.name, None)
+                skipped[route.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+        arms = {name: _arm(run, subject.inputs) for name, run in runners.items()}
+        durations = interleaved(arms, runs, warm_up=WARM_UP, seconds=seconds, label=workload.name)
+    results = []
+    for route in routes:
+        if route.name in skipped:
+            reason = skipped[route.name].splitlines()[0]
+            results.append(Result(workload.name, route.name, route.title, skipped=reason))
+        else:
+            results.append(_result(workload.name, route, durations, errors[route.name]))
+    return results
+
+
+def relative_error(output: Any, expected: Tensor) -> float:
+    """Return the root mean square of the difference, relative to that of `expected`."""
+    found = output[0] if isinstance(output, (tuple, list)) else output
+    difference = torch.as_tensor(found).double() - expected.double()
+    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
+
+
+def _arm(run: Runner, inputs: Tensor) -> Callable[[int], object]:
+    return lambda number: run(inputs)
+
+
+def _result(model: str, route: Route, durations: dict[str, list[Duration]], error: float) -> Result:
+    own = durations[route.name]
+    spread = Spread.of(ratios(durations[BASELINE], own))
+    return Result(
+        model=model,
+        route=route.name,
+        title=route.title,
+        speed_up=spread.median,
+        quartiles=(spread.low, spread.high),
+        milliseconds=milliseconds(own),
+        error=error,
+        runs=len(own),
+    )
+
+
+def best(results: Sequence[Result]) -> Result | None:
+    """Return the fastest route that runs the int8 model and returns what it should."""
+    names = {route.name for route in ROUTES if route.int8}
+    usable = [item for item in results if item.route in names and item.is_right]
+    return max(usable, key=lambda item: item.speed_up, default=None)
+
+
+def verdict(model: str, results: Sequence[Result]) -> str:
+    """Return one line on the best route of a model."""
+    found = best(results)
+    if found is None:
+        return f"{model}: no route runs the int8 model"
+    text = f"{model}: the best route is {found.title}, {found.speed_up:.2f} times float32's speed"
+    bar = BARS.get(model)
+    if bar is None:
+        return text
+    return f"{text}; {'meets' if found.speed_up >= bar else 'misses'} the bar of {bar:.0f}"
+
+
+def chart(path: Path, results: Sequence[Result]) -> None:
+    """Draw the speed-ups, a panel per model."""
+    panels: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for item in results:
+        if item.skipped is None:
+            panels.setdefault(item.model, {})[item.title] = (item.speed_up, *item.quartiles)
+    title = "Speed of inference, as a multiple of float32 eager's"
+    bar_chart(path, panels, title=title, axis="times the speed of float32 eager")
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    """Run from the command line; return what was measured."""
+    options = _parse(arguments)
+    torch.set_num_threads(options.threads)
+    described = machine.describe_machine()
+    print(machine.in_words(described), flush=True)
+    results: list[Result] = []
+    document: dict[str, Any] = {"benchmark": "inference", "machine": described, "models": {}}
+    for name in options.models:
+        workload = WORKLOADS[name](options.shrink)
+        document["models"][name] = workload.description
+        measured = measure(workload, options.routes, options.runs, options.seconds_per_model)
+        print(f"\n{name}: {workload.description}\n{row(HEADINGS, WIDTHS)}", flush=True)
+        for item in measured:
+            print(item, flush=True)
+        print(verdict(name, measured), flush=True)
+        results += measured
+        document["results"] = [asdict(item) for item in results]
+        write_json(options.json, document)
+    if options.chart is not None:
+        chart(options.chart, results)
+    return results
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = {route.name: route for route in ROUTES}
+    parser.add_argument(
+        "--models", nargs="+", choices=list(WORKLOADS), default=["encoder", "resnet"]
+    )
+    parser.add_argument("--routes", nargs="+", choices=list(names), default=list(names))
+    parser.add_argument("--runs", type=int, default=60, help="timed rounds at most")
+    parser.add_argument(
+        "--seconds-per-model", type=float, help="stop timing a model after so long; default: never"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--shrink", type=int, default=1, help="divide the sizes, for a quick look")
+    parser.add_argument("--json", type=Path, default=RESULTS / "inference.json")
+    parser.add_argument("--chart", type=Path, help="an image to draw; needs matplotlib")
+    options = parser.parse_args(arguments)
+    options.routes = [names[name] for name in dict.fromkeys([BASELINE, *options.routes])]
+    return options
+
+
+if __name__ == "__main__":
+    main()
