@@ -54,42 +54,47 @@ inline uint32_t pair(int32_t even, int32_t odd) {
   return to_bits(static_cast<float>(even)) >> 16 | to_bits(static_cast<float>(odd));
 }
 
-// Packs rows `begin` to `end` (even) of one panel: (end - begin) / 2 rows of PANEL pairs.
+// Packs a part of a right factor: some rows of some neighboring panels. One row of all of them is
+// taken before the next, because what lies side by side is fast to read.
 template <typename Code>
-void pack_rows(
-    const Code* codes, const Product& product, int32_t zero_point, int64_t panel, int64_t begin,
-    int64_t end, uint32_t* packed) {
-  const int64_t first = panel * PANEL;
-  const int64_t count = std::min(PANEL, product.columns - first);
+void pack_part(
+    const Code* codes, const Product& product, int32_t zero_point, int64_t first, int64_t last,
+    int64_t begin, int64_t end, uint32_t* packed) {
   Code nothing[PANEL];
   std::fill_n(nothing, PANEL, static_cast<Code>(zero_point));
-  const auto row = [&](int64_t k) {
-    return k < product.depth ? codes + k * product.columns + first : nothing;
-  };
-  for (int64_t k = begin; k < end; k += 2, packed += PANEL) {
-    const Code* even = row(k);
-    const Code* odd = row(k + 1);
-    for (int64_t i = 0; i < count; ++i) {
-      packed[i] = pair(even[i] - zero_point, odd[i] - zero_point);
+  for (int64_t k = begin; k < end; k += 2) {
+    for (int64_t column = first; column < last; column += PANEL) {
+      const int64_t count = std::min(PANEL, product.columns - column);
+      const auto row = [&](int64_t index) {
+        return index < product.depth ? codes + index * product.columns + column : nothing;
+      };
+      const Code* even = row(k);
+      const Code* odd = row(k + 1);
+      uint32_t* target = packed + (column * product.padded_depth() + k * PANEL) / 2;
+      for (int64_t i = 0; i < count; ++i) {
+        target[i] = pair(even[i] - zero_point, odd[i] - zero_point);
+      }
+      std::fill(target + count, target + PANEL, 0u);
     }
-    std::fill(packed + count, packed + PANEL, 0u);
   }
 }
 
 // Returns panel after panel, each of padded_depth() / 2 rows of PANEL pairs.
 template <typename Code>
 Buffer<uint32_t> pack(const Code* codes, const Product& product, int32_t zero_point) {
-  const int64_t panels = divide_up(product.columns, PANEL);
+  constexpr int64_t width = 4 * PANEL;
+  constexpr int64_t height = 128;
+  const int64_t columns = round_up(product.columns, PANEL);
   const int64_t depth = product.padded_depth();
-  const int64_t parts = divide_up(depth, DEPTH);
-  Buffer<uint32_t> packed = allocate<uint32_t>(panels * depth / 2 * PANEL);
-  at::parallel_for(0, panels * parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t index = first; index < last; ++index) {
-      const int64_t panel = index % panels;
-      const int64_t begin = index / panels * DEPTH;
-      uint32_t* target = packed.get() + (panel * depth + begin) / 2 * PANEL;
-      pack_rows(
-          codes, product, zero_point, panel, begin, std::min(begin + DEPTH, depth), target);
+  const int64_t across = divide_up(columns, width);
+  Buffer<uint32_t> packed = allocate<uint32_t>(columns * depth / 2);
+  at::parallel_for(0, across * divide_up(depth, height), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t column = index % across * width;
+      const int64_t k = index / across * height;
+      pack_part(
+          codes, product, zero_point, column, std::min(column + width, columns), k,
+          std::min(k + height, depth), packed.get());
     }
   });
   return packed;
@@ -239,7 +244,7 @@ void multiply_rows(
     // Apart from the output, whose rows may lie so far apart that they evict each other.
     for (int64_t begin = k; begin < end; begin += DEPTH) {
       const int64_t depth = std::min(DEPTH, product.padded_depth() - begin);
-      const uint32_t* panel = packed + (first / PANEL * product.padded_depth() + begin) / 2 * PANEL;
+      const uint32_t* panel = packed + (first * product.padded_depth() + begin * PANEL) / 2;
       const uint16_t* block = pieces + (begin - k) * Pieces * count;
       for (int64_t piece = 0; piece < Pieces; ++piece) {
         multiply_panel(
