@@ -76,3 +76,10 @@ def same(left: np.ndarray, right: np.ndarray) -> bool:
         return False
     unordered = np.isnan(left) & np.isnan(right)
     return bool(np.all(unordered | (left.view(np.int32) == right.view(np.int32))))
+
+
+def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Finite float32 numbers with eight digits, half to even."""
+    number = values.view(np.uint32).astype(np.uint64)
+    number = (number + 0x7FFF + (number >> 16 & 1)) & 0xFFFF0000
+    return number.astype(np.uint32).view(np.float32)

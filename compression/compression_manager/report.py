@@ -142,9 +142,7 @@ class Report:
             if layer.time_ratio is not None and layer.time_ratio > 1.0
         ]
         if slower:
-            lines.append(
-                f"slower on integers than in float32 here: {', '.join(slower)}"
-            )
+            lines.append(f"slower on integers than in float32 here: {', '.join(slower)}")
         return lines
 
 

@@ -4,8 +4,8 @@
 
 Prints a line for each check, then the median time of each pass beside that of the torch operations
 that it replaces, taken alternately in one process, with the bytes that a pass has to move; then
-bfloat16 products in one and three pieces beside float32's `torch.mm`. Needs nothing but the
-package. The exit code is 1 if a check fails.
+bfloat16 products in one and three pieces beside float32's `torch.mm`, and products of integers
+beside torch's. Needs nothing but the package. The exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ODD_SHAPES = [(1, 1, 1), (33, 65, 63), (257, 511, 129), (70, 2600, 65), (300, 51
 # Rows, depth, columns: the encoder's products for the gradient of an input and of a weight.
 INPUT_GRADIENTS = [(2048, 512, 512), (2048, 512, 2048), (2048, 2048, 512)]
 WEIGHT_GRADIENTS = [(512, 2048, 512), (512, 2048, 2048), (2048, 2048, 512)]
+# The encoder's layers.
+LAYERS = [(2048, 512, 512), (2048, 512, 2048), (2048, 2048, 512)]
 # float32's own rounding, relative to the sum of the magnitudes of the terms.
 TOLERANCE = 3e-7
 
@@ -46,9 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passes = NativePasses()
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"bfloat16 products by AMX: {passes.supports_pieces(3)}, {options.threads} threads"
+        f"bfloat16 products by AMX: {passes.supports_pieces(3)}, "
+        f"integers' by AMX: {passes.supports_integers()}, {options.threads} threads"
     )
-    results = [*element_checks(passes), *product_checks(passes)]
+    results = [*element_checks(passes), *product_checks(passes), *integer_checks(passes)]
     for name, passed in results:
         print(f"{'PASS' if passed else 'FAIL'} {name}")
     time_passes(passes, options.repeats)
@@ -56,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time_products(passes, options.repeats)
     else:
         print("products are not timed: no AMX")
+    if passes.supports_integers():
+        time_integers(passes, options.repeats)
     return 0 if all(passed for _, passed in results) else 1
 
 
@@ -73,7 +78,9 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
             same = torch.equal(codes, expected) and codes.stride() == input.stride()
             yield f"quantize {shape} {codes.dtype}", same
             yield f"clipped {shape} {codes.dtype}", torch.equal(bits(clipped, input), outside)
+            half = passes.dequantize(codes, SCALE, zero_point, torch.bfloat16)
             values = passes.dequantize(codes, SCALE, zero_point)
+            yield f"dequantize to bfloat16 {shape}", torch.equal(half, values.bfloat16())
             exact = ((codes.double() - zero_point) * to_float32(SCALE)).float()
             yield f"dequantize {shape} {codes.dtype}", torch.equal(values, exact)
         output, positive = passes.relu(input)
@@ -94,6 +101,8 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
     yield "quantize_rows codes", torch.equal(codes, expected_codes)
     rows = passes.dequantize_rows(codes, scale)
     yield "dequantize_rows", torch.equal(rows, codes.float() * scale[:, None])
+    half = passes.dequantize_rows(codes, scale, torch.bfloat16)
+    yield "dequantize_rows to bfloat16", torch.equal(half, rows.bfloat16())
 
 
 def product_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
@@ -115,6 +124,31 @@ def product_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
                     error = ((output - exact).abs() / terms.clamp(min=1e-300)).max().item()
                     label = f"{name} {shape} {dtype} {pieces} pieces, error {error:.1e}"
                     yield label, error < TOLERANCE
+
+
+def integer_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
+    """Yield the name of each check of a product of integers and whether it holds."""
+    for shape in [*ODD_SHAPES, *(LAYERS if passes.supports_integers() else [])]:
+        codes, weight, scale, bias = integers(*shape)
+        exact = (codes.double() - ZERO_POINT) @ weight.double().t()
+        expected = exact.float().mul_(scale)
+        output = passes.multiply_integers(codes, weight, ZERO_POINT, scale, None)
+        yield f"multiply_integers {shape}", torch.equal(output, expected)
+        output = passes.multiply_integers(codes, weight, ZERO_POINT, scale, bias)
+        yield f"multiply_integers {shape} with bias", torch.equal(output, expected.add_(bias))
+        left, right = factors(*shape, torch.int8)
+        of_columns = torch.rand(shape[1])
+        same = torch.equal(
+            passes.multiply(left, right, 0, 1, of_columns),
+            passes.multiply(left * of_columns, right, 0, 1),
+        )
+        yield f"multiply {shape} with scale", same
+        left = left.t().contiguous()
+        same = torch.equal(
+            passes.multiply_transposed(left, right, 0, 1, 0.3),
+            passes.multiply_transposed(left, right, 0, 1) * 0.3,
+        )
+        yield f"multiply_transposed {shape} with factor", same
 
 
 def time_passes(passes: NativePasses, repeats: int) -> None:
@@ -231,6 +265,45 @@ def time_product(
     print(f"{label:34}" + "".join(f"{figure:11.3f}" for figure in (*figures, *rates)))
 
 
+def time_integers(passes: NativePasses, repeats: int) -> None:
+    """Print a table of the products of integers: milliseconds, and rate of the native one."""
+    names = ("native", "qlinear", "packed", "_int_mm", "float32 mm", "TOPS")
+    print(f"\n{'integers: rows, depth, columns':34}" + "".join(f"{name:>11}" for name in names))
+    for shape in LAYERS:
+        time_layer(passes, shape, repeats)
+
+
+def time_layer(passes: NativePasses, shape: tuple[int, int, int], repeats: int) -> None:
+    """Print the row of one product of integers."""
+    codes, weight, scale, bias = integers(*shape)
+    signed, floats, transposed = codes.view(torch.int8), codes.float(), weight.float().t()
+    row_scale, zeros = scale / SCALE, torch.zeros(scale.shape, dtype=torch.int32)
+
+    def prepack() -> Tensor:
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
+        return packed
+
+    def qlinear(packed: Tensor) -> None:
+        torch.ops.onednn.qlinear_pointwise(
+            codes, SCALE, ZERO_POINT, packed, row_scale, zeros, bias, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
+
+    kept = prepack()
+    times = medians(
+        [
+            lambda: passes.multiply_integers(codes, weight, ZERO_POINT, scale, bias),
+            lambda: qlinear(prepack()),
+            lambda: qlinear(kept),
+            lambda: torch._int_mm(signed, weight.t()),
+            lambda: torch.mm(floats, transposed),
+        ],
+        repeats,
+    )
+    figures = (*times, 2e-9 * shape[0] * shape[1] * shape[2] / times[0])
+    print(f"{shape!s:34}" + "".join(f"{figure:11.3f}" for figure in figures))
+
+
 def print_times(
     name: str, native: Computation, plain: Computation, size: float, repeats: int
 ) -> None:
@@ -275,6 +348,13 @@ def factors(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple[Te
     limits = torch.iinfo(dtype)
     codes = torch.randint(limits.min, limits.max + 1, (depth, columns), dtype=dtype)
     return torch.randn(rows, depth), codes
+
+
+def integers(rows: int, depth: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return codes, a weight's codes, scales and a bias."""
+    codes = torch.randint(0, 256, (rows, depth), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (columns, depth), dtype=torch.int8)
+    return codes, weight, torch.rand(columns) * SCALE, torch.randn(columns)
 
 
 def images(*shape: int) -> Tensor:

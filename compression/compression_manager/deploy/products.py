@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.integer import products
-from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import (
     convolution_size,
     geometry_of,
@@ -43,11 +42,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Operand:
-    """The weight of a layer, ready to multiply, and the buffers that it was made of."""
+    """The weight of a layer as an operand, and the buffers that it was made of."""
 
     source: tuple[object, ...]
     weight: IntegerWeight
-    packed: Tensor | None
 
 
 # Not in the modules: what oneDNN orders anew can be neither saved nor copied.
@@ -72,8 +70,7 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         operand = _integers_of(layer, input)
     if operand is None:
         return None
-    ready = _operand(layer, lambda weight: products.pack_linear(weight))
-    return products.linear(operand, ready.weight, layer.bias, ready.packed)
+    return products.linear(operand, _weight_of(layer), layer.bias, active_passes(), packs=True)
 
 
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
@@ -87,12 +84,7 @@ def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         operand = _integers_of(layer, input)
     if operand is None:
         return None
-    geometry, codes = geometry_of(layer), operand
-    ready = _operand(
-        layer,
-        lambda weight: products.pack_convolution(codes, weight, geometry, any_batch=True),
-    )
-    return products.convolve(operand, ready.weight, layer.bias, geometry, ready.packed)
+    return products.convolve(operand, _weight_of(layer), layer.bias, geometry_of(layer), packs=True)
 
 
 def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], Size]) -> bool:
@@ -133,16 +125,13 @@ def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
     )
 
 
-def _operand(layer: ConvertedLayer, pack: Callable[[IntegerWeight], Tensor]) -> _Operand:
-    """Return the weight ready to multiply, which is made anew if a buffer changed."""
+def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
+    """Return the layer's weight as an operand, which is made anew if a buffer changed."""
     tensors = (layer.weight, layer.weight_scale)
     source = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
     known = _operands.get(layer)
-    if known is not None and known.source == source:
-        return known
-    codes = layer.integer_weight().contiguous()
-    scale = layer.weight_scale.expand(codes.shape[0]).contiguous()
-    weight = IntegerWeight(codes, scale, None)
-    packs = codes.device.type == "cpu" and cpu_features().vnni
-    _operands[layer] = _Operand(source, weight, pack(weight) if packs else None)
-    return _operands[layer]
+    if known is None or known.source != source:
+        codes = layer.integer_weight().contiguous()
+        scale = layer.weight_scale.expand(codes.shape[0]).contiguous()
+        known = _operands[layer] = _Operand(source, IntegerWeight(codes, scale, None))
+    return known.weight

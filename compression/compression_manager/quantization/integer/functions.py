@@ -34,12 +34,15 @@ class Operands:
         path: Path,
         backward: Backward,
         passes: Passes,
+        *,
+        packs: bool = False,
     ) -> None:
         self.input = input
         self.weight = weight
         self.path = path
         self.backward = backward
         self.passes = passes
+        self.packs = packs
 
     def save(self, ctx: Any) -> None:
         """Keep for the backward pass what it needs, as tensors that checkpointing can follow."""
@@ -63,16 +66,16 @@ class Operands:
             ctx.passes,
         )  # fmt: skip
 
-    def float_input(self) -> Tensor:
+    def float_input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers of the input's integers."""
-        scale, zero_point = self.input.scale, self.input.zero_point
+        codes, scale, zero_point = self.input.codes, self.input.scale, self.input.zero_point
         if scale.device.type == "cpu":
-            return self.passes.dequantize(self.input.codes, float(scale), int(zero_point))
-        return self.passes.dequantize(self.input.codes, scale, zero_point)
+            return self.passes.dequantize(codes, float(scale), int(zero_point), dtype)
+        return self.passes.dequantize(codes, scale, zero_point, dtype)
 
-    def float_weight(self) -> Tensor:
+    def float_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers of the weight's integers."""
-        return self.passes.dequantize_rows(self.weight.codes, self.weight.scale)
+        return self.passes.dequantize_rows(self.weight.codes, self.weight.scale, dtype)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the input from that of its quantized values."""
@@ -100,7 +103,9 @@ class IntegerLinear(torch.autograd.Function):
     ) -> Tensor:
         operands.save(ctx)
         if operands.path == "integer":
-            return products.linear(operands.input, operands.weight, bias)
+            return products.linear(
+                operands.input, operands.weight, bias, operands.passes, packs=operands.packs
+            )
         return F.linear(operands.float_input(), operands.float_weight(), bias)
 
     @staticmethod
@@ -124,7 +129,7 @@ def _by_weight(rows: Tensor, operands: Operands) -> Tensor:
     if operands.backward == "float32":
         return rows.mm(operands.float_weight())
     weight, pieces = operands.weight, _PIECES[operands.backward]
-    return operands.passes.multiply(rows * weight.scale, weight.codes, 0, pieces)
+    return operands.passes.multiply(rows, weight.codes, 0, pieces, weight.scale)
 
 
 def _by_input(rows: Tensor, operands: Operands) -> Tensor:
@@ -134,8 +139,9 @@ def _by_input(rows: Tensor, operands: Operands) -> Tensor:
         return rows.t().mm(operands.float_input().reshape(-1, width))
     input, pieces = operands.input, _PIECES[operands.backward]
     codes = input.codes.reshape(-1, width)
-    product = operands.passes.multiply_transposed(rows, codes, int(input.zero_point), pieces)
-    return product.mul_(input.scale)
+    return operands.passes.multiply_transposed(
+        rows, codes, int(input.zero_point), pieces, float(input.scale)
+    )
 
 
 class IntegerConvolution(torch.autograd.Function):
@@ -153,7 +159,9 @@ class IntegerConvolution(torch.autograd.Function):
         operands.save(ctx)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
         if operands.path == "integer":
-            return products.convolve(operands.input, operands.weight, bias, geometry)
+            return products.convolve(
+                operands.input, operands.weight, bias, geometry, packs=operands.packs
+            )
         return F.conv2d(operands.float_input(), operands.float_weight(), bias, *geometry)
 
     @staticmethod
@@ -164,8 +172,8 @@ class IntegerConvolution(torch.autograd.Function):
         dtype = torch.bfloat16 if operands.backward == "bfloat16" else torch.float32
         for_input, for_weight, for_bias = torch.ops.aten.convolution_backward(
             gradient.to(dtype),
-            operands.float_input().to(dtype),
-            operands.float_weight().to(dtype),
+            operands.float_input(dtype),
+            operands.float_weight(dtype),
             ctx.bias_sizes,
             stride,
             padding,

@@ -42,7 +42,7 @@ class IntegerInput:
     clipped: Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class IntegerWeight:
     """A quantized weight, symmetric around zero.
 
@@ -50,11 +50,14 @@ class IntegerWeight:
         codes: int8, (rows, ...).
         scale: float32 (rows,).
         clipped: bits of the elements outside of the range, or None.
+        packed: the codes in the order that oneDNN multiplies them in, once they were asked for;
+            neither to be saved nor to be traced.
     """
 
     codes: Tensor
     scale: Tensor
     clipped: Tensor | None
+    packed: Tensor | None = None
 
 
 def why_no_integer_input(scheme: QuantizationScheme) -> str | None:

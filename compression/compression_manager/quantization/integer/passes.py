@@ -97,28 +97,38 @@ class Passes(ABC):
         """
 
     @abstractmethod
-    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
-        """Return (codes - zero_point) * scale.
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: float | Tensor,
+        zero_point: int | Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Return (codes - zero_point) * scale, a float32 product.
 
         Args:
             codes: uint8 or int8, dense, any shape.
             scale: a float32 number; a tensor on an accelerator.
             zero_point: integer of real zero.
+            dtype: float32, or bfloat16, to which the product is then rounded, half to even.
 
         Returns:
-            float32, shape and strides of `codes`.
+            `dtype`, shape and strides of `codes`.
         """
 
     @abstractmethod
-    def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
-        """Return codes * scale, with one scale for each index of the first axis.
+    def dequantize_rows(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return codes * scale, a float32 product, with one scale for each index of the first axis.
 
         Args:
             codes: int8 (rows, *), dense.
             scale: float32 (rows,).
+            dtype: float32, or bfloat16, to which the product is then rounded, half to even.
 
         Returns:
-            float32, shape and strides of `codes`.
+            `dtype`, shape and strides of `codes`.
         """
 
     @abstractmethod
@@ -164,17 +174,25 @@ class Passes(ABC):
         """Return whether `multiply` computes with so many pieces here."""
 
     @abstractmethod
-    def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
-        """Return left @ (right - zero_point) by products of bfloat16 summed in float32.
+    def multiply(
+        self,
+        left: Tensor,
+        right: Tensor,
+        zero_point: int,
+        pieces: int,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Return (left * scale) @ (right - zero_point) by products of bfloat16 summed in float32.
 
-        The integers are exact in bfloat16. In one piece, `left` is rounded to bfloat16; split into
-        three, whose sum it is, the result has the error of a float32 product.
+        The integers are exact in bfloat16. In one piece, the left factor is rounded to bfloat16;
+        split into three, whose sum it is, the result has the error of a float32 product.
 
         Args:
             left: float32 (M, K).
             right: int8 or uint8 (K, N).
             zero_point: integer of real zero in `right`.
             pieces: 1 or 3.
+            scale: float32 (K,) of the columns of `left`, a product in float32; None for ones.
 
         Returns:
             float32 (M, N), contiguous.
@@ -182,15 +200,40 @@ class Passes(ABC):
 
     @abstractmethod
     def multiply_transposed(
-        self, left: Tensor, right: Tensor, zero_point: int, pieces: int
+        self, left: Tensor, right: Tensor, zero_point: int, pieces: int, factor: float = 1.0
     ) -> Tensor:
-        """Return left.T @ (right - zero_point), computed as in `multiply`.
+        """Return left.T @ (right - zero_point) * factor, computed as in `multiply`.
 
         Args:
             left: float32 (K, M).
             right: int8 or uint8 (K, N).
             zero_point: integer of real zero in `right`.
             pieces: 1 or 3.
+            factor: a float32 number by which the result is multiplied when it is final.
+
+        Returns:
+            float32 (M, N), contiguous.
+        """
+
+    @abstractmethod
+    def supports_integers(self) -> bool:
+        """Return whether `multiply_integers` is the fastest integer product here."""
+
+    @abstractmethod
+    def multiply_integers(
+        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return (codes - zero_point) @ weight.T * scale + bias, the product being exact.
+
+        Rounded to float32 three times: the product, its product with the scale, and the sum with
+        the bias.
+
+        Args:
+            codes: uint8 (M, K).
+            weight: int8 (N, K).
+            zero_point: integer of real zero in `codes`, from 0 to 255.
+            scale: float32 (N,), the scale of the codes times those of the weight's rows.
+            bias: float32 (N,), or None.
 
         Returns:
             float32 (M, N), contiguous.

@@ -13,30 +13,20 @@ from torch import Tensor
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.selection import TORCH
 
 # What turns a signed code into an unsigned one, and back.
 _OFFSET = 128
-
-
-def pack_linear(weight: IntegerWeight, input_shape: tuple[int, int] | None = None) -> Tensor:
-    """Return the codes (out features, in features) in the order that oneDNN multiplies them in.
-
-    Opaque: neither to be saved nor to be traced. Of use on CPUs with VNNI alone.
-
-    Args:
-        weight: as for `linear`.
-        input_shape: (rows, in features), if the rows are known.
-    """
-    shape = None if input_shape is None else list(input_shape)
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.codes, shape)
-    return packed
 
 
 def linear(
     input: IntegerInput,
     weight: IntegerWeight,
     bias: Tensor | None,
-    packed: Tensor | None = None,
+    passes: Passes,
+    *,
+    packs: bool,
 ) -> Tensor:
     """Return the product of the real numbers that the integers stand for, plus `bias`.
 
@@ -44,7 +34,9 @@ def linear(
         input: codes (*, in features).
         weight: codes (out features, in features).
         bias: float32 (out features,), or None.
-        packed: what `pack_linear` returned for the weight, if it is kept.
+        passes: what computes on the CPU.
+        packs: whether it pays to bring the weight into oneDNN's order, because it is going to be
+            multiplied again.
 
     Returns:
         float32 (*, out features).
@@ -52,11 +44,12 @@ def linear(
     matrix = input.codes.reshape(-1, input.codes.shape[-1])
     if matrix.device.type == "cuda":
         output = _cuda_linear(matrix, input, weight, bias)
-    elif cpu_features().vnni:
-        output = _onednn_linear(matrix, input, weight, bias, packed)
+    elif packs and cpu_features().vnni:
+        output = _packed_linear(matrix, input, weight, bias)
     else:
-        difference = matrix.double() - input.zero_point
-        output = _scaled(difference @ weight.codes.double().t(), input, weight.scale, bias)
+        codes, zero_point = _unsigned(matrix, input.zero_point)
+        multiply = (passes if passes.supports_integers() else TORCH).multiply_integers
+        output = multiply(codes, weight.codes, zero_point, input.scale * weight.scale, bias)
     return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
 
 
@@ -65,7 +58,8 @@ def convolve(
     weight: IntegerWeight,
     bias: Tensor | None,
     geometry: Geometry,
-    packed: Tensor | None = None,
+    *,
+    packs: bool,
 ) -> Tensor:
     """Return the convolution of the real numbers that the integers stand for, on the CPU.
 
@@ -74,13 +68,13 @@ def convolve(
         weight: codes (out channels, C / groups, height, width).
         bias: float32 (out channels,), or None.
         geometry: zero padding is that of real zeros.
-        packed: what `pack_convolution` returned for the weight, if it is kept.
+        packs: as for `linear`.
 
     Returns:
         float32 (N, out channels, H', W'), in the memory format of the input.
     """
     if cpu_features().vnni:
-        return _onednn_convolve(input, weight, bias, geometry, packed)
+        return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     difference = input.codes.double() - input.zero_point
     sums = F.conv2d(difference, weight.codes.double(), None, *geometry)
     column = (-1, 1, 1)
@@ -114,19 +108,17 @@ def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int]:
     return codes.view(torch.uint8) ^ _OFFSET, int(zero_point) + _OFFSET
 
 
-def _onednn_linear(
-    matrix: Tensor,
-    input: IntegerInput,
-    weight: IntegerWeight,
-    bias: Tensor | None,
-    packed: Tensor | None,
+def _packed_linear(
+    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
 ) -> Tensor:
     codes, zero_point = _unsigned(matrix, input.zero_point)
+    if weight.packed is None:
+        weight.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
     output: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes,
         float(input.scale),
         zero_point,
-        pack_linear(weight, (codes.shape[0], codes.shape[1])) if packed is None else packed,
+        weight.packed,
         weight.scale,
         torch.zeros(weight.scale.shape, dtype=torch.int32),
         bias,
@@ -140,39 +132,27 @@ def _onednn_linear(
     return output
 
 
-def pack_convolution(
-    input: IntegerInput, weight: IntegerWeight, geometry: Geometry, *, any_batch: bool
-) -> Tensor:
-    """Return the codes of the weight in the order that oneDNN convolves them in; opaque too.
-
-    Args:
-        input: whose scale and shape count.
-        weight: as for `convolve`.
-        geometry: of the convolution.
-        any_batch: leave the order open to inputs of another size.
-    """
-    _, zero_point = _unsigned(input.codes, input.zero_point)
-    packed: Tensor = torch.ops.onednn.qconv_prepack(
-        weight.codes,
-        weight.scale,
-        float(input.scale),
-        zero_point,
-        *geometry,
-        None if any_batch else list(input.codes.shape),
-    )
-    return packed
-
-
 def _onednn_convolve(
     input: IntegerInput,
     weight: IntegerWeight,
     bias: Tensor | None,
     geometry: Geometry,
-    packed: Tensor | None,
+    *,
+    packs: bool,
 ) -> Tensor:
     codes, zero_point = _unsigned(input.codes, input.zero_point)
+    packed = weight.packed
     if packed is None:
-        packed = pack_convolution(input, weight, geometry, any_batch=False)
+        # An order for inputs of any size is kept; the one for this size is the fastest.
+        packed = torch.ops.onednn.qconv_prepack(
+            weight.codes,
+            weight.scale,
+            float(input.scale),
+            zero_point,
+            *geometry,
+            None if packs else list(codes.shape),
+        )
+        weight.packed = packed if packs else None
     output: Tensor = torch.ops.onednn.qconv_pointwise(
         codes,
         float(input.scale),

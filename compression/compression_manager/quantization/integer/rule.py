@@ -66,13 +66,17 @@ def decide(options: ProductOptions, input: Tensor, weight: Tensor | None, size: 
     reason = _why_no_codes(options, input, weight)
     if reason is not None:
         return Decision("fake", reason)
-    trained = input.requires_grad or (weight is not None and weight.requires_grad)
-    training = torch.is_grad_enabled() and trained
-    reason = why_no_integers(options, input.device, size, training)
+    reason = why_no_integers(options, input.device, size, is_training(input, weight))
     if reason is None:
         return Decision("integer")
     # On an accelerator the passes around float32 products are many small kernels.
     return Decision("codes" if input.device.type == "cpu" else "fake", reason)
+
+
+def is_training(input: Tensor, weight: Tensor | None) -> bool:
+    """Return whether gradients of a product are wanted."""
+    trained = input.requires_grad or (weight is not None and weight.requires_grad)
+    return torch.is_grad_enabled() and trained
 
 
 def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:

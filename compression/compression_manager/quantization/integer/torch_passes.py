@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.quantization.integer.bits import pack_mask, unpack_mask
+from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.passes import ROWS, Passes, in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
@@ -54,17 +55,27 @@ class TorchPasses(Passes):
         # Never outside of the range, whose end is the largest value itself.
         return (weight * scale.reciprocal()[:, None]).round_().to(torch.int8), scale
 
-    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: float | Tensor,
+        zero_point: int | Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """Return (codes - zero point) * scale."""
-        values = torch.empty_like(codes, dtype=torch.float32)
+        values = torch.empty_like(codes, dtype=dtype)
         flat, flat_codes = in_memory_order(values), in_memory_order(codes)
         for part in _parts(flat):
-            flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
+            difference = flat_codes[part].to(torch.float32).sub_(zero_point)
+            flat[part].copy_(difference.mul_(scale))
         return values
 
-    def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
+    def dequantize_rows(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Return codes * scale of their row."""
-        return codes.to(torch.float32).mul_(scale.reshape(-1, *[1] * (codes.dim() - 1)))
+        column = scale.reshape(-1, *[1] * (codes.dim() - 1))
+        return codes.to(torch.float32).mul_(column).to(dtype)
 
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """Zero the gradient in place where a bit is set."""
@@ -90,23 +101,54 @@ class TorchPasses(Passes):
             torch.where(mask, flat[part], flat.new_zeros(()), out=flat_passed[part])
         return passed
 
-    def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
+    def multiply(
+        self,
+        left: Tensor,
+        right: Tensor,
+        zero_point: int,
+        pieces: int,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """Return the product in bfloat16; torch rounds the result to bfloat16 as well."""
         self._check_pieces(pieces)
+        left = left if scale is None else left * scale
         product = left.to(torch.bfloat16) @ _exact(right, zero_point)
         return product.to(torch.float32)
 
     def multiply_transposed(
-        self, left: Tensor, right: Tensor, zero_point: int, pieces: int
+        self, left: Tensor, right: Tensor, zero_point: int, pieces: int, factor: float = 1.0
     ) -> Tensor:
         """Return left.T @ (right - zero point) in bfloat16, rounded to bfloat16 as well."""
         self._check_pieces(pieces)
         product = left.to(torch.bfloat16).t() @ _exact(right, zero_point)
-        return product.to(torch.float32)
+        return product.to(torch.float32).mul_(factor)
 
     def supports_pieces(self, pieces: int) -> bool:
         """Return whether products of so many pieces are computed; only those of one."""
         return pieces == 1
+
+    def supports_integers(self) -> bool:
+        """Return False: the operators that torch has for this itself are faster."""
+        return False
+
+    def multiply_integers(
+        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Return the product; summed in float64, which is exact, unless the CPU has VNNI."""
+        offsets: Tensor | int = 0
+        if codes.device.type == "cpu" and cpu_features().vnni:
+            # Flipping the highest bit subtracts 128.
+            sums = torch._int_mm((codes ^ 128).view(torch.int8), weight.t())
+            offsets = (zero_point - 128) * weight.sum(1, dtype=torch.int32)
+        else:
+            sums = (codes.double() - zero_point) @ weight.double().t()
+        output = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
+        rows = max(_PART // max(sums.shape[1], 1), 1)
+        for part, done in zip(sums.split(rows), output.split(rows), strict=True):
+            done.copy_(part.sub_(offsets)).mul_(scale)
+            if bias is not None:
+                done.add_(bias)
+        return output
 
     def _check_pieces(self, pieces: int) -> None:
         if not self.supports_pieces(pieces):

@@ -30,7 +30,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.passes import Passes, dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide
+from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
@@ -122,6 +122,7 @@ def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) ->
         decision.path,
         backward_of(options, input.device, passes),
         passes,
+        packs=not is_training(input, weight),
     )
 
 

@@ -42,6 +42,21 @@ inline float to_float(uint32_t bits) {
   return value;
 }
 
+// The upper half of a float32, rounded half to even: a bfloat16.
+inline uint16_t round_to_bfloat16(float value) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+}
+
+inline void store(float value, float* target) {
+  *target = value;
+}
+
+inline void store(float value, uint16_t* target) {
+  *target = round_to_bfloat16(value);
+}
+
 // Packs the flags (0 or 1) of up to GROUP elements into divide_up(count, 8) bytes of a mask.
 inline uint64_t pack_flags(const uint8_t* flags, int64_t count, uint8_t* mask) {
   uint64_t word = 0;

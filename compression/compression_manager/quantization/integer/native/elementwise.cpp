@@ -88,13 +88,23 @@ bool quantize(const float* input, int64_t size, Range range, Code* codes, uint8_
   return any;
 }
 
-template <typename Code>
-void dequantize(const Code* codes, int64_t size, float scale, int32_t zero_point, float* output) {
-  for_elements(size, [&](int64_t begin, int64_t end) {
+template <typename Code, typename Value>
+void dequantize(
+    const Code* __restrict codes, int64_t size, float scale, int32_t zero_point,
+    Value* __restrict output) {
+  for_elements(size, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      output[i] = static_cast<float>(codes[i] - zero_point) * scale;
+      store(static_cast<float>(codes[i] - zero_point) * scale, output + i);
     }
   });
+}
+
+template <typename Value>
+void dequantize(
+    const void* codes, int64_t size, bool has_sign, float scale, int32_t zero_point,
+    Value* output) {
+  has_sign ? dequantize(static_cast<const int8_t*>(codes), size, scale, zero_point, output)
+           : dequantize(static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
 }
 
 inline uint64_t relu_group(
@@ -129,10 +139,12 @@ EXPORT bool quantize_elements(
                   : quantize(input, size, range, static_cast<uint8_t*>(codes), mask);
 }
 
+// Writes float32, or bfloat16 if `half`.
 EXPORT void dequantize_elements(
-    const void* codes, int64_t size, bool has_sign, float scale, int32_t zero_point, float* output) {
-  has_sign ? dequantize(static_cast<const int8_t*>(codes), size, scale, zero_point, output)
-           : dequantize(static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
+    const void* codes, int64_t size, bool has_sign, float scale, int32_t zero_point, bool half,
+    void* output) {
+  half ? dequantize(codes, size, has_sign, scale, zero_point, static_cast<uint16_t*>(output))
+       : dequantize(codes, size, has_sign, scale, zero_point, static_cast<float*>(output));
 }
 
 EXPORT void clear_marked(float* values, int64_t size, const uint8_t* mask) {

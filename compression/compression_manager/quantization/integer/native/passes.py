@@ -22,19 +22,29 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         _bool,
         [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
     ),
-    "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _pointer]),
+    "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),
     "clear_marked": (None, [_pointer, _size, _pointer]),
     "relu_elements": (None, [_pointer, _size, _pointer, _pointer]),
     "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),
     "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer]),
-    "dequantize_rows": (None, [_pointer, _size, _size, _size, _pointer, _pointer]),
+    "dequantize_rows": (None, [_pointer, _size, _size, _size, _pointer, _bool, _pointer]),
     "supports_bfloat16": (_bool, []),
     "multiply_codes": (
         ctypes.c_char_p,
-        [_pointer, _bool, _pointer, _bool, _integer, _size, _size, _size, _integer, _pointer],
+        [
+            *[_pointer, _bool, _pointer, _float, _pointer, _bool, _integer],
+            *[_size, _size, _size, _integer, _pointer],
+        ],
+    ),
+    "supports_integers": (_bool, []),
+    "multiply_integers": (
+        ctypes.c_char_p,
+        [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],
     ),
 }
 _CODES = (torch.uint8, torch.int8)
+# More terms of 255 * -128 would not fit into 32 bits.
+_MOST_TERMS = 2**31 // (255 * 128)
 
 
 class NativePasses(Passes):
@@ -103,21 +113,30 @@ class NativePasses(Passes):
         )
         return codes, scale
 
-    def dequantize(self, codes: Tensor, scale: float | Tensor, zero_point: int | Tensor) -> Tensor:
+    def dequantize(
+        self,
+        codes: Tensor,
+        scale: float | Tensor,
+        zero_point: int | Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
         """See `Passes.dequantize`."""
         _check("codes", codes, *_CODES)
-        output = torch.empty_like(codes, dtype=torch.float32)
+        output = _empty_values(codes, dtype)
         self._functions.dequantize_elements(
             codes.data_ptr(),
             codes.numel(),
             codes.dtype == torch.int8,
             float(scale),
             int(zero_point),
+            dtype == torch.bfloat16,
             output.data_ptr(),
         )
         return output
 
-    def dequantize_rows(self, codes: Tensor, scale: Tensor) -> Tensor:
+    def dequantize_rows(
+        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """See `Passes.dequantize_rows`."""
         _check("codes", codes, torch.int8)
         _check("scale", scale, torch.float32)
@@ -126,7 +145,7 @@ class NativePasses(Passes):
                 f"scale has one element for each row of codes, got {_described(scale)} for "
                 f"{_described(codes)}."
             )
-        output = torch.empty_like(codes, dtype=torch.float32)
+        output = _empty_values(codes, dtype)
         if codes.numel() > 0:
             rows = codes.shape[0]
             # A row's neighbors in memory are its own elements up to the stride of the rows.
@@ -137,6 +156,7 @@ class NativePasses(Passes):
                 run,
                 rows,
                 scale.data_ptr(),
+                dtype == torch.bfloat16,
                 output.data_ptr(),
             )
         return output
@@ -169,29 +189,49 @@ class NativePasses(Passes):
         )
         return output
 
-    def multiply(self, left: Tensor, right: Tensor, zero_point: int, pieces: int) -> Tensor:
+    def multiply(
+        self,
+        left: Tensor,
+        right: Tensor,
+        zero_point: int,
+        pieces: int,
+        scale: Tensor | None = None,
+    ) -> Tensor:
         """See `Passes.multiply`; without AMX plain loops compute it, slowly."""
-        return self._multiply(left, right, zero_point, pieces, transposed=False)
+        _check_factors(left, right, zero_point, pieces, transposed=False)
+        if scale is not None:
+            _check_vector("scale", scale, left.shape[1])
+        return self._multiply(left, right, zero_point, pieces, scale=scale)
 
     def multiply_transposed(
-        self, left: Tensor, right: Tensor, zero_point: int, pieces: int
+        self, left: Tensor, right: Tensor, zero_point: int, pieces: int, factor: float = 1.0
     ) -> Tensor:
         """See `Passes.multiply_transposed`; without AMX plain loops compute it, slowly."""
-        return self._multiply(left, right, zero_point, pieces, transposed=True)
+        _check_factors(left, right, zero_point, pieces, transposed=True)
+        return self._multiply(left, right, zero_point, pieces, transposed=True, factor=factor)
 
     def _multiply(
-        self, left: Tensor, right: Tensor, zero_point: int, pieces: int, *, transposed: bool
+        self,
+        left: Tensor,
+        right: Tensor,
+        zero_point: int,
+        pieces: int,
+        *,
+        transposed: bool = False,
+        scale: Tensor | None = None,
+        factor: float = 1.0,
     ) -> Tensor:
-        _check_factors(left, right, zero_point, pieces, transposed=transposed)
         left, right = left.contiguous(), right.contiguous()
         rows = left.shape[1 if transposed else 0]
         depth, columns = right.shape
         if 0 in (rows, columns, depth):
-            return left.new_zeros(rows, columns)
+            return left.new_zeros(rows, columns).mul_(factor)
         output = left.new_empty(rows, columns)
         problem = self._functions.multiply_codes(
             left.data_ptr(),
             transposed,
+            _address(scale),
+            factor,
             right.data_ptr(),
             right.dtype == torch.int8,
             zero_point,
@@ -203,6 +243,39 @@ class NativePasses(Passes):
         )
         if problem is not None:
             raise QuantizationError(f"the bfloat16 product failed: {problem.decode()}")
+        return output
+
+    def supports_integers(self) -> bool:
+        """Return whether `multiply_integers` uses AMX; without it plain loops are very slow."""
+        return bool(self._functions.supports_integers())
+
+    def multiply_integers(
+        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """See `Passes.multiply_integers`; codes and weight are contiguous."""
+        _check_integers(codes, weight, zero_point)
+        rows, depth = codes.shape
+        columns = weight.shape[0]
+        _check_vector("scale", scale, columns)
+        if bias is not None:
+            _check_vector("bias", bias, columns)
+        if 0 in (rows, columns, depth):
+            nothing = scale.new_zeros(rows, columns).mul_(scale)
+            return nothing if bias is None else nothing.add_(bias)
+        output = scale.new_empty(rows, columns)
+        problem = self._functions.multiply_integers(
+            codes.data_ptr(),
+            weight.data_ptr(),
+            zero_point,
+            scale.data_ptr(),
+            _address(bias),
+            rows,
+            columns,
+            depth,
+            output.data_ptr(),
+        )
+        if problem is not None:
+            raise QuantizationError(f"the integer product failed: {problem.decode()}")
         return output
 
 
@@ -265,14 +338,54 @@ def _check_factors(
             f"left has as many {which} as right has rows, got {_described(left)} and "
             f"{_described(right)}."
         )
-    limits = torch.iinfo(right.dtype)
-    if not limits.min <= zero_point <= limits.max:
-        raise QuantizationError(
-            f"the zero point of {right.dtype} lies between {limits.min} and {limits.max}, got "
-            f"{zero_point}."
-        )
+    _check_zero_point(zero_point, right.dtype)
     if pieces not in (1, 3):
         raise QuantizationError(f"pieces is 1 or 3, got {pieces}.")
+
+
+def _check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
+    _check("codes", codes, torch.uint8)
+    _check("weight", weight, torch.int8)
+    if (codes.dim(), weight.dim()) != (2, 2) or codes.shape[1] != weight.shape[1]:
+        raise QuantizationError(
+            "codes and weight are matrices with the same number of columns, got "
+            f"{_described(codes)} and {_described(weight)}."
+        )
+    if not codes.is_contiguous() or not weight.is_contiguous():
+        raise QuantizationError(
+            f"codes and weight are contiguous, got {_described(codes)} and {_described(weight)}; "
+            "use .contiguous()."
+        )
+    if codes.shape[1] > _MOST_TERMS:
+        raise QuantizationError(
+            f"sums of up to {_MOST_TERMS} products fit into 32 bits, got {codes.shape[1]} columns."
+        )
+    _check_zero_point(zero_point, codes.dtype)
+
+
+def _check_zero_point(zero_point: int, dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    if not limits.min <= zero_point <= limits.max:
+        raise QuantizationError(
+            f"the zero point of {dtype} lies between {limits.min} and {limits.max}, got "
+            f"{zero_point}."
+        )
+
+
+def _check_vector(what: str, vector: Tensor, size: int) -> None:
+    _check(what, vector, torch.float32)
+    if vector.shape != (size,):
+        raise QuantizationError(f"{what} has {size} elements, got {_described(vector)}.")
+
+
+def _empty_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise QuantizationError(f"values are float32 or bfloat16, got {dtype}.")
+    return torch.empty_like(codes, dtype=dtype)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _described(tensor: Tensor) -> str:

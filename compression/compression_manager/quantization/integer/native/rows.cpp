@@ -46,6 +46,20 @@ void quantize_row(const float* row, int64_t columns, float inverse_scale, int8_t
   }
 }
 
+template <typename Value>
+void dequantize(
+    const int8_t* codes, int64_t runs, int64_t run, int64_t rows, const float* scales,
+    Value* output) {
+  at::parallel_for(0, runs, rows_per_thread(run), [=](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const float scale = scales[index % rows];
+      for (int64_t i = index * run; i < (index + 1) * run; ++i) {
+        store(static_cast<float>(codes[i]) * scale, output + i);
+      }
+    }
+  });
+}
+
 } // namespace
 } // namespace native
 
@@ -62,15 +76,11 @@ EXPORT void quantize_rows(
   });
 }
 
-// The elements of a row lie in runs of `run`; the runs of all rows alternate in memory.
+// The elements of a row lie in runs of `run`; the runs of all rows alternate in memory. Writes
+// float32, or bfloat16 if `half`.
 EXPORT void dequantize_rows(
-    const int8_t* codes, int64_t runs, int64_t run, int64_t rows, const float* scales, float* output) {
-  at::parallel_for(0, runs, rows_per_thread(run), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const float scale = scales[index % rows];
-      for (int64_t i = index * run; i < (index + 1) * run; ++i) {
-        output[i] = static_cast<float>(codes[i]) * scale;
-      }
-    }
-  });
+    const int8_t* codes, int64_t runs, int64_t run, int64_t rows, const float* scales, bool half,
+    void* output) {
+  half ? dequantize(codes, runs, run, rows, scales, static_cast<uint16_t*>(output))
+       : dequantize(codes, runs, run, rows, scales, static_cast<float*>(output));
 }

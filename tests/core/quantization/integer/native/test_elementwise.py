@@ -12,7 +12,8 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import quantize
 from compression_manager.quantization.integer.native import NativePasses
-from dense_tensors import bits, code_tensors, float_tensors, memory, same
+from compression_manager.quantization.integer.torch_passes import TorchPasses
+from dense_tensors import bits, code_tensors, float_tensors, memory, rounded_to_bfloat16, same
 
 RANGES = [(0, 255), (0, 127), (-128, 127), (-127, 127), (-8, 7), (0, 15)]
 LONG = 3 * 32768 + 77
@@ -108,6 +109,51 @@ def test_each_row_has_its_own_scale_in_any_memory_format(
 
 
 @settings(deadline=None, max_examples=100)
+@given(
+    codes=code_tensors(np.int8, np.uint8, minimum_axes=1),
+    scale=st.sampled_from([1.0, 0.1, 1 / 3, 1e-38]),
+    zero_point=st.integers(-128, 255),
+)
+def test_bfloat16_values_are_the_rounded_ones_of_float32(
+    passes: NativePasses, codes: Tensor, scale: float, zero_point: int
+) -> None:
+    single = float(np.float32(scale))
+    for one in (passes, TorchPasses()):
+        output = one.dequantize(codes, single, zero_point, torch.bfloat16)
+        expected = rounded_to_bfloat16(memory(passes.dequantize(codes, single, zero_point)))
+        assert output.dtype == torch.bfloat16
+        assert output.stride() == codes.stride()
+        assert same(memory(output.float()), expected)
+
+
+@settings(deadline=None, max_examples=100)
+@given(codes=code_tensors(np.int8, minimum_axes=1), seed=st.integers(0, 2**32))
+def test_bfloat16_rows_are_the_rounded_ones_of_float32(
+    passes: NativePasses, codes: Tensor, seed: int
+) -> None:
+    scale = torch.from_numpy(np.random.default_rng(seed).random(codes.shape[0], dtype=np.float32))
+    for one in (passes, TorchPasses()):
+        output = one.dequantize_rows(codes, scale, torch.bfloat16)
+        expected = rounded_to_bfloat16(memory(passes.dequantize_rows(codes, scale)))
+        assert output.dtype == torch.bfloat16
+        assert output.stride() == codes.stride()
+        assert same(memory(output.float()), expected)
+
+
+def test_bfloat16_values_that_are_not_finite(passes: NativePasses) -> None:
+    codes = torch.tensor([-1, 0, 1], dtype=torch.int8)
+    for one in (passes, TorchPasses()):
+        infinite = one.dequantize(codes, 3.4e38, -1, torch.bfloat16)
+        assert infinite.tolist() == [0.0, float("inf"), float("inf")]
+        assert one.dequantize(codes, float("nan"), 0, torch.bfloat16).isnan().all()
+        scale = torch.tensor([float("inf"), float("nan"), 1.0])
+        rows = one.dequantize_rows(codes[:, None], scale, torch.bfloat16).flatten()
+        assert rows[0] == float("-inf")
+        assert rows[1].isnan()
+        assert rows[2] == 1
+
+
+@settings(deadline=None, max_examples=100)
 @given(gradient=float_tensors(), seed=st.integers(0, 2**32), share=st.sampled_from([0, 0.01, 0.5]))
 def test_clipped_elements_lose_their_gradient_in_place(
     passes: NativePasses, gradient: Tensor, seed: int, share: float
@@ -174,6 +220,8 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
         passes.quantize(input, 1.0, 9, 0, 7, True)
     with pytest.raises(QuantizationError, match="codes is a dense uint8 or int8"):
         passes.dequantize(input, 1.0, 0)
+    with pytest.raises(QuantizationError, match="values are float32 or bfloat16"):
+        passes.dequantize(input.char(), 1.0, 0, torch.float16)
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
         passes.clear_clipped(input, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.native import NativePasses
+from compression_manager.quantization.integer.torch_passes import TorchPasses
+from dense_tensors import rounded_to_bfloat16
 
 # Beyond one panel (64), tile (16), depth of a kernel (512), span (2048) and block of rows (256).
 SHAPES = [(1, 1, 1), (17, 63, 65), (33, 513, 64), (300, 40, 130), (5, 2600, 7), (16, 512, 128)]
@@ -44,13 +46,6 @@ def largest_error(output: Tensor, left: np.ndarray, right: Tensor, zero_point: i
     integers = right.numpy().astype(np.float64) - zero_point
     error = np.abs(output.double().numpy() - left.astype(np.float64) @ integers)
     return float((error / (np.abs(left).astype(np.float64) @ np.abs(integers) + 1e-300)).max())
-
-
-def rounded_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Finite float32 numbers with eight digits, half to even."""
-    number = values.view(np.uint32).astype(np.uint64)
-    number = (number + 0x7FFF + (number >> 16 & 1)) & 0xFFFF0000
-    return number.astype(np.uint32).view(np.float32)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -139,6 +134,39 @@ def test_three_pieces_hold_the_largest_floats(passes: NativePasses) -> None:
     assert output.item() == left.item()
 
 
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_scale_of_the_left_columns_is_a_product_of_its_own(
+    passes: NativePasses, shape: tuple[int, int, int], pieces: int
+) -> None:
+    left, right = make_factors(*shape, torch.int8)
+    scale = torch.rand(shape[1])
+    expected = passes.multiply(left * scale, right, 5, pieces)
+    assert torch.equal(passes.multiply(left, right, 5, pieces, scale), expected)
+    assert not torch.equal(passes.multiply(left, right, 5, pieces), expected)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_factor_multiplies_the_final_result(
+    passes: NativePasses, shape: tuple[int, int, int], pieces: int
+) -> None:
+    left, right = make_factors(*shape, torch.int8)
+    left, factor = left.t().contiguous(), float(np.float32(0.0123))
+    expected = passes.multiply_transposed(left, right, 5, pieces).mul_(factor)
+    assert torch.equal(passes.multiply_transposed(left, right, 5, pieces, factor), expected)
+
+
+def test_plain_operations_take_scale_and_factor() -> None:
+    left, right = make_factors(9, 20, 11, torch.int8)
+    scale, plain = torch.rand(20), TorchPasses()
+    expected = plain.multiply(left * scale, right, 3, 1)
+    assert torch.equal(plain.multiply(left, right, 3, 1, scale), expected)
+    left = left.t().contiguous()
+    expected = plain.multiply_transposed(left, right, 3, 1) * 0.25
+    assert torch.equal(plain.multiply_transposed(left, right, 3, 1, 0.25), expected)
+
+
 def test_factors_may_have_any_strides(passes: NativePasses) -> None:
     left, right = make_factors(9, 20, 11, torch.int8)
     expected = passes.multiply(left, right, 0, 3)
@@ -156,5 +184,7 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
         passes.multiply(left, right, 0, 2)
     with pytest.raises(QuantizationError, match="between 0 and 255, got 256"):
         passes.multiply(left, right, 256, 1)
+    with pytest.raises(QuantizationError, match="scale has 4 elements"):
+        passes.multiply(left, right, 0, 1, torch.ones(3))
     with pytest.raises(QuantizationError, match="right one of int8 or uint8"):
         passes.multiply(left, right.float(), 0, 1)

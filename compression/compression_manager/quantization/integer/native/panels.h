@@ -1,0 +1,52 @@
+// What products share: memory, the panels that a right factor is packed into, and transposition.
+#pragma once
+
+#include "common.h"
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace native {
+
+// Columns of a panel: the width for which oneDNN's kernels are made.
+constexpr int64_t PANEL = 64;
+// Rows that are transposed at a time, and columns.
+constexpr int64_t TILE = 16;
+
+inline int64_t round_up(int64_t value, int64_t to) {
+  return divide_up(value, to) * to;
+}
+
+struct Free {
+  void operator()(void* memory) const {
+    std::free(memory);
+  }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  void* memory = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  return Buffer<T>(static_cast<T*>(memory));
+}
+
+// Transposes TILE x TILE units of 32 bits; rows lie `from` and `to` units apart.
+inline void transpose_tile(const float* source, int64_t from, float* target, int64_t to) {
+  at::vec::transpose_mxn<float, TILE, TILE>(source, from, target, to);
+}
+
+// The rows of a block: `most`, or fewer where threads would have nothing to do.
+inline int64_t rows_of_block(int64_t rows, int64_t most) {
+  constexpr int64_t fewest = 32;
+  const int64_t share = round_up(divide_up(rows, at::get_num_threads()), fewest);
+  return std::max(fewest, std::min(most, share) / fewest * fewest);
+}
+
+} // namespace native
