@@ -162,6 +162,7 @@ def _find_passes(variant: Variant) -> Any:
         raise Unavailable(f"there is no integer forward: {error}") from error
     if variant.passes == "torch":
         return plain.TorchPasses()
+    selection.prepare_native()
     found = selection.active_passes()
     if found.name != variant.passes:
         raise Unavailable(f"no native kernels: the passes in use are '{found.name}'")
