@@ -27,7 +27,7 @@ namespace cpublas = at::native::cpublas;
 // Terms that one call of a kernel sums up, and rows of a block.
 constexpr int64_t DEPTH = INTEGER_DEPTH;
 constexpr int64_t MOST_ROWS = INTEGER_ROWS;
-// The instructions take 64 terms at a time; what is missing at the end is filled with zeros.
+// The instructions take 64 terms at a time; codes that are missing at the end become zeros.
 constexpr int64_t TERMS = 64;
 // Terms in 32 bits.
 constexpr int64_t UNIT = 4;
@@ -70,9 +70,6 @@ void pack_tile(const Product& product, int64_t column, int8_t* panel) {
   alignas(64) float target[TILE * TILE];
   for (int64_t k = 0; k < product.depth; k += TERMS, panel += TERMS * PANEL) {
     const int64_t bytes = std::min(TERMS, product.depth - k);
-    if (bytes < TERMS) {
-      std::memset(source, 0, sizeof(source));
-    }
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(source + i * TILE, product.weight + (column + i) * product.depth + k, bytes);
     }
@@ -172,7 +169,8 @@ void write(
   }
 }
 
-// Copies the terms from `k` on of a block's rows, with zeros behind them.
+// Copies the terms from `k` on of a block's rows, with zeros behind them: there, the panels hold
+// anything.
 void copy_rest(const Product& product, int64_t row, int64_t count, int64_t k, uint8_t* rest) {
   const int64_t bytes = product.depth - k;
   for (int64_t i = 0; i < count; ++i, rest += TERMS) {

@@ -140,6 +140,15 @@ def test_bfloat16_rows_are_the_rounded_ones_of_float32(
         assert same(memory(output.float()), expected)
 
 
+def test_bfloat16_values_are_rounded_half_to_even(passes: NativePasses) -> None:
+    codes = torch.tensor([1, 3, 5], dtype=torch.int8)
+    scale = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1.0])
+    for one in (passes, TorchPasses()):
+        assert one.dequantize(codes, 1.0, -256, torch.bfloat16).tolist() == [256.0, 260.0, 260.0]
+        rows = one.dequantize_rows(torch.ones_like(codes), scale, torch.bfloat16)
+        assert rows.tolist() == [1.0, 1 + 2**-6, 1.0]
+
+
 def test_bfloat16_values_that_are_not_finite(passes: NativePasses) -> None:
     codes = torch.tensor([-1, 0, 1], dtype=torch.int8)
     for one in (passes, TorchPasses()):
