@@ -24,6 +24,7 @@ from compression_manager.quantization.integer.geometry import (
 from compression_manager.quantization.integer.operands import (
     IntegerInput,
     IntegerWeight,
+    is_finite,
     quantize_finite,
     quantize_on_accelerator,
     why_no_integer_input,
@@ -32,9 +33,7 @@ from compression_manager.quantization.integer.operands import (
 from compression_manager.quantization.integer.passes import dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import active_passes
-from compression_manager.quantization.ranges import tensor_range
 from compression_manager.quantization.recent import share
-from compression_manager.quantization.scheme import QuantizationScheme
 
 if TYPE_CHECKING:
     from compression_manager.deploy.layers import ConvertedLayer
@@ -117,11 +116,11 @@ def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
     if values.device.type != "cpu":
         return quantize_on_accelerator(values, layer.input_scale, layer.input_zero_point, scheme)
     share(values)
-    low, high = tensor_range(values, QuantizationScheme())
-    if not bool((high - low).isfinite()):
+    values = values.detach()
+    if not is_finite(values):
         return None
     return quantize_finite(
-        values.detach(), layer.input_scale, layer.input_zero_point, scheme, active_passes()
+        values, layer.input_scale, layer.input_zero_point, scheme, active_passes()
     )
 
 

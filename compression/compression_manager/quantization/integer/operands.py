@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from compression_manager.quantization import arithmetic, kernels
+from compression_manager.quantization import arithmetic, kernels, scalars
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.passes import Passes, dense, in_memory_order
 from compression_manager.quantization.integer.torch_passes import TorchPasses
@@ -23,6 +24,9 @@ from compression_manager.quantization.recent import share, shared
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _BITS = 8
+_WHOLE = QuantizationScheme()
+# More steps than any range has.
+_FAR = 2.0**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +101,7 @@ def integer_input(
         )
     share(input)
     input = input.detach()
-    low, high = tensor_range(input, QuantizationScheme())
-    if not bool((high - low).isfinite()):
+    if not is_finite(input):
         return None
     quantizer.follow(input)
     return quantize_finite(input, quantizer.scale, quantizer.zero_point, quantizer.scheme, passes)
@@ -120,18 +123,40 @@ def quantize_finite(
         scheme: one that `why_no_integer_input` accepts.
         passes: what computes.
     """
-    limits = int(zero_point), scheme.quant_min, scheme.quant_max
+    step, offset = float(scale), int(zero_point)
+    limits = offset, scheme.quant_min, scheme.quant_max
 
     def compute() -> IntegerInput:
-        inverse = scale.reciprocal()
-        ends = torch.stack(tensor_range(input, QuantizationScheme())) * inverse
-        first, last = ends.round_().add_(zero_point).tolist()
+        inverse = scalars.float32(1.0 / step)
+        first, last = (_steps(end, inverse) + offset for end in _ends(input))
         clips = first < scheme.quant_min or last > scheme.quant_max
-        codes, clipped = passes.quantize(input, float(inverse), *limits, clips)
+        codes, clipped = passes.quantize(input, inverse, *limits, clips)
         # Copies, because the buffers follow the next batch in place.
         return IntegerInput(codes, scale.clone(), zero_point.clone(), clipped)
 
-    return shared(input, (passes.name, float(scale), *limits), compute)
+    return shared(input, (passes.name, step, *limits), compute)
+
+
+def is_finite(input: Tensor) -> bool:
+    """Return whether all values of a tensor on the CPU are finite."""
+    low, high = _ends(input)
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _steps(value: float, inverse_scale: float) -> int:
+    """Return round(value * inverse_scale) as float32 computes it; far outside, some large one."""
+    product = value * inverse_scale
+    return round(scalars.float32(product)) if abs(product) < _FAR else int(product)
+
+
+def _ends(input: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest value, which all readers of a tensor share."""
+
+    def compute() -> tuple[float, float]:
+        low, high = tensor_range(input, _WHOLE)
+        return float(low), float(high)
+
+    return shared(input, "ends", compute)
 
 
 def quantize_on_accelerator(
