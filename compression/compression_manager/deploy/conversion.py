@@ -133,6 +133,7 @@ def convert_copy(
         )
     # Nothing can be undone from here on, and what was replaced holds the float weights.
     conversion._swaps.clear()
+    conversion._places.clear()
     disable_fused_paths(conversion.model)
     _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:
