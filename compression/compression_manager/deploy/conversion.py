@@ -74,6 +74,9 @@ class Conversion:
             _set_child(parent, child, new)
             self._swaps.append((parent, child, old))
             self._places.setdefault(id(new), []).append((parent, child))
+        # Such as the layers of an attention, which its replacement takes over.
+        for module, places in _all_places(new).items():
+            self._places.setdefault(module, []).extend(places)
 
     def _places_of(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
         """Return every (parent, name) of a module; the whole model is searched once, not each time.
@@ -130,6 +133,7 @@ def convert_copy(
         )
     # Nothing can be undone from here on, and what was replaced holds the float weights.
     conversion._swaps.clear()
+    conversion._places.clear()
     disable_fused_paths(conversion.model)
     _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:

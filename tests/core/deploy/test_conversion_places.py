@@ -22,6 +22,17 @@ def test_every_place_of_a_shared_module_is_replaced_and_put_back() -> None:
     assert model["b"][0] is shared
 
 
+def test_a_layer_that_a_replacement_took_over_is_replaced_in_it() -> None:
+    inner, new = nn.Linear(2, 2), nn.Identity()
+    model = nn.ModuleDict({"outer": nn.ModuleDict({"inner": inner})})
+    conversion = Conversion(model)
+    conversion.replace("outer", nn.ModuleDict({"inner": inner}))  # type: ignore[arg-type]
+    conversion.replace("outer.inner", new)  # type: ignore[arg-type]
+    assert model["outer"]["inner"] is new
+    conversion.undo()
+    assert model["outer"]["inner"] is inner
+
+
 def test_what_a_plugin_changed_otherwise_is_found() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     conversion = Conversion(model)
@@ -37,9 +48,9 @@ def test_the_model_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(20)))
     searches = []
     modules = nn.Module.modules
-    monkeypatch.setattr(nn.Module, "modules", lambda self: searches.append(1) or modules(self))
+    monkeypatch.setattr(nn.Module, "modules", lambda self: searches.append(self) or modules(self))
     conversion = Conversion(model)
     for number in range(20):
         conversion.replace(str(number), nn.Identity())  # type: ignore[arg-type]
-    assert len(searches) == 1
+    assert searches.count(model) == 1
     assert all(isinstance(layer, nn.Identity) for layer in model)
