@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import nn
@@ -26,7 +25,7 @@ from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.integer.selection import describe_products, prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
-from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_output
+from compression_manager.quantization.layers.relu import keep_bits, keep_outputs
 from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.convert import can_fold, convert_layer
@@ -76,7 +75,8 @@ class FakeQuantPlugin(Plugin[Options]):
             context.add_cleanup(_restoring(layer), owner=self.name)
         if self._computes_on_cpu(context.model):
             prepare_native()
-            self._save_memory_of_relus(context)
+            # Layers keep integers of what a ReLU returns, which need not be kept twice.
+            context.add_cleanup(keep_bits(context.model), owner=self.name)
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
         if context.example_inputs is None:
             self._take_pairs(None)
@@ -101,9 +101,7 @@ class FakeQuantPlugin(Plugin[Options]):
     def convert_model(self, conversion: Conversion) -> None:
         """Replace every quantization-aware layer of the copy by its deployed form."""
         model = conversion.model
-        for module in model.modules():
-            if type(module) is BitMaskReLU:
-                keep_output(module)
+        keep_outputs(model)
         if conversion.example_inputs is not None:
             # Only the pairs of the model as deployed count: eval mode may take another path.
             deployed = _find_pairs(model, conversion.example_inputs)
@@ -167,13 +165,6 @@ class FakeQuantPlugin(Plugin[Options]):
         """Return whether layers keep integers between forward and backward, on the CPU."""
         devices = {parameter.device.type for parameter in model.parameters()}
         return self.product_options().forward != "fake" and "cpu" in devices
-
-    def _save_memory_of_relus(self, context: Context) -> None:
-        """Let each `nn.ReLU` keep bits where layers keep integers of what it returns."""
-        for module in context.model.modules():
-            if type(module) is nn.ReLU:
-                keep_bits(module)
-                context.add_cleanup(partial(keep_output, module), owner=self.name)
 
     def _schemes(self) -> dict[str, str]:
         return {

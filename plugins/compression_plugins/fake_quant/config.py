@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, Protocol
 
 from compression_manager.checks import require_choice, require_type
 from compression_manager.errors import ConfigError
@@ -117,7 +117,7 @@ class QATConfig(PluginConfig):
         default=None, metadata=option("When BatchNorm statistics stop changing; null: never.")
     )
 
-    forward: str = field(
+    forward: Forward = field(
         default="auto",
         metadata=option(
             "Arithmetic of the products in forward: 'auto' (integers where the machine multiplies "
@@ -125,7 +125,7 @@ class QATConfig(PluginConfig):
             "quantization, which can be differentiated twice)."
         ),
     )
-    backward: str = field(
+    backward: Backward = field(
         default="float32",
         metadata=option(
             "Arithmetic of the products in backward: 'float32', 'bfloat16x3' (float32's accuracy "
@@ -142,7 +142,7 @@ class QATConfig(PluginConfig):
     @property
     def products(self) -> ProductOptions:
         """How the layers multiply."""
-        return ProductOptions(cast(Forward, self.forward), cast(Backward, self.backward))
+        return ProductOptions(self.forward, self.backward)
 
     def _check_phases(self) -> None:
         for name in ("observe_at", "fake_quantize_at"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -27,6 +29,11 @@ class BitMaskReLU(nn.ReLU):
             input, self.inplace, active_passes()
         )
         return output
+
+
+def relu(input: Tensor) -> Tensor:
+    """Return what `F.relu` does, keeping bits where it can."""
+    return _RELU(input)
 
 
 def _keeps_bits(input: Tensor) -> bool:
@@ -73,11 +80,44 @@ class _BitMaskReLU(torch.autograd.Function):
         return cast(Passes, ctx.passes).relu_gradient(gradient, positive), None, None
 
 
-def keep_bits(module: nn.ReLU) -> None:
-    """Turn a module of exactly the class `nn.ReLU` into one that keeps bits."""
-    module.__class__ = BitMaskReLU
+_RELU = BitMaskReLU()
+
+# Layers that hold their activation as an attribute, which may be torch's function.
+_HOLDERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def keep_output(module: nn.ReLU) -> None:
-    """Turn it back."""
-    module.__class__ = nn.ReLU
+def keep_bits(model: nn.Module) -> Callable[[], None]:
+    """Let each ReLU of `model` keep bits; return a function that undoes it.
+
+    Modules of exactly the class `nn.ReLU` change their class, and torch's transformer layers that
+    hold `F.relu` as their activation get `relu` for it. What calls `F.relu` itself keeps floats.
+    """
+    modules = [module for module in model.modules() if type(module) is nn.ReLU]
+    holders = [
+        module
+        for module in model.modules()
+        if isinstance(module, _HOLDERS) and module.activation is F.relu
+    ]
+    for module in modules:
+        cast(Any, module).__class__ = BitMaskReLU
+    for module in holders:
+        cast(Any, module).activation = relu
+
+    def undo() -> None:
+        for module in (*modules, *holders):
+            _keep_output(module)
+
+    return undo
+
+
+def keep_outputs(model: nn.Module) -> None:
+    """Make each ReLU of `model` torch's own again."""
+    for module in model.modules():
+        _keep_output(module)
+
+
+def _keep_output(module: nn.Module) -> None:
+    if type(module) is BitMaskReLU:
+        cast(Any, module).__class__ = nn.ReLU
+    elif isinstance(module, _HOLDERS) and module.activation is relu:
+        cast(Any, module).activation = F.relu

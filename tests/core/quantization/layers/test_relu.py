@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_output
+from compression_manager.quantization.layers import relu
+from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_outputs
 
 SHAPES = [(7,), (3, 5), (2, 3, 5, 7), (1, 1, 1, 1)]
 
@@ -35,10 +37,10 @@ def test_values_and_gradients_are_those_of_torch(shape: Any, inplace: bool, form
     values = torch.randn(shape).round(decimals=1).contiguous(memory_format=format)
     gradient = torch.randn(shape)  # contiguous, whatever the format of the input
     results = []
-    for relu in (BitMaskReLU(inplace), nn.ReLU(inplace)):
+    for module in (BitMaskReLU(inplace), nn.ReLU(inplace)):
         leaf = values.clone(memory_format=torch.preserve_format).requires_grad_()
         input = leaf * 1.0
-        output = relu(input)
+        output = module(input)
         assert (output.data_ptr() == input.data_ptr()) == inplace
         output.backward(gradient)
         results.append((output.detach(), leaf.grad))
@@ -74,9 +76,33 @@ def test_other_inputs_are_left_to_torch(input: Tensor) -> None:
     assert "BitMask" not in str(output.grad_fn)
 
 
-def test_the_class_changes_there_and_back() -> None:
-    module = nn.ReLU()
-    keep_bits(module)
-    assert type(module) is BitMaskReLU
-    keep_output(module)
-    assert type(module) is nn.ReLU
+def test_modules_and_activations_change_there_and_back() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    other = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu")
+    model = nn.Sequential(layer, nn.ReLU(), other)
+    undo = keep_bits(model)
+    assert type(model[1]) is BitMaskReLU
+    assert layer.activation is relu.relu
+    assert other.activation is F.gelu
+    undo()
+    assert (type(model[1]), layer.activation) == (nn.ReLU, F.relu)
+    keep_bits(model)
+    keep_outputs(model)
+    assert (type(model[1]), layer.activation) == (nn.ReLU, F.relu)
+
+
+def test_an_encoder_layer_trains_to_the_same_bits() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 256, dropout=0.0, batch_first=True)
+    input = torch.randn(2, 5, 8)
+    results = []
+    for change in (lambda model: None, keep_bits):
+        change(layer)
+        layer.zero_grad()
+        kept = _saved_bytes(lambda: layer(input))
+        layer(input).square().sum().backward()
+        results.append((kept, [parameter.grad.clone() for parameter in layer.parameters()]))
+    # linear2 keeps its float input, which is the output, so that only the bits are added here.
+    assert results[1][0] == results[0][0] + 2 * 5 * 256 // 8
+    for one, two in zip(results[0][1], results[1][1], strict=True):
+        assert torch.equal(one, two)
