@@ -33,7 +33,7 @@ class BitMaskReLU(nn.ReLU):
 
 def relu(input: Tensor) -> Tensor:
     """Return what `F.relu` does, keeping bits where it can."""
-    return _RELU(input)
+    return cast(Tensor, _RELU(input))
 
 
 def _keeps_bits(input: Tensor) -> bool:
@@ -100,8 +100,8 @@ def keep_bits(model: nn.Module) -> Callable[[], None]:
     ]
     for module in modules:
         cast(Any, module).__class__ = BitMaskReLU
-    for module in holders:
-        cast(Any, module).activation = relu
+    for holder in holders:
+        cast(Any, holder).activation = relu
 
     def undo() -> None:
         for module in (*modules, *holders):
