@@ -17,6 +17,7 @@ SHAPES = [(64, 16, 8), (40, 512, 64), (17, 24, 40)]
 
 def _layer(device: torch.device, inputs: int, outputs: int, **options: Any) -> nn.Module:
     torch.manual_seed(1)
+    options = {"forward": "integer", **options}
     return quantized(nn.Linear(inputs, outputs).to(device), **options)
 
 

@@ -114,7 +114,7 @@ def why_no_integers(
     if size.summed > MAX_SUMMED:
         return f"32-bit sums hold {MAX_SUMMED} products, not {size.summed}"
     if device.type == "cuda":
-        return _why_not_on_cuda(size)
+        return _why_not_on_cuda(options, size)
     if options.forward == "integer":
         return None
     if not cpu_features().vnni:
@@ -133,7 +133,9 @@ def why_no_integers(
     return None
 
 
-def _why_not_on_cuda(size: Size) -> str | None:
+def _why_not_on_cuda(options: ProductOptions, size: Size) -> str | None:
+    if options.forward == "auto":
+        return 'on CUDA integers are multiplied with forward="integer" only'
     if size.rows < _CUDA_MIN_ROWS:
         return f"CUDA multiplies {_CUDA_MIN_ROWS} rows or more"
     if size.summed % _CUDA_MULTIPLE or size.columns % _CUDA_MULTIPLE:

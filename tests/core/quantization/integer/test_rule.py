@@ -54,10 +54,15 @@ def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
 
 
 def test_cuda_multiplies_matrices_of_certain_sizes() -> None:
-    device, options = torch.device("cuda"), ProductOptions("auto")
+    device, options = torch.device("cuda"), ProductOptions("integer")
     assert why_no_integers(options, device, LARGE, True) is None
     assert "17 rows" in (why_no_integers(options, device, Size(16, 512, 512), True) or "")
     assert "multiples of 8" in (why_no_integers(options, device, Size(512, 500, 512), True) or "")
+
+
+def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
+    reason = why_no_integers(ProductOptions("auto"), torch.device("cuda"), LARGE, True)
+    assert reason == 'on CUDA integers are multiplied with forward="integer" only'
 
 
 @pytest.mark.parametrize(
