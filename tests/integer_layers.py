@@ -18,7 +18,7 @@ from compression_manager.quantization import (
     QuantizationSite,
 )
 from compression_manager.quantization.integer import cpu_features, rule
-from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.layers import QuantizedLayer, quantize_layer
 
 WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compression_manager.deploy import products
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
-from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.storage.weight import WeightFormat

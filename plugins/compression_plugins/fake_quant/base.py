@@ -22,7 +22,7 @@ from compression_manager.quantization import (
     QuantizationSite,
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
-from compression_manager.quantization.integer.arithmetic import ProductOptions
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.selection import describe_products, prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
 from compression_manager.quantization.layers.relu import keep_bits, keep_outputs

@@ -9,7 +9,7 @@ from compression_manager.checks import require_choice, require_type
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme
-from compression_manager.quantization.integer.arithmetic import (
+from compression_manager.quantization.integer.options import (
     BACKWARD,
     FORWARD,
     Backward,

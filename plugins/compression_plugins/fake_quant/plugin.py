@@ -11,8 +11,8 @@ from compression_manager import hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.integer.operands import forget_weights
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_plugins.fake_quant.base import FakeQuantPlugin
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.plan import plan_model

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from compression_manager.quantization.integer import products
-from compression_manager.quantization.integer.arithmetic import Backward
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
+from compression_manager.quantization.integer.options import Backward
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import Path
 

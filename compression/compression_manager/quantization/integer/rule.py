@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.selection import computes_reference
 
 Path = Literal["integer", "codes", "fake"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.passes import NativePasses
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 

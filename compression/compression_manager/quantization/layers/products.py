@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.integer.arithmetic import Backward, ProductOptions
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.functions import (
     IntegerConvolution,
@@ -29,6 +28,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
+from compression_manager.quantization.integer.options import Backward, ProductOptions
 from compression_manager.quantization.integer.passes import Passes, dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
 from compression_manager.quantization.integer.selection import TORCH, active_passes

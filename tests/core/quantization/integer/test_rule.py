@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from compression_manager.quantization.integer.arithmetic import ProductOptions
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.rule import MAX_SUMMED, Size, decide, why_no_integers
 from integer_layers import pretended
 

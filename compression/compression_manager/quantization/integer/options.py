@@ -1,4 +1,4 @@
-"""What the user chooses: how products are computed forwards and backwards."""
+"""What the user chooses: how layers multiply, forwards and backwards."""
 
 from __future__ import annotations
 
