@@ -31,7 +31,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.passes import dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide
+from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.recent import share
 
@@ -90,6 +90,8 @@ def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], 
     if torch.compiler.is_compiling():
         return False
     reason = _why_no_operands(layer)
+    if is_training(input, None):
+        reason = "the gradient of its input is wanted"
     options = layer.product_options
     decision = Decision("fake", reason) if reason else decide(options, input, None, size())
     _remember(layer, decision)

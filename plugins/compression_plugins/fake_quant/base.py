@@ -74,7 +74,9 @@ class FakeQuantPlugin(Plugin[Options]):
             layer.product_options = self.product_options()
             context.add_cleanup(_restoring(layer), owner=self.name)
         if self._computes_on_cpu(context.model):
-            prepare_native()
+            reason = prepare_native()
+            if reason is not None:
+                context.note(self.name, f"no native kernels: {reason}")
             # Layers keep integers of what a ReLU returns, which need not be kept twice.
             context.add_cleanup(keep_bits(context.model), owner=self.name)
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)

@@ -178,3 +178,58 @@ def test_unknown_arithmetic_is_refused_with_the_nearest(option: str) -> None:
     value: Any = {"forward": "integr", "backward": "bfloat16x2"}[option]
     with pytest.raises(ConfigError, match="integer" if option == "forward" else "bfloat16x3"):
         QATConfig(**{option: value})
+
+
+def test_the_report_says_why_there_are_no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESSION_MANAGER_NATIVE", "0")
+    manager = prepare_compression(cnn(), [QATConfig()])
+    assert "COMPRESSION_MANAGER_NATIVE=0" in manager.report().notes["qat"]
+    manager.close()
+    monkeypatch.setenv("COMPRESSION_MANAGER_NATIVE", "yes")
+    with pytest.raises(ConfigError, match="valid are 0"):
+        prepare_compression(cnn(), [QATConfig()])
+
+
+def test_the_report_says_who_computes_on_what_and_why() -> None:
+    manager = trained(cnn(), IMAGES)
+    arithmetic = {layer.name: layer.arithmetic for layer in manager.report().layers}
+    assert all(arithmetic[name] for name in ("0", "2", "5"))
+    model = encoder()
+    skipped = prepared(model, [SEQUENCES] * 2, forward="integer")
+    with torch.autocast("cpu", torch.bfloat16):
+        step(skipped, SEQUENCES, 2)
+    described = {layer.arithmetic for layer in skipped.report().layers if layer.quantized}
+    # The report itself runs the model, without autocast.
+    assert described == {"products of integers with 32-bit sums"}
+    assert "products of integers with 32-bit sums: " in str(skipped.report())
+
+
+def test_integer_kernels_slower_than_float_are_named() -> None:
+    from compression_manager.report import LayerReport, Report
+
+    rows = (
+        LayerReport("a", "Linear", True, "", 4, 1, 40.0, "integers", 2.5),
+        LayerReport("b", "Linear", True, "", 4, 1, 40.0, "integers", 0.5),
+    )
+    assert "slower on integers than in float32 here: a (2.5 times float32's time)" in str(
+        Report(rows)
+    )
+
+
+def test_resuming_with_other_arithmetic_warns() -> None:
+    manager = prepared(cnn(), [IMAGES] * 2, forward="auto")
+    manager.on_epoch_end()
+    state = copy.deepcopy(manager.state_dict())
+    manager.close()
+    other = prepare_compression(cnn(), [QATConfig(forward="fake")])
+    with pytest.warns(UserWarning, match="rounds otherwise"):
+        other.load_state_dict(state)
+
+
+def test_gradients_in_a_converted_model_are_those_of_float_products() -> None:
+    manager = trained(cnn(), IMAGES, forward="integer")
+    converted = manager.convert(IMAGES)
+    leaf = IMAGES.clone().requires_grad_()
+    converted(leaf).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.abs().sum() > 0

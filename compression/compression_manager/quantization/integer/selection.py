@@ -16,7 +16,6 @@ TORCH = TorchPasses()
 
 _chosen: Passes | None = None
 _native: Passes | None = None
-_native_reason: str | None = None
 _reference = False
 
 
@@ -34,29 +33,10 @@ def prepare_native() -> str | None:
     Raises:
         ConfigError: the environment variable COMPRESSION_MANAGER_NATIVE is neither 0 nor 1.
     """
-    global _native, _native_reason
+    global _native
     library = load_library()
     _native = NativePasses() if library.functions is not None else None
-    _native_reason = library.reason or None
-    return _native_reason
-
-
-def why_not_native() -> str | None:
-    """Return why plain torch operations compute the passes; None if they do not."""
-    if active_passes() is not TORCH:
-        return None
-    return _native_reason or "the native kernels were not asked for"
-
-
-@contextmanager
-def use_passes(passes: Passes) -> Iterator[None]:
-    """Compute with `passes`, in the whole process, as long as the context lasts."""
-    global _chosen
-    before, _chosen = _chosen, passes
-    try:
-        yield
-    finally:
-        _chosen = before
+    return library.reason or None
 
 
 def describe_products(options: ProductOptions) -> str:
