@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,12 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.integer import cpu_features, rule
 from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.selection import (
+    TORCH,
+    active_passes,
+    prepare_native,
+    use_passes,
+)
 from compression_manager.quantization.layers import QuantizedLayer, quantize_layer
 
 WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
@@ -107,3 +114,17 @@ def pretended(monkeypatch: Any, *, vnni: bool, amx: bool) -> Iterator[None]:
     with monkeypatch.context() as patched:
         patched.setattr(rule, "cpu_features", lambda: features)
         yield
+
+
+@pytest.fixture(params=["torch", "native"])
+def each_passes(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both implementations of the passes, one after the other."""
+    if request.param == "torch":
+        with use_passes(TORCH):
+            yield "torch"
+        return
+    reason = prepare_native()
+    if reason is not None:
+        pytest.skip(reason)
+    with use_passes(active_passes()):
+        yield "native"

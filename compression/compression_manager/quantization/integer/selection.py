@@ -39,6 +39,17 @@ def prepare_native() -> str | None:
     return library.reason or None
 
 
+@contextmanager
+def use_passes(passes: Passes) -> Iterator[None]:
+    """Compute with `passes`, in the whole process, as long as the context lasts."""
+    global _chosen
+    before, _chosen = _chosen, passes
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
 def describe_products(options: ProductOptions) -> str:
     """Return what decides how products round: options, CPU, and who computes in bfloat16."""
     if options.forward == "fake":

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.layers import products as layer_products
 from compression_manager.quantization.layers.products import last_decision
-from integer_layers import exact, quantized, run
+from integer_layers import each_passes, exact, quantized, run
+
+pytestmark = pytest.mark.usefixtures("each_passes")
+__all__ = ["each_passes"]
 
 LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "matrix": (lambda: nn.Linear(24, 10), (300, 24)),
@@ -171,3 +175,38 @@ def test_only_what_is_wanted_is_differentiated() -> None:
     changed(input).sum().backward()
     assert layer.get_parameter("weight").grad is None
     assert layer.get_parameter("bias").grad is not None
+
+
+@pytest.mark.parametrize(
+    ("backward", "name", "tolerance"),
+    [
+        ("bfloat16x3", "many", 1e-6),
+        ("bfloat16", "many", 1e-2),
+        ("bfloat16", "padded", 2e-2),
+    ],
+)
+def test_error_of_bfloat16_gradients(
+    backward: str,
+    name: str,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+    each_passes: str,
+) -> None:
+    if backward == "bfloat16x3" and each_passes == "torch":
+        pytest.skip("torch's bfloat16 products have bfloat16 results")
+    layer, input = _case(name)
+    changed = quantized(layer, input * 0.7)
+    twin = quantized(_case(name)[0], input * 0.7, "fake").double()
+    _, wanted = run(twin, input.double())
+    # Whatever the machine: the rule would keep float32 without AMX.
+    monkeypatch.setattr(layer_products, "backward_of", lambda *args: backward)
+    _, gradients = run(changed, input)
+    errors = [
+        float((got.double() - want).abs().max() / want.abs().max())
+        for got, want in zip(gradients, wanted, strict=True)
+        if got is not None and want is not None
+    ]
+    assert len(errors) == 3
+    assert max(errors) <= tolerance
+    if backward == "bfloat16":
+        assert max(errors) > 1e-5

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from compression_manager.quantization.layers import relu
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_outputs
+from integer_layers import each_passes
+
+pytestmark = pytest.mark.usefixtures("each_passes")
+__all__ = ["each_passes"]
 
 SHAPES = [(7,), (3, 5), (2, 3, 5, 7), (1, 1, 1, 1)]
 
