@@ -203,10 +203,11 @@ def test_error_of_bfloat16_gradients(
     _, gradients = run(changed, input)
     errors = [
         float((got.double() - want).abs().max() / want.abs().max())
-        for got, want in zip(gradients, wanted, strict=True)
+        # The bias's gradient is a float32 sum in any case.
+        for got, want in zip(gradients[:2], wanted[:2], strict=True)
         if got is not None and want is not None
     ]
-    assert len(errors) == 3
+    assert len(errors) == 2
     assert max(errors) <= tolerance
     if backward == "bfloat16":
         assert max(errors) > 1e-5
