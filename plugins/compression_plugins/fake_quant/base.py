@@ -23,7 +23,7 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.selection import describe_products, prepare_native
+from compression_manager.quantization.integer.selection import arithmetic_in_use, prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
 from compression_manager.quantization.layers.relu import keep_bits, keep_outputs
 from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
@@ -131,7 +131,7 @@ class FakeQuantPlugin(Plugin[Options]):
         return {
             "layers": self._schemes(),
             "pairs": self._pairs,
-            "arithmetic": describe_products(self.product_options()),
+            "arithmetic": arithmetic_in_use(self.product_options()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -151,12 +151,13 @@ class FakeQuantPlugin(Plugin[Options]):
                     f"checkpoint: {saved.get(name, 'not at all')}; here: "
                     f"{own.get(name, 'not at all')}."
                 )
-        arithmetic = describe_products(self.product_options())
+        arithmetic = arithmetic_in_use(self.product_options())
         saved_arithmetic = state.get("arithmetic", arithmetic)  # earlier versions saved none
         if saved_arithmetic != arithmetic:
             warnings.warn(
-                f"{self.name}: the checkpoint was computed with {saved_arithmetic}; here it is "
-                f"{arithmetic}, which rounds otherwise.",
+                f"{self.name}: the products of the checkpoint were computed with "
+                f"{_words(saved_arithmetic)}; here with {_words(arithmetic)}, which rounds "
+                "otherwise.",
                 stacklevel=2,
             )
         self._take_pairs(state["pairs"])
@@ -216,3 +217,7 @@ def _find_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
 
 def _restoring(layer: QuantizedLayer) -> Callable[[], None]:
     return lambda: restore_layer(layer)
+
+
+def _words(arithmetic: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arithmetic.items())

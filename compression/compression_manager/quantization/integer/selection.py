@@ -50,14 +50,21 @@ def use_passes(passes: Passes) -> Iterator[None]:
         _chosen = before
 
 
-def describe_products(options: ProductOptions) -> str:
+def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
     """Return what decides how products round: options, CPU, and who computes in bfloat16."""
     if options.forward == "fake":
-        return "fake quantization"
-    described = f"forward={options.forward!r} on a CPU with {cpu_features()}"
+        return {"forward": "fake"}
+    features = cpu_features()
+    used: dict[str, str | int] = {
+        "forward": options.forward,
+        "backward": options.backward,
+        # Digits, so that a checkpoint has the same size on every machine.
+        "vnni": int(features.vnni),
+        "amx": int(features.amx),
+    }
     if options.backward != "float32":
-        described += f", backward={options.backward!r} by {active_passes().name} kernels"
-    return described
+        used["passes"] = active_passes().name
+    return used
 
 
 def computes_reference() -> bool:
