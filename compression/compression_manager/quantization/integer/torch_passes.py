@@ -37,14 +37,11 @@ class TorchPasses(Passes):
         any_clipped = input.device.type != "cpu"
         for part in _parts(flat):
             steps = (flat[part] * inverse_scale).round_().add_(zero_point)
-            if bits is not None:
+            if bits is not None and not _lies_inside(steps, quant_min, quant_max):
                 inside = steps.clamp(quant_min, quant_max)
-                clipped = steps != inside
-                if any_clipped or bool(clipped.any()):
-                    any_clipped = True
-                    bits[_bytes(part)] = pack_mask(clipped)
-                    inside = torch.where(inside.isnan(), zero_point, inside)
-                steps = inside
+                bits[_bytes(part)] = pack_mask(steps != inside)
+                any_clipped = True
+                steps = _with_zero_point(inside, zero_point)
             flat_codes[part].copy_(steps)
         return codes, bits if any_clipped else None
 
@@ -165,6 +162,21 @@ def _parts(flat: Tensor) -> Iterator[slice]:
     length = _PART if flat.device.type == "cpu" else max(count, 1)
     for start in range(0, max(count, 1), length):
         yield slice(start, min(start + length, count))
+
+
+def _lies_inside(steps: Tensor, quant_min: int, quant_max: int) -> bool:
+    """Return whether nothing is to be clipped; on an accelerator, which is not asked, never."""
+    if steps.device.type != "cpu" or not steps.numel():
+        return False
+    low, high = torch.aminmax(steps)
+    return float(low) >= quant_min and float(high) <= quant_max  # not so if they are no numbers
+
+
+def _with_zero_point(steps: Tensor, zero_point: int | Tensor) -> Tensor:
+    """Return `steps`, in place of which the zero point stands for what is not a number."""
+    if isinstance(zero_point, Tensor):
+        return torch.where(steps.isnan(), zero_point, steps)
+    return steps.nan_to_num_(nan=float(zero_point))
 
 
 def _bytes(part: slice) -> slice:
