@@ -233,3 +233,20 @@ def test_gradients_in_a_converted_model_are_those_of_float_products() -> None:
     converted(leaf).sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.abs().sum() > 0
+
+
+def test_loaded_buffers_count_in_a_converted_model() -> None:
+    first = trained(cnn(), IMAGES, forward="integer").convert(IMAGES)
+    second = trained(cnn(), IMAGES * 2.0, forward="integer", steps=5).convert(IMAGES)
+    expected = second(IMAGES)
+    first(IMAGES)
+    first.load_state_dict(second.state_dict())
+    assert torch.equal(first(IMAGES), expected)
+
+
+def test_a_model_converted_in_inference_mode_runs() -> None:
+    manager = trained(cnn(), IMAGES, forward="integer")
+    expected = manager.convert(IMAGES)(IMAGES)
+    with torch.inference_mode():
+        converted = manager.convert(IMAGES)
+        assert torch.equal(converted(IMAGES), expected)
