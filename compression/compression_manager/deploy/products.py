@@ -33,7 +33,7 @@ from compression_manager.quantization.integer.operands import (
 from compression_manager.quantization.integer.passes import dense
 from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
 from compression_manager.quantization.integer.selection import active_passes
-from compression_manager.quantization.recent import share
+from compression_manager.quantization.recent import share, version_of
 
 if TYPE_CHECKING:
     from compression_manager.deploy.layers import ConvertedLayer
@@ -129,15 +129,10 @@ def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
     """Return the layer's weight as an operand, which is made anew if a buffer changed."""
     tensors = (layer.weight, layer.weight_scale, layer.input_scale, layer.input_zero_point)
-    source = tuple(_state_of(tensor) for tensor in tensors)
+    source = tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
     known = _operands.get(layer)
     if known is None or known.source != source:
         codes = layer.integer_weight().contiguous()
         scale = layer.weight_scale.expand(codes.shape[0]).contiguous()
         known = _operands[layer] = _Operand(source, IntegerWeight(codes, scale, None))
     return known.weight
-
-
-def _state_of(tensor: Tensor) -> tuple[int, int]:
-    """Return what changes when a buffer does; nobody counts the changes of inference tensors."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

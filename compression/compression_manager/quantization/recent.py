@@ -76,6 +76,11 @@ def shared(tensor: Tensor, what: object, compute: Callable[[], _Value]) -> _Valu
     return compute()
 
 
+def version_of(tensor: Tensor) -> int:
+    """Return autograd's count of changes; 0 for inference tensors, which it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def forget_all() -> None:
     """Forget every tensor of this thread."""
     _recent.entries.clear()

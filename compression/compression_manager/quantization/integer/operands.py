@@ -20,7 +20,7 @@ from compression_manager.quantization.observers.extremes import (
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
 from compression_manager.quantization.ranges import tensor_range
-from compression_manager.quantization.recent import share, shared
+from compression_manager.quantization.recent import share, shared, version_of
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _BITS = 8
@@ -192,7 +192,7 @@ def integer_weight(
     """
     base = weight if weight._base is None else weight._base
     state = (
-        _generation, id(base), base._version, weight.data_ptr(), weight.shape, weight.stride(),
+        _generation, id(base), version_of(base), weight.data_ptr(), weight.shape, weight.stride(),
         passes.name,
     )  # fmt: skip
     known = _weights.get(quantizer)
