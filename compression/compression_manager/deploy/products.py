@@ -31,7 +31,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.passes import dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
+from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.recent import share, version_of
 
@@ -90,10 +90,13 @@ def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], 
     if torch.compiler.is_compiling():
         return False
     reason = _why_no_operands(layer)
-    if is_training(input, None):
+    if torch.is_grad_enabled() and input.requires_grad:
         reason = "the gradient of its input is wanted"
     options = layer.product_options
-    decision = Decision("fake", reason) if reason else decide(options, input, None, size())
+    if reason is None:
+        decision = decide(options, input, None, size(), training=False)
+    else:
+        decision = Decision("fake", reason)
     _remember(layer, decision)
     return decision.path == "integer"
 

@@ -52,7 +52,9 @@ class Size:
     groups: int = 1
 
 
-def decide(options: ProductOptions, input: Tensor, weight: Tensor | None, size: Size) -> Decision:
+def decide(
+    options: ProductOptions, input: Tensor, weight: Tensor | None, size: Size, *, training: bool
+) -> Decision:
     """Return the path of a product whose operands have integers.
 
     A rule on shapes, dtypes and the machine alone, so that equal runs compute equally.
@@ -62,21 +64,17 @@ def decide(options: ProductOptions, input: Tensor, weight: Tensor | None, size: 
         input: the input of the layer.
         weight: its float weight; None in a deployed layer, which has none.
         size: of the product.
+        training: the mode of the layer. Not whether gradients are wanted, because activation
+            checkpointing may run a forward pass without them first.
     """
     reason = _why_no_codes(options, input, weight)
     if reason is not None:
         return Decision("fake", reason)
-    reason = why_no_integers(options, input.device, size, is_training(input, weight))
+    reason = why_no_integers(options, input.device, size, training)
     if reason is None:
         return Decision("integer")
     # On an accelerator the passes around float32 products are many small kernels.
     return Decision("codes" if input.device.type == "cpu" else "fake", reason)
-
-
-def is_training(input: Tensor, weight: Tensor | None) -> bool:
-    """Return whether gradients of a product are wanted."""
-    trained = input.requires_grad or (weight is not None and weight.requires_grad)
-    return torch.is_grad_enabled() and trained
 
 
 def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
@@ -109,7 +107,7 @@ def why_no_integers(
         options: what the user chose.
         device: the CPU or a CUDA device.
         size: of the product.
-        training: whether gradients are wanted; without them integers pay at any size.
+        training: whether the layer is trained; in evaluation integers pay at any size.
     """
     if size.summed > MAX_SUMMED:
         return f"32-bit sums hold {MAX_SUMMED} products, not {size.summed}"

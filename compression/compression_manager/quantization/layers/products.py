@@ -30,7 +30,7 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.options import Backward, ProductOptions
 from compression_manager.quantization.integer.passes import Passes, dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide, is_training
+from compression_manager.quantization.integer.rule import Decision, Size, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
@@ -106,7 +106,11 @@ def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) ->
         return None
     weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
     reason = _why_no_operands(part)
-    decision = Decision("fake", reason) if reason else decide(options, input, weight, size)
+    training = quantizer.training
+    if reason is None:
+        decision = decide(options, input, weight, size, training=training)
+    else:
+        decision = Decision("fake", reason)
     _decisions[quantizer] = decision
     if decision.path == "fake":
         return None
@@ -122,7 +126,7 @@ def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) ->
         decision.path,
         backward_of(options, input.device, passes),
         passes,
-        packs=not is_training(input, weight),
+        packs=not training,
     )
 
 

@@ -42,7 +42,7 @@ def test_small_products_are_not_in_training(monkeypatch: Any, size: Size, reason
     assert _reason(monkeypatch, size, forward="integer") is None
 
 
-def test_small_products_are_integer_without_gradients(monkeypatch: Any) -> None:
+def test_small_products_are_integer_in_evaluation(monkeypatch: Any) -> None:
     assert _reason(monkeypatch, Size(1, 27, 10), training=False) is None
 
 
@@ -76,7 +76,7 @@ def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
 )
 def test_other_tensors_take_fake_quantization(change: Any, reason: str | None) -> None:
     input, weight = change(torch.randn(4, 8), torch.randn(3, 8))
-    decision = decide(ProductOptions("integer"), input, weight, Size(4, 8, 3))
+    decision = decide(ProductOptions("integer"), input, weight, Size(4, 8, 3), training=True)
     assert decision.path == ("integer" if reason is None else "fake")
     assert (reason or "") in decision.reason
 
@@ -84,7 +84,11 @@ def test_other_tensors_take_fake_quantization(change: Any, reason: str | None) -
 def test_autocast_chooses_by_itself() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         decision = decide(
-            ProductOptions("integer"), torch.randn(4, 8), torch.randn(3, 8), Size(4, 8, 3)
+            ProductOptions("integer"),
+            torch.randn(4, 8),
+            torch.randn(3, 8),
+            Size(4, 8, 3),
+            training=True,
         )
     assert (decision.path, decision.reason) == (
         "fake", "autocast chooses the type of the products"
