@@ -14,6 +14,7 @@ from compression_manager.deploy.tracing import trace
 from compression_manager.integrations.inductor import int8_kernels_are_exact
 from compression_manager.integrations.inductor_graph import to_inductor_operators
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.integer.selection import reference_arithmetic
 from quantization_reference import trained
 
 
@@ -34,7 +35,7 @@ def translated(
 
 def assert_same(converted: nn.Module, module: Any, inputs: Tensor) -> None:
     """Bit for bit: the operators compute the same formula in the same order."""
-    with torch.no_grad():
+    with torch.no_grad(), reference_arithmetic():
         assert torch.equal(module(inputs), converted(inputs))
 
 

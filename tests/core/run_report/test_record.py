@@ -53,6 +53,8 @@ def test_layers_are_those_of_the_report(tmp_path: Path) -> None:
     assert [layer["name"] for layer in layers] == ["conv1", "bn1", "conv2", "bn2", "fc"]
     for layer, other in zip(layers, expected, strict=True):
         del layer["quantizers"], other["sqnr_db"]
+        for described in (layer, other):  # the report calls the model once more, in eval mode
+            del described["arithmetic"], described["time_ratio"]
         assert layer == other
 
 
