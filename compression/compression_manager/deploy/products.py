@@ -7,7 +7,6 @@ torch.export or torch.compile trace, weights are dequantized and multiplied in f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -30,31 +29,18 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
-from compression_manager.quantization.integer.passes import dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide
+from compression_manager.quantization.integer.rule import Size, decide
 from compression_manager.quantization.integer.selection import active_passes
+from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.recent import share, version_of
 
 if TYPE_CHECKING:
     from compression_manager.deploy.layers import ConvertedLayer
 
 
-@dataclass(frozen=True, eq=False)
-class _Operand:
-    """The weight of a layer as an operand, and the buffers that it was made of."""
-
-    source: tuple[object, ...]
-    weight: IntegerWeight
-
-
-# Not in the modules: what oneDNN orders anew can be neither saved nor copied.
-_operands: WeakKeyDictionary[nn.Module, _Operand] = WeakKeyDictionary()
-_decisions: WeakKeyDictionary[nn.Module, Decision] = WeakKeyDictionary()
-
-
-def last_decision(layer: nn.Module) -> Decision | None:
-    """Return how the deployed `layer` computed last; None before its first call."""
-    return _decisions.get(layer)
+# Layer -> the buffers that its operand was made of, and the operand. Not in the modules: what
+# oneDNN orders anew can be neither saved nor copied.
+_weights: WeakKeyDictionary[nn.Module, tuple[object, IntegerWeight]] = WeakKeyDictionary()
 
 
 def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
@@ -74,12 +60,10 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
 
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     """Return the result of a deployed convolution, or None if integers do not compute it."""
-    reason = why_no_geometry(layer, input)
-    if reason is not None:
-        _remember(layer, Decision("fake", reason))
-        return None
     operand = None
-    if _computes_integers(layer, input, lambda: convolution_size(layer, input)):
+    if why_no_geometry(layer, input) is None and _computes_integers(
+        layer, input, lambda: convolution_size(layer, input)
+    ):
         operand = _integers_of(layer, input)
     if operand is None:
         return None
@@ -87,37 +71,25 @@ def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
 
 
 def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], Size]) -> bool:
-    if torch.compiler.is_compiling():
+    """Return whether integers are multiplied; never where the gradient of the input is wanted."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
         return False
-    reason = _why_no_operands(layer)
-    if torch.is_grad_enabled() and input.requires_grad:
-        reason = "the gradient of its input is wanted"
-    options = layer.product_options
-    if reason is None:
-        decision = decide(options, input, None, size(), training=False)
-    else:
-        decision = Decision("fake", reason)
-    _remember(layer, decision)
-    return decision.path == "integer"
+    if not _has_operands(layer):
+        return False
+    return decide(layer.product_options, input, None, size(), training=False).path == "integer"
 
 
-def _remember(layer: nn.Module, decision: Decision) -> None:
-    if not torch.compiler.is_compiling():
-        _decisions[layer] = decision
-
-
-def _why_no_operands(layer: ConvertedLayer) -> str | None:
+def _has_operands(layer: ConvertedLayer) -> bool:
     weight, input = layer.spec.weight, layer.spec.input
-    if input is None:
-        return "its input stays in floating point"
-    assert weight is not None  # linear layers and convolutions have one
-    return why_no_integer_input(input) or why_no_integer_weight(weight)
+    if weight is None or input is None:
+        return False
+    return why_no_integer_input(input) is None and why_no_integer_weight(weight) is None
 
 
 def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
     """Return the integers of a finite input."""
     scheme, values = layer.spec.input, dense(input)
-    assert scheme is not None  # or `_why_no_operands` had a reason
+    assert scheme is not None  # or there were no operands
     if values.device.type != "cpu":
         return quantize_on_accelerator(values, layer.input_scale, layer.input_zero_point, scheme)
     share(values)
@@ -133,9 +105,9 @@ def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
     """Return the layer's weight as an operand, which is made anew if a buffer changed."""
     tensors = (layer.weight, layer.weight_scale, layer.input_scale, layer.input_zero_point)
     source = tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
-    known = _operands.get(layer)
-    if known is None or known.source != source:
+    known = _weights.get(layer)
+    if known is None or known[0] != source:
         codes = layer.integer_weight().contiguous()
         scale = layer.weight_scale.expand(codes.shape[0]).contiguous()
-        known = _operands[layer] = _Operand(source, IntegerWeight(codes, scale, None))
-    return known.weight
+        known = _weights[layer] = source, IntegerWeight(codes, scale, None)
+    return known[1]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compression_manager.quantization.autograd import apply
 from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
 from compression_manager.quantization.scheme import storage_dtype
 
@@ -59,11 +60,7 @@ def fake_quantize(
     dtype = compute_dtype(input, quant_min, quant_max)
     grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
     if torch.is_grad_enabled() and input.requires_grad:
-        # Function.apply is untyped in torch.
-        output: Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            input, *grid, quant_min, quant_max, pass_clipped_gradient
-        )
-        return output
+        return apply(_StraightThrough, input, *grid, quant_min, quant_max, pass_clipped_gradient)
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
     return _rounded(_values(code, grid), input.dtype)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import scalars
 from compression_manager.quantization.arithmetic import fake_quantize
+from compression_manager.quantization.autograd import runs_backward
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.parameters import (
     QuantizationParameters,
@@ -178,7 +179,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
         Activation checkpointing runs a forward pass again during the backward pass, with what
         was observed already.
         """
-        if self._phase.observing and self.training and not _runs_backward():
+        if self._phase.observing and self.training and not runs_backward():
             self.observer.observe(input.detach())
             # Some observers search long for their range; until it is used, nobody asks.
             if self._phase.quantizing:
@@ -236,10 +237,6 @@ class ObservedFakeQuantizer(FakeQuantizer):
         scale, zero_point = compute_qparams(minimum, maximum, self.scheme)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
-
-
-def _runs_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _refresh(module: nn.Module, incompatible_keys: object) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.exporting import is_exporting
+from compression_manager.quantization.memory_format import in_memory_order, is_dense
 from compression_manager.quantization.recent import shared
 from compression_manager.quantization.scheme import QuantizationScheme
 
@@ -79,7 +80,9 @@ def _extremes(
             return flat.amin(0), flat.amax(0)
         if torch.compiler.is_compiling():
             return torch.aminmax(input)
-        return shared(input, "range", lambda: torch.aminmax(_in_memory_order(input)))
+        # aminmax copies a channels_last tensor, but not a vector of its elements.
+        elements = in_memory_order(input) if is_dense(input) else input
+        return shared(input, "range", lambda: torch.aminmax(elements))
     # One pass each is many times faster than torch.aminmax along a dimension.
     if scheme.granularity == "token":
         return input.amin(-1, keepdim=True), input.amax(-1, keepdim=True)
@@ -89,15 +92,6 @@ def _extremes(
     axis = (scheme.axis or 0) % input.dim()
     others = [dim for dim in range(input.dim()) if dim != axis]
     return (input.amin(others), input.amax(others)) if others else (input, input)
-
-
-def _in_memory_order(input: Tensor) -> Tensor:
-    """Return the elements of a channels_last tensor as a vector, which aminmax would copy."""
-    if input.dim() == 4 and not input.is_contiguous():
-        last = input.permute(0, 2, 3, 1)
-        if last.is_contiguous():
-            return last.view(-1)
-    return input
 
 
 def _in_groups(input: Tensor, group_size: int, shape: tuple[int, ...]) -> Tensor:

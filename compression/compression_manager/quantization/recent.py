@@ -81,11 +81,6 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def forget_all() -> None:
-    """Forget every tensor of this thread."""
-    _recent.entries.clear()
-
-
 def _key(tensor: Tensor) -> _Key:
     return _Key(
         tensor.untyped_storage().data_ptr(),

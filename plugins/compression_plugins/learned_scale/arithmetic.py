@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.quantization import QuantizationScheme, fake_quantize
+from compression_manager.quantization.autograd import apply
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.grid import compute_dtype, make_grid
 
@@ -56,11 +57,7 @@ def learned_fake_quantize(
     """
     if not torch.is_grad_enabled() or is_exporting():
         return _quantized(input, scale, zero_point, scheme)
-    # Function.apply is untyped in torch.
-    output: Tensor = _LearnedScale.apply(  # type: ignore[no-untyped-call]
-        input, scale, zero_point, scheme, gradient_factor
-    )
-    return output
+    return apply(_LearnedScale, input, scale, zero_point, scheme, gradient_factor)
 
 
 def sum_per_scale(values: Tensor, scheme: QuantizationScheme) -> Tensor:

@@ -18,6 +18,7 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
+from compression_manager.quantization.autograd import apply, runs_backward
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.parameters import check_range
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
@@ -157,7 +158,8 @@ class LearnedScaleQuantizer(FakeQuantizer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` quantized, or `input` itself when off or before any finite batch."""
-        if self.training and self._phase.observing and not (self._started or self._is_weight):
+        follows = self.training and self._phase.observing and not runs_backward()
+        if follows and not (self._started or self._is_weight):
             self._observe(input.detach())
         if not self._phase.quantizing or not self.is_calibrated():
             return self._with_parameters(input)
@@ -232,14 +234,11 @@ class LearnedScaleQuantizer(FakeQuantizer):
         elif self._is_frozen:
             log_scale = log_scale.detach()
             zero_fraction = None if zero_fraction is None else zero_fraction.detach()
-        # Function.apply is untyped in torch.
-        scale: Tensor = PositiveScale.apply(log_scale, self.minimum_scale)  # type: ignore[no-untyped-call]
+        scale = apply(PositiveScale, log_scale, self.minimum_scale)
         scheme = self.scheme
         if zero_fraction is None:
             return scale, torch.full_like(scale, scheme.symmetric_zero_point)
-        zero_point: Tensor = IntegerZeroPoint.apply(  # type: ignore[no-untyped-call]
-            zero_fraction, scheme.quant_min, scheme.quant_max
-        )
+        zero_point = apply(IntegerZeroPoint, zero_fraction, scheme.quant_min, scheme.quant_max)
         return scale, zero_point
 
     @torch.no_grad()
@@ -273,11 +272,7 @@ class LearnedScaleQuantizer(FakeQuantizer):
         wanted = self._is_idle and torch.is_grad_enabled() and is_distributed()
         if not wanted or is_exporting():
             return output
-        # Function.apply is untyped in torch.
-        attached: Tensor = ZeroGradient.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-            output, self.log_scale, self.zero_fraction
-        )
-        return attached
+        return apply(ZeroGradient, output, self.log_scale, self.zero_fraction)
 
     def _gradient_factor(self, input: Tensor) -> float:
         if not self.gradient_scaling or is_exporting():

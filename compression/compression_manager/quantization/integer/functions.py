@@ -7,6 +7,7 @@ bit, those of the functions of `arithmetic`.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,32 +18,29 @@ from torch.autograd.function import once_differentiable
 from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
-from compression_manager.quantization.integer.options import Backward
+from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.rule import Path
-
-_PIECES: dict[Backward, int] = {"bfloat16": 1, "bfloat16x3": 3}
 
 
+@dataclass(frozen=True, eq=False)
 class Operands:
-    """The integers of one call, and how it computes; opaque to autograd."""
+    """The integers of one call, and how it computes; opaque to autograd.
 
-    def __init__(
-        self,
-        input: IntegerInput,
-        weight: IntegerWeight,
-        path: Path,
-        backward: Backward,
-        passes: Passes,
-        *,
-        packs: bool = False,
-    ) -> None:
-        self.input = input
-        self.weight = weight
-        self.path = path
-        self.backward = backward
-        self.passes = passes
-        self.packs = packs
+    Attributes:
+        input: the quantized activation.
+        weight: the quantized weight.
+        passes: what computes the passes.
+        backward: how gradients are multiplied.
+        integers: whether integers are multiplied; else the real numbers that they stand for.
+        packs: as for `products.linear`.
+    """
+
+    input: IntegerInput
+    weight: IntegerWeight
+    passes: Passes
+    backward: Backward
+    integers: bool = False
+    packs: bool = False
 
     def save(self, ctx: Any) -> None:
         """Keep for the backward pass what it needs, as tensors that checkpointing can follow."""
@@ -61,10 +59,8 @@ class Operands:
     def saved(cls, ctx: Any) -> Operands:
         """Return what `save` kept."""
         tensors = ctx.saved_tensors  # read once, as activation checkpointing demands
-        return cls(
-            IntegerInput(*tensors[:4]), IntegerWeight(*tensors[4:]), "codes", ctx.backward,
-            ctx.passes,
-        )  # fmt: skip
+        weight = IntegerWeight(*tensors[4:])
+        return cls(IntegerInput(*tensors[:4]), weight, ctx.passes, ctx.backward)
 
     def float_input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers of the input's integers."""
@@ -102,7 +98,7 @@ class IntegerLinear(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands
     ) -> Tensor:
         operands.save(ctx)
-        if operands.path == "integer":
+        if operands.integers:
             return products.linear(
                 operands.input, operands.weight, bias, operands.passes, packs=operands.packs
             )
@@ -128,7 +124,7 @@ def _by_weight(rows: Tensor, operands: Operands) -> Tensor:
     """Return gradient @ weight: (rows, in features)."""
     if operands.backward == "float32":
         return rows.mm(operands.float_weight())
-    weight, pieces = operands.weight, _PIECES[operands.backward]
+    weight, pieces = operands.weight, PIECES[operands.backward]
     return operands.passes.multiply(rows, weight.codes, 0, pieces, weight.scale)
 
 
@@ -137,7 +133,7 @@ def _by_input(rows: Tensor, operands: Operands) -> Tensor:
     width = operands.input.codes.shape[-1]
     if operands.backward == "float32":
         return rows.t().mm(operands.float_input().reshape(-1, width))
-    input, pieces = operands.input, _PIECES[operands.backward]
+    input, pieces = operands.input, PIECES[operands.backward]
     codes = input.codes.reshape(-1, width)
     return operands.passes.multiply_transposed(
         rows, codes, int(input.zero_point), pieces, float(input.scale)
@@ -158,7 +154,7 @@ class IntegerConvolution(torch.autograd.Function):
     ) -> Tensor:
         operands.save(ctx)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
-        if operands.path == "integer":
+        if operands.integers:
             return products.convolve(
                 operands.input, operands.weight, bias, geometry, packs=operands.packs
             )

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from compression_manager.quantization import arithmetic, kernels, scalars
 from compression_manager.quantization.integer.bits import pack_mask
-from compression_manager.quantization.integer.passes import Passes, dense, in_memory_order
-from compression_manager.quantization.integer.torch_passes import TorchPasses
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.selection import TORCH
+from compression_manager.quantization.memory_format import dense, in_memory_order
 from compression_manager.quantization.observers.extremes import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -167,7 +168,7 @@ def quantize_on_accelerator(
     Scales stay tensors, and clipped bits are kept even if there are none. One value that is not a
     number makes the scale so, and with it the whole result.
     """
-    codes, clipped = TorchPasses().quantize(
+    codes, clipped = TORCH.quantize(
         input, scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max, True
     )
     finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)

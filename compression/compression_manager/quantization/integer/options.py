@@ -10,6 +10,8 @@ Backward = Literal["float32", "bfloat16x3", "bfloat16"]
 
 FORWARD: tuple[Forward, ...] = ("auto", "integer", "fake")
 BACKWARD: tuple[Backward, ...] = ("float32", "bfloat16x3", "bfloat16")
+# Backward in bfloat16 -> how many numbers of that type stand for one gradient.
+PIECES: dict[Backward, int] = {"bfloat16": 1, "bfloat16x3": 3}
 
 
 @dataclass(frozen=True)

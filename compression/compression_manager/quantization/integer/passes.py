@@ -1,9 +1,8 @@
 """The passes over memory around an integer product, apart from the product itself.
 
-"Dense" means without gaps or overlaps in memory, in any order of the
-axes (channels_last included); results have the strides of the input. Bits are packed eight to a
-byte in the order of the elements in memory: bit i % 8, least significant first, of byte i // 8
-belongs to element i.
+"Dense" means without gaps or overlaps in memory, in any order of the axes (channels_last
+included); results have the strides of the input. Bits are packed eight to a byte in the order of
+the elements in memory: bit i % 8, least significant first, of byte i // 8 belongs to element i.
 """
 
 from __future__ import annotations
@@ -20,20 +19,8 @@ from compression_manager.quantization.scheme import QuantizationScheme
 ROWS = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """Return `tensor` in one of the two memory formats that kernels take: a copy if need be."""
-    if tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return tensor
-    return tensor.contiguous()
-
-
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """Return all elements of a dense tensor in one dimension, as a view."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+# 32-bit sums hold this many products of a code up to 255 and a weight down to -128.
+MAX_SUMMED = (2**31 - 1) // (255 * 128)
 
 
 class Passes(ABC):
@@ -221,7 +208,12 @@ class Passes(ABC):
 
     @abstractmethod
     def multiply_integers(
-        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int | Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         """Return (codes - zero_point) @ weight.T * scale + bias, the product being exact.
 
@@ -231,7 +223,7 @@ class Passes(ABC):
         Args:
             codes: uint8 (M, K).
             weight: int8 (N, K).
-            zero_point: integer of real zero in `codes`, from 0 to 255.
+            zero_point: integer of real zero in `codes`, from 0 to 255; a tensor on an accelerator.
             scale: float32 (N,), the scale of the codes times those of the weight's rows.
             bias: float32 (N,), or None.
 

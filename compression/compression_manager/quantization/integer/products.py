@@ -18,6 +18,8 @@ from compression_manager.quantization.integer.selection import TORCH
 
 # What turns a signed code into an unsigned one, and back.
 _OFFSET = 128
+# oneDNN's scale, zero point and type of the output, and that nothing is done to it afterwards.
+_FLOAT32_OUTPUT: tuple[object, ...] = (1.0, 0, torch.float32, "none", [], "")
 
 
 def linear(
@@ -42,12 +44,10 @@ def linear(
         float32 (*, out features).
     """
     matrix = input.codes.reshape(-1, input.codes.shape[-1])
-    if matrix.device.type == "cuda":
-        output = _cuda_linear(matrix, input, weight, bias)
-    elif packs and cpu_features().vnni:
-        output = _packed_linear(matrix, input, weight, bias)
+    codes, zero_point = _unsigned(matrix, input.zero_point)
+    if packs and matrix.device.type == "cpu" and cpu_features().vnni:
+        output = _packed_linear(codes, zero_point, input, weight, bias)
     else:
-        codes, zero_point = _unsigned(matrix, input.zero_point)
         multiply = (passes if passes.supports_integers() else TORCH).multiply_integers
         output = multiply(codes, weight.codes, zero_point, input.scale * weight.scale, bias)
     return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
@@ -78,40 +78,25 @@ def convolve(
     difference = input.codes.double() - input.zero_point
     sums = F.conv2d(difference, weight.codes.double(), None, *geometry)
     column = (-1, 1, 1)
-    return _scaled(
-        sums, input, weight.scale.reshape(column), None if bias is None else bias.reshape(column)
-    )
+    output = sums.to(torch.float32).mul_(input.scale * weight.scale.reshape(column))
+    return output if bias is None else output.add_(bias.reshape(column))
 
 
-def _scaled(sums: Tensor, input: IntegerInput, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return integer sums times both scales, plus the bias, in float32."""
-    output = sums.to(torch.float32).mul_(input.scale * scale)
-    return output if bias is None else output.add_(bias)
-
-
-def _cuda_linear(
-    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
-) -> Tensor:
-    codes, zero_point = matrix, input.zero_point
+def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:
+    """Return codes from 0 to 255, and their zero point; a tensor on an accelerator."""
+    number = int(zero_point) if zero_point.device.type == "cpu" else zero_point
     if codes.dtype == torch.uint8:
-        # Flipping the highest bit subtracts 128.
-        codes, zero_point = (codes ^ _OFFSET).view(torch.int8), zero_point - _OFFSET
-    sums = torch._int_mm(codes, weight.codes.t())
-    sums.sub_(zero_point * weight.codes.sum(1, dtype=torch.int32))
-    return _scaled(sums, input, weight.scale, bias)
-
-
-def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int]:
-    """Return codes from 0 to 255, and their zero point."""
-    if codes.dtype == torch.uint8:
-        return codes, int(zero_point)
-    return codes.view(torch.uint8) ^ _OFFSET, int(zero_point) + _OFFSET
+        return codes, number
+    return codes.view(torch.uint8) ^ _OFFSET, number + _OFFSET
 
 
 def _packed_linear(
-    matrix: Tensor, input: IntegerInput, weight: IntegerWeight, bias: Tensor | None
+    codes: Tensor,
+    zero_point: int | Tensor,
+    input: IntegerInput,
+    weight: IntegerWeight,
+    bias: Tensor | None,
 ) -> Tensor:
-    codes, zero_point = _unsigned(matrix, input.zero_point)
     if weight.packed is None:
         weight.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
     output: Tensor = torch.ops.onednn.qlinear_pointwise(
@@ -122,12 +107,7 @@ def _packed_linear(
         weight.scale,
         torch.zeros(weight.scale.shape, dtype=torch.int32),
         bias,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
+        *_FLOAT32_OUTPUT,
     )
     return output
 
@@ -162,12 +142,7 @@ def _onednn_convolve(
         torch.zeros(weight.scale.shape, dtype=torch.int32),
         bias,
         *geometry,
-        1.0,
-        0,
-        torch.float32,
-        "none",
-        [],
-        "",
+        *_FLOAT32_OUTPUT,
     )
     if input.codes.is_contiguous():
         return output.contiguous()

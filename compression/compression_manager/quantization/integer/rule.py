@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from compression_manager.quantization.integer.cpu_features import cpu_features
-from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.selection import computes_reference
+from compression_manager.quantization.integer.options import PIECES, Backward, ProductOptions
+from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
+from compression_manager.quantization.integer.selection import why_reference
 
 Path = Literal["integer", "codes", "fake"]
-
-# 32-bit sums hold this many products of an unsigned and a signed 8-bit number.
-MAX_SUMMED = (2**31 - 1) // (255 * 127)
 
 # Below, in training, what surrounds an integer product costs more than the product saves.
 MIN_ROWS = 256
@@ -80,10 +78,9 @@ def decide(
 def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
     if options.forward == "fake":
         return 'forward="fake"'
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return "it is compiled or traced, which sees through fake quantization only"
-    if computes_reference():
-        return "the operations are being recorded"
+    reason = why_reference()
+    if reason is not None:
+        return reason
     for operand in (input, weight):
         if operand is None:
             continue
@@ -139,3 +136,11 @@ def _why_not_on_cuda(options: ProductOptions, size: Size) -> str | None:
     if size.summed % _CUDA_MULTIPLE or size.columns % _CUDA_MULTIPLE:
         return f"CUDA multiplies matrices whose sides are multiples of {_CUDA_MULTIPLE}"
     return None
+
+
+def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -> Backward:
+    """Return how gradients are multiplied: as chosen, where the machine does it fast."""
+    chosen = options.backward
+    if chosen == "float32" or device.type != "cpu" or not cpu_features().amx:
+        return "float32"
+    return chosen if passes.supports_pieces(PIECES[chosen]) else "float32"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.passes import NativePasses
@@ -67,9 +69,11 @@ def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
     return used
 
 
-def computes_reference() -> bool:
-    """Return whether layers are to call the functions of `arithmetic` now."""
-    return _reference
+def why_reference() -> str | None:
+    """Return why layers are to call the functions of `arithmetic` now; None if they need not."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "it is compiled or traced, which sees through fake quantization only"
+    return "the operations are being recorded" if _reference else None
 
 
 @contextmanager

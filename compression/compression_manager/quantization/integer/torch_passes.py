@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import pack_mask, unpack_mask
 from compression_manager.quantization.integer.cpu_features import cpu_features
-from compression_manager.quantization.integer.passes import ROWS, Passes, in_memory_order
+from compression_manager.quantization.integer.passes import ROWS, Passes
+from compression_manager.quantization.memory_format import in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
 # Elements: half a mebibyte of float32, a part of one core's second-level cache. Full bytes of bits.
@@ -50,7 +52,8 @@ class TorchPasses(Passes):
         largest = torch.linalg.vector_norm(weight, torch.inf, dim=1)
         scale, _ = compute_qparams(-largest, largest, ROWS)
         # Never outside of the range, whose end is the largest value itself.
-        return (weight * scale.reciprocal()[:, None]).round_().to(torch.int8), scale
+        steps = (weight * scale.reciprocal()[:, None]).round_()
+        return steps.nan_to_num_(nan=0.0).to(torch.int8), scale
 
     def dequantize(
         self,
@@ -129,19 +132,23 @@ class TorchPasses(Passes):
         return False
 
     def multiply_integers(
-        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int | Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
-        """Return the product; summed in float64, which is exact, unless the CPU has VNNI."""
+        """Return the product; summed in float64, which is exact, on CPUs without VNNI."""
         offsets: Tensor | int = 0
-        if codes.device.type == "cpu" and cpu_features().vnni:
+        if codes.device.type != "cpu" or cpu_features().vnni:
             # Flipping the highest bit subtracts 128.
             sums = torch._int_mm((codes ^ 128).view(torch.int8), weight.t())
             offsets = (zero_point - 128) * weight.sum(1, dtype=torch.int32)
         else:
             sums = (codes.double() - zero_point) @ weight.double().t()
         output = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
-        rows = max(_PART // max(sums.shape[1], 1), 1)
-        for part, done in zip(sums.split(rows), output.split(rows), strict=True):
+        for part, done in zip(_row_parts(sums), _row_parts(output), strict=True):
             done.copy_(part.sub_(offsets)).mul_(scale)
             if bias is not None:
                 done.add_(bias)
@@ -150,7 +157,7 @@ class TorchPasses(Passes):
     def _check_pieces(self, pieces: int) -> None:
         if not self.supports_pieces(pieces):
             # torch's bfloat16 products have bfloat16 results, which undo what the pieces gain.
-            raise NotImplementedError("plain torch operations multiply one bfloat16 piece only.")
+            raise QuantizationError(f"plain torch operations take one piece, got pieces={pieces}.")
 
 
 def _parts(flat: Tensor) -> Iterator[slice]:
@@ -162,6 +169,13 @@ def _parts(flat: Tensor) -> Iterator[slice]:
     length = _PART if flat.device.type == "cpu" else max(count, 1)
     for start in range(0, max(count, 1), length):
         yield slice(start, min(start + length, count))
+
+
+def _row_parts(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Return a matrix as rows that stay in cache, as `_parts` does; whole on an accelerator."""
+    rows = _PART // max(matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
+    parts: tuple[Tensor, ...] = matrix.split(max(rows, 1))
+    return parts
 
 
 def _lies_inside(steps: Tensor, quant_min: int, quant_max: int) -> bool:

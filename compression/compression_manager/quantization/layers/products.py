@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.autograd import apply
 from compression_manager.quantization.integer.functions import (
     IntegerConvolution,
     IntegerLinear,
@@ -28,11 +28,11 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
-from compression_manager.quantization.integer.options import Backward, ProductOptions
-from compression_manager.quantization.integer.passes import Passes, dense
-from compression_manager.quantization.integer.rule import Decision, Size, decide
+from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.rule import Decision, Size, backward_of, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
+from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 
 _decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
@@ -75,11 +75,7 @@ def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     operands = _operands(part, options, input, linear_size(input, weight.shape))
     if operands is None:
         return F.linear(_fake_input(part, input), _fake_weight(part), bias)
-    # Function.apply is untyped in torch.
-    output: Tensor = IntegerLinear.apply(  # type: ignore[no-untyped-call]
-        input, weight, bias, operands
-    )
-    return output
+    return apply(IntegerLinear, input, weight, bias, operands)
 
 
 def convolve(layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor) -> Tensor:
@@ -94,10 +90,7 @@ def convolve(layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tenso
     if operands is None:
         compute = cast(Callable[..., Tensor], layer._conv_forward)
         return compute(_fake_input(part, input), _fake_weight(part), bias)
-    output: Tensor = IntegerConvolution.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-        input, weight, bias, operands, geometry_of(layer)
-    )
-    return output
+    return apply(IntegerConvolution, input, weight, bias, operands, geometry_of(layer))
 
 
 def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) -> Operands | None:
@@ -123,9 +116,9 @@ def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) ->
     return Operands(
         input_integers,
         integer_weight(quantizer, weight, passes),
-        decision.path,
-        backward_of(options, input.device, passes),
         passes,
+        backward_of(options, input.device, passes),
+        integers=decision.path == "integer",
         packs=not training,
     )
 
@@ -155,15 +148,6 @@ def _has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -> Backward:
-    """Return how gradients are multiplied: as chosen, where the machine does it fast."""
-    chosen = options.backward
-    if chosen == "float32" or device.type != "cpu" or not cpu_features().amx:
-        return "float32"
-    pieces = 1 if chosen == "bfloat16" else 3
-    return chosen if passes.supports_pieces(pieces) else "float32"
 
 
 def _weight_quantizer(part: Part) -> FakeQuantizer:

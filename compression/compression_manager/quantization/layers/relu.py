@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from compression_manager.quantization.autograd import apply
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.selection import active_passes, computes_reference
+from compression_manager.quantization.integer.selection import active_passes, why_reference
+from compression_manager.quantization.memory_format import is_dense
 
 
 class BitMaskReLU(nn.ReLU):
@@ -25,10 +27,7 @@ class BitMaskReLU(nn.ReLU):
         """Return max(input, 0), in place of the input if `inplace`."""
         if not _keeps_bits(input):
             return super().forward(input)
-        output: Tensor = _BitMaskReLU.apply(  # type: ignore[no-untyped-call]  # untyped in torch
-            input, self.inplace, active_passes()
-        )
-        return output
+        return apply(_BitMaskReLU, input, self.inplace, active_passes())
 
 
 def relu(input: Tensor) -> Tensor:
@@ -38,22 +37,14 @@ def relu(input: Tensor) -> Tensor:
 
 def _keeps_bits(input: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._get_tracing_state() is not None
-        and not computes_reference()
+        why_reference() is None
         and torch.is_grad_enabled()
         and type(input) is Tensor
         and input.requires_grad
         and input.dtype == torch.float32
         and input.device.type == "cpu"
         and input.numel() > 0
-        and _is_dense(input)
-    )
-
-
-def _is_dense(input: Tensor) -> bool:
-    return input.is_contiguous() or (
-        input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        and is_dense(input)
     )
 
 

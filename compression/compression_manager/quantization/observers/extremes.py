@@ -56,15 +56,10 @@ class MovingAverageObserver(RangeObserver):
 
     def observe(self, input: Tensor) -> None:
         """Take the batch `input` into account; on the CPU a whole tensor's range as numbers."""
-        if (
-            self._spans_ranks()
-            or input.numel() == 0
-            or not scalars.hold(self.minimum, self.maximum)
-        ):
-            super().observe(input)
-            return
-        limits = self._extremes(input.detach())
-        if not scalars.hold(*limits):
+        limits = None
+        if input.numel() and not self._spans_ranks() and scalars.hold(self.minimum, self.maximum):
+            limits = self._extremes(input.detach())
+        if limits is None or not scalars.hold(*limits):
             super().observe(input)
             return
         low, high = (float(limit) for limit in limits)

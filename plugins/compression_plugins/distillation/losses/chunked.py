@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import ConfigError
+from compression_manager.quantization.autograd import apply
 from compression_plugins.distillation.losses.common import Temperature, per_class
 from compression_plugins.distillation.losses.distributions import Divergence
 
@@ -26,10 +27,9 @@ def chunked_divergence(
     cannot be differentiated once more: `create_graph=True` raises ConfigError.
     """
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    result: Tensor = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]  # torch's
-        student, teacher.detach(), temperature, divergence, chunk_size, dtype
+    return apply(
+        _ChunkedDivergence, student, teacher.detach(), temperature, divergence, chunk_size, dtype
     )
-    return result
 
 
 class _ChunkedDivergence(torch.autograd.Function):

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization import recent
 from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.selection import use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
@@ -41,7 +40,6 @@ def _layers(count: int, range_of: Tensor) -> list[nn.Module]:
 @pytest.fixture
 def counting() -> Any:
     passes = Counting()
-    recent.forget_all()
     with use_passes(passes):
         yield passes
 

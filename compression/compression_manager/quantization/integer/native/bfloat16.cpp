@@ -5,33 +5,18 @@
 // factor, turns one block after the other into bfloat16 pieces, and multiplies it by all panels.
 #include "panels.h"
 
-#include <ATen/native/CPUBlas.h>
-
-#include <exception>
-#include <string>
-
-// What a sweep of sizes may set.
-#ifndef BFLOAT16_DEPTH
-#define BFLOAT16_DEPTH 512
-#endif
-#ifndef BFLOAT16_ROWS
-#define BFLOAT16_ROWS 256
-#endif
-
 namespace native {
 namespace {
 
-namespace cpublas = at::native::cpublas;
-
 // Terms that one call of a kernel sums up.
-constexpr int64_t DEPTH = BFLOAT16_DEPTH;
+constexpr int64_t DEPTH = 512;
 // Terms for which a block of rows is converted at a time.
 constexpr int64_t SPAN = 2048;
 // The instructions take 32 terms at a time; what is missing at the end is filled with zeros.
 constexpr int64_t TERMS = 32;
 // Bytes that the pieces of a block of rows may take: about half of a core's second-level cache.
 constexpr int64_t BLOCK_BYTES = 1 << 20;
-constexpr int64_t MOST_ROWS = BFLOAT16_ROWS;
+constexpr int64_t MOST_ROWS = 256;
 static_assert(DEPTH % TERMS == 0 && SPAN % DEPTH == 0);
 
 struct Product {
@@ -292,7 +277,7 @@ using namespace native;
 
 // Whether the processor has AMX and torch may use it, so that `multiply_codes` is worth its while.
 EXPORT bool supports_bfloat16() {
-  return at::native::cpublas::could_pack(at::kBFloat16);
+  return cpublas::could_pack(at::kBFloat16);
 }
 
 // Returns what went wrong, or null. `pieces` is 1 or 3; no size is 0; `scale` may be null.
@@ -309,16 +294,11 @@ EXPORT const char* multiply_codes(
     int64_t depth,
     int32_t pieces,
     float* output) {
-  static thread_local std::string problem;
-  try {
+  return problem_of([&] {
     const Product product{left, transposed, scale, factor, rows, columns, depth, output};
     const Buffer<uint32_t> packed = has_sign
         ? pack(static_cast<const int8_t*>(right), product, zero_point)
         : pack(static_cast<const uint8_t*>(right), product, zero_point);
     pieces == 1 ? multiply<1>(product, packed.get()) : multiply<3>(product, packed.get());
-    return nullptr;
-  } catch (const std::exception& error) {
-    problem = error.what();
-    return problem.c_str();
-  }
+  });
 }

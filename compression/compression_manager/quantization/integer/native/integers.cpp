@@ -6,27 +6,12 @@
 // becomes floats while it is in the cache.
 #include "panels.h"
 
-#include <ATen/native/CPUBlas.h>
-
-#include <exception>
-#include <string>
-
-// What a sweep of sizes may set.
-#ifndef INTEGER_DEPTH
-#define INTEGER_DEPTH 512
-#endif
-#ifndef INTEGER_ROWS
-#define INTEGER_ROWS 256
-#endif
-
 namespace native {
 namespace {
 
-namespace cpublas = at::native::cpublas;
-
 // Terms that one call of a kernel sums up, and rows of a block.
-constexpr int64_t DEPTH = INTEGER_DEPTH;
-constexpr int64_t MOST_ROWS = INTEGER_ROWS;
+constexpr int64_t DEPTH = 512;
+constexpr int64_t MOST_ROWS = 256;
 // The instructions take 64 terms at a time; codes that are missing at the end become zeros.
 constexpr int64_t TERMS = 64;
 // Terms in 32 bits.
@@ -233,15 +218,10 @@ EXPORT const char* multiply_integers(
     int64_t columns,
     int64_t depth,
     float* output) {
-  static thread_local std::string problem;
-  try {
+  return problem_of([&] {
     const Product product{
         codes, weight, static_cast<uint32_t>(zero_point), scale, bias, rows, columns, depth,
         output};
     multiply(product, pack(product));
-    return nullptr;
-  } catch (const std::exception& error) {
-    problem = error.what();
-    return problem.c_str();
-  }
+  });
 }

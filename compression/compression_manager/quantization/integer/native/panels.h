@@ -4,12 +4,17 @@
 #include "common.h"
 
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/native/CPUBlas.h>
 
 #include <cstdlib>
+#include <exception>
 #include <memory>
 #include <new>
+#include <string>
 
 namespace native {
+
+namespace cpublas = at::native::cpublas;
 
 // Columns of a panel: the width for which oneDNN's kernels are made.
 constexpr int64_t PANEL = 64;
@@ -40,6 +45,19 @@ Buffer<T> allocate(int64_t count) {
 // Transposes TILE x TILE units of 32 bits; rows lie `from` and `to` units apart.
 inline void transpose_tile(const float* source, int64_t from, float* target, int64_t to) {
   at::vec::transpose_mxn<float, TILE, TILE>(source, from, target, to);
+}
+
+// Runs `body`; returns what went wrong, valid until the next call in the thread, or null.
+template <typename Body>
+const char* problem_of(const Body& body) {
+  static thread_local std::string problem;
+  try {
+    body();
+    return nullptr;
+  } catch (const std::exception& error) {
+    problem = error.what();
+    return problem.c_str();
+  }
 }
 
 // The rows of a block: `most`, or fewer where threads would have nothing to do.

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.native.checks import (
+    CODES,
+    check,
+    check_factors,
+    check_integers,
+    check_mask,
+    check_range,
+    check_vector,
+    described,
+    mask_bytes,
+)
 from compression_manager.quantization.integer.native.loader import load_library
+from compression_manager.quantization.integer.native.signatures import declared
 from compression_manager.quantization.integer.passes import Passes
-
-_pointer, _integer, _size = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-_float, _bool = ctypes.c_float, ctypes.c_bool
-
-# Function -> the type of its result and those of its arguments; see the C++ files.
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "quantize_elements": (
-        _bool,
-        [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
-    ),
-    "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),
-    "clear_marked": (None, [_pointer, _size, _pointer]),
-    "relu_elements": (None, [_pointer, _size, _pointer, _pointer]),
-    "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),
-    "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer]),
-    "dequantize_rows": (None, [_pointer, _size, _size, _size, _pointer, _bool, _pointer]),
-    "supports_bfloat16": (_bool, []),
-    "multiply_codes": (
-        ctypes.c_char_p,
-        [
-            *[_pointer, _bool, _pointer, _float, _pointer, _bool, _integer],
-            *[_size, _size, _size, _integer, _pointer],
-        ],
-    ),
-    "supports_integers": (_bool, []),
-    "multiply_integers": (
-        ctypes.c_char_p,
-        [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],
-    ),
-}
-_CODES = (torch.uint8, torch.int8)
-# More terms of 255 * -128 would not fit into 32 bits.
-_MOST_TERMS = 2**31 // (255 * 128)
 
 
 class NativePasses(Passes):
@@ -60,7 +37,7 @@ class NativePasses(Passes):
         library = load_library()
         if library.functions is None:
             raise QuantizationError(f"no native passes: {library.reason}.")
-        self._functions = _declared(library.functions)
+        self._functions = declared(library.functions)
 
     def __reduce__(self) -> tuple[type[NativePasses], tuple[()]]:
         """Have a copy load the library again: addresses mean nothing in another process."""
@@ -81,8 +58,8 @@ class NativePasses(Passes):
     ) -> tuple[Tensor, Tensor | None]:
         """See `Passes.quantize`."""
         zero_point = int(zero_point)
-        _check("input", input, torch.float32)
-        _check_range(zero_point, quant_min, quant_max)
+        check("input", input, torch.float32)
+        check_range(zero_point, quant_min, quant_max)
         has_sign = quant_min < 0
         codes = torch.empty_like(input, dtype=torch.int8 if has_sign else torch.uint8)
         clipped = _empty_mask(input) if clips else None
@@ -101,10 +78,10 @@ class NativePasses(Passes):
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Passes.quantize_rows`."""
-        _check("weight", weight, torch.float32)
+        check("weight", weight, torch.float32)
         if weight.dim() != 2 or not weight.is_contiguous():
             raise QuantizationError(
-                f"weight is a contiguous matrix, got {_described(weight)}; use .contiguous()."
+                f"weight is a contiguous matrix, got {described(weight)}; use .contiguous()."
             )
         codes = torch.empty_like(weight, dtype=torch.int8)
         scale = weight.new_empty(weight.shape[0])
@@ -121,7 +98,7 @@ class NativePasses(Passes):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """See `Passes.dequantize`."""
-        _check("codes", codes, *_CODES)
+        check("codes", codes, *CODES)
         output = _empty_values(codes, dtype)
         self._functions.dequantize_elements(
             codes.data_ptr(),
@@ -138,12 +115,12 @@ class NativePasses(Passes):
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """See `Passes.dequantize_rows`."""
-        _check("codes", codes, torch.int8)
-        _check("scale", scale, torch.float32)
+        check("codes", codes, torch.int8)
+        check("scale", scale, torch.float32)
         if codes.dim() == 0 or scale.shape != codes.shape[:1]:
             raise QuantizationError(
-                f"scale has one element for each row of codes, got {_described(scale)} for "
-                f"{_described(codes)}."
+                f"scale has one element for each row of codes, got {described(scale)} for "
+                f"{described(codes)}."
             )
         output = _empty_values(codes, dtype)
         if codes.numel() > 0:
@@ -163,8 +140,8 @@ class NativePasses(Passes):
 
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """See `Passes.clear_clipped`."""
-        _check("gradient", gradient, torch.float32)
-        _check_mask(clipped, gradient)
+        check("gradient", gradient, torch.float32)
+        check_mask(clipped, gradient)
         self._functions.clear_marked(gradient.data_ptr(), gradient.numel(), clipped.data_ptr())
         # What autograd does not see, it has to be told, so that it can refuse a stale tensor.
         torch.autograd.graph.increment_version(gradient)
@@ -172,7 +149,7 @@ class NativePasses(Passes):
 
     def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """See `Passes.relu`."""
-        _check("input", input, torch.float32)
+        check("input", input, torch.float32)
         output, positive = torch.empty_like(input), _empty_mask(input)
         self._functions.relu_elements(
             input.data_ptr(), input.numel(), output.data_ptr(), positive.data_ptr()
@@ -181,8 +158,8 @@ class NativePasses(Passes):
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """See `Passes.relu_gradient`."""
-        _check("gradient", gradient, torch.float32)
-        _check_mask(positive, gradient)
+        check("gradient", gradient, torch.float32)
+        check_mask(positive, gradient)
         output = torch.empty_like(gradient)
         self._functions.keep_marked(
             gradient.data_ptr(), gradient.numel(), positive.data_ptr(), output.data_ptr()
@@ -198,16 +175,16 @@ class NativePasses(Passes):
         scale: Tensor | None = None,
     ) -> Tensor:
         """See `Passes.multiply`; without AMX plain loops compute it, slowly."""
-        _check_factors(left, right, zero_point, pieces, transposed=False)
+        check_factors(left, right, zero_point, pieces, transposed=False)
         if scale is not None:
-            _check_vector("scale", scale, left.shape[1])
+            check_vector("scale", scale, left.shape[1])
         return self._multiply(left, right, zero_point, pieces, scale=scale)
 
     def multiply_transposed(
         self, left: Tensor, right: Tensor, zero_point: int, pieces: int, factor: float = 1.0
     ) -> Tensor:
         """See `Passes.multiply_transposed`; without AMX plain loops compute it, slowly."""
-        _check_factors(left, right, zero_point, pieces, transposed=True)
+        check_factors(left, right, zero_point, pieces, transposed=True)
         return self._multiply(left, right, zero_point, pieces, transposed=True, factor=factor)
 
     def _multiply(
@@ -241,8 +218,7 @@ class NativePasses(Passes):
             pieces,
             output.data_ptr(),
         )
-        if problem is not None:
-            raise QuantizationError(f"the bfloat16 product failed: {problem.decode()}")
+        _require_none(problem)
         return output
 
     def supports_integers(self) -> bool:
@@ -250,15 +226,21 @@ class NativePasses(Passes):
         return bool(self._functions.supports_integers())
 
     def multiply_integers(
-        self, codes: Tensor, weight: Tensor, zero_point: int, scale: Tensor, bias: Tensor | None
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int | Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
     ) -> Tensor:
         """See `Passes.multiply_integers`; codes and weight are contiguous."""
-        _check_integers(codes, weight, zero_point)
+        zero_point = int(zero_point)
+        check_integers(codes, weight, zero_point)
         rows, depth = codes.shape
         columns = weight.shape[0]
-        _check_vector("scale", scale, columns)
+        check_vector("scale", scale, columns)
         if bias is not None:
-            _check_vector("bias", bias, columns)
+            check_vector("bias", bias, columns)
         if 0 in (rows, columns, depth):
             nothing = scale.new_zeros(rows, columns).mul_(scale)
             return nothing if bias is None else nothing.add_(bias)
@@ -274,108 +256,8 @@ class NativePasses(Passes):
             depth,
             output.data_ptr(),
         )
-        if problem is not None:
-            raise QuantizationError(f"the integer product failed: {problem.decode()}")
+        _require_none(problem)
         return output
-
-
-@functools.cache
-def _declared(functions: ctypes.CDLL) -> ctypes.CDLL:
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(functions, name)
-        function.restype = result
-        function.argtypes = arguments
-    return functions
-
-
-def _check(what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not _is_dense(tensor):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise QuantizationError(
-            f"{what} is a dense {names} tensor on the CPU, got {_described(tensor)}."
-        )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return False
-    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
-
-
-def _check_range(zero_point: int, quant_min: int, quant_max: int) -> None:
-    largest = 127 if quant_min < 0 else 255
-    if not -128 <= quant_min <= zero_point <= quant_max <= largest:
-        raise QuantizationError(
-            "8 bits hold integers from 0 to 255 or from -128 to 127, with the zero point inside of "
-            f"the range; got the range {quant_min} to {quant_max} and the zero point {zero_point}."
-        )
-
-
-def _check_mask(mask: Tensor, elements: Tensor) -> None:
-    _check("the mask", mask, torch.uint8)
-    if mask.shape != (_mask_bytes(elements),):
-        raise QuantizationError(
-            f"the mask of {elements.numel()} elements has {_mask_bytes(elements)} bytes, got "
-            f"{_described(mask)}."
-        )
-
-
-def _check_factors(
-    left: Tensor, right: Tensor, zero_point: int, pieces: int, *, transposed: bool
-) -> None:
-    if left.dtype != torch.float32 or right.dtype not in _CODES or {left.dim(), right.dim()} != {2}:
-        raise QuantizationError(
-            "left is a float32 matrix and right one of int8 or uint8, got "
-            f"{_described(left)} and {_described(right)}."
-        )
-    if left.device.type != "cpu" or right.device.type != "cpu":
-        raise QuantizationError(
-            f"native products are computed on the CPU, got {left.device} and {right.device}."
-        )
-    if left.shape[0 if transposed else 1] != right.shape[0]:
-        which = "rows" if transposed else "columns"
-        raise QuantizationError(
-            f"left has as many {which} as right has rows, got {_described(left)} and "
-            f"{_described(right)}."
-        )
-    _check_zero_point(zero_point, right.dtype)
-    if pieces not in (1, 3):
-        raise QuantizationError(f"pieces is 1 or 3, got {pieces}.")
-
-
-def _check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
-    _check("codes", codes, torch.uint8)
-    _check("weight", weight, torch.int8)
-    if (codes.dim(), weight.dim()) != (2, 2) or codes.shape[1] != weight.shape[1]:
-        raise QuantizationError(
-            "codes and weight are matrices with the same number of columns, got "
-            f"{_described(codes)} and {_described(weight)}."
-        )
-    if not codes.is_contiguous() or not weight.is_contiguous():
-        raise QuantizationError(
-            f"codes and weight are contiguous, got {_described(codes)} and {_described(weight)}; "
-            "use .contiguous()."
-        )
-    if codes.shape[1] > _MOST_TERMS:
-        raise QuantizationError(
-            f"sums of up to {_MOST_TERMS} products fit into 32 bits, got {codes.shape[1]} columns."
-        )
-    _check_zero_point(zero_point, codes.dtype)
-
-
-def _check_zero_point(zero_point: int, dtype: torch.dtype) -> None:
-    limits = torch.iinfo(dtype)
-    if not limits.min <= zero_point <= limits.max:
-        raise QuantizationError(
-            f"the zero point of {dtype} lies between {limits.min} and {limits.max}, got "
-            f"{zero_point}."
-        )
-
-
-def _check_vector(what: str, vector: Tensor, size: int) -> None:
-    _check(what, vector, torch.float32)
-    if vector.shape != (size,):
-        raise QuantizationError(f"{what} has {size} elements, got {_described(vector)}.")
 
 
 def _empty_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,18 +266,15 @@ def _empty_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(codes, dtype=dtype)
 
 
+def _require_none(problem: bytes | None) -> None:
+    """Raise QuantizationError if a product says what went wrong."""
+    if problem is not None:
+        raise QuantizationError(f"a native product failed: {problem.decode()}")
+
+
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _described(tensor: Tensor) -> str:
-    strides = f" with strides {tensor.stride()}" if tensor.layout == torch.strided else ""
-    return f"{tensor.dtype} {tuple(tensor.shape)}{strides} on {tensor.device}"
-
-
-def _mask_bytes(elements: Tensor) -> int:
-    return (elements.numel() + 7) // 8
-
-
 def _empty_mask(elements: Tensor) -> Tensor:
-    return torch.empty(_mask_bytes(elements), dtype=torch.uint8)
+    return torch.empty(mask_bytes(elements), dtype=torch.uint8)

@@ -1,0 +1,119 @@
+"""What the native passes take: addresses say nothing of types and sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.passes import MAX_SUMMED
+
+CODES = (torch.uint8, torch.int8)
+
+
+def check(what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise QuantizationError unless `tensor` is dense, on the CPU and of one of these dtypes."""
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not _is_dense(tensor):
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise QuantizationError(
+            f"{what} is a dense {names} tensor on the CPU, got {described(tensor)}."
+        )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided:
+        return False
+    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+
+
+def check_range(zero_point: int, quant_min: int, quant_max: int) -> None:
+    """Raise QuantizationError unless 8 bits hold the range, and the range the zero point."""
+    largest = 127 if quant_min < 0 else 255
+    if not -128 <= quant_min <= zero_point <= quant_max <= largest:
+        raise QuantizationError(
+            "8 bits hold integers from 0 to 255 or from -128 to 127, with the zero point inside of "
+            f"the range; got the range {quant_min} to {quant_max} and the zero point {zero_point}."
+        )
+
+
+def check_mask(mask: Tensor, elements: Tensor) -> None:
+    """Raise QuantizationError unless `mask` has a bit for each of the elements."""
+    check("the mask", mask, torch.uint8)
+    if mask.shape != (mask_bytes(elements),):
+        raise QuantizationError(
+            f"the mask of {elements.numel()} elements has {mask_bytes(elements)} bytes, got "
+            f"{described(mask)}."
+        )
+
+
+def check_factors(
+    left: Tensor, right: Tensor, zero_point: int, pieces: int, *, transposed: bool
+) -> None:
+    """Raise QuantizationError unless the factors of a bfloat16 product fit together."""
+    if left.dtype != torch.float32 or right.dtype not in CODES or {left.dim(), right.dim()} != {2}:
+        raise QuantizationError(
+            "left is a float32 matrix and right one of int8 or uint8, got "
+            f"{described(left)} and {described(right)}."
+        )
+    if left.device.type != "cpu" or right.device.type != "cpu":
+        raise QuantizationError(
+            f"native products are computed on the CPU, got {left.device} and {right.device}."
+        )
+    if left.shape[0 if transposed else 1] != right.shape[0]:
+        which = "rows" if transposed else "columns"
+        raise QuantizationError(
+            f"left has as many {which} as right has rows, got {described(left)} and "
+            f"{described(right)}."
+        )
+    check_zero_point(zero_point, right.dtype)
+    if pieces not in (1, 3):
+        raise QuantizationError(f"pieces is 1 or 3, got {pieces}.")
+
+
+def check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
+    """Raise QuantizationError unless the factors of an integer product fit together."""
+    check("codes", codes, torch.uint8)
+    check("weight", weight, torch.int8)
+    if (codes.dim(), weight.dim()) != (2, 2) or codes.shape[1] != weight.shape[1]:
+        raise QuantizationError(
+            "codes and weight are matrices with the same number of columns, got "
+            f"{described(codes)} and {described(weight)}."
+        )
+    if not codes.is_contiguous() or not weight.is_contiguous():
+        raise QuantizationError(
+            f"codes and weight are contiguous, got {described(codes)} and {described(weight)}; "
+            "use .contiguous()."
+        )
+    if codes.shape[1] > MAX_SUMMED:
+        raise QuantizationError(
+            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {codes.shape[1]} columns."
+        )
+    check_zero_point(zero_point, codes.dtype)
+
+
+def check_zero_point(zero_point: int, dtype: torch.dtype) -> None:
+    """Raise QuantizationError unless `zero_point` is an integer of the dtype."""
+    limits = torch.iinfo(dtype)
+    if not limits.min <= zero_point <= limits.max:
+        raise QuantizationError(
+            f"the zero point of {dtype} lies between {limits.min} and {limits.max}, got "
+            f"{zero_point}."
+        )
+
+
+def check_vector(what: str, vector: Tensor, size: int) -> None:
+    """Raise QuantizationError unless `vector` has `size` elements of float32."""
+    check(what, vector, torch.float32)
+    if vector.shape != (size,):
+        raise QuantizationError(f"{what} has {size} elements, got {described(vector)}.")
+
+
+def described(tensor: Tensor) -> str:
+    """Return type, shape, strides and device of a tensor, for messages."""
+    strides = f" with strides {tensor.stride()}" if tensor.layout == torch.strided else ""
+    return f"{tensor.dtype} {tuple(tensor.shape)}{strides} on {tensor.device}"
+
+
+def mask_bytes(elements: Tensor) -> int:
+    """Return how many bytes hold a bit for each of the elements."""
+    return (elements.numel() + 7) // 8
