@@ -126,13 +126,3 @@ def trained(model: nn.Module, inputs: Any, *, steps: int = 3, **options: Any) ->
 def _total_square(output: Any) -> Tensor:
     floats = (item for item in tensors_in(output) if item.is_floating_point())
     return torch.stack([item.float().square().mean() for item in floats]).sum()
-
-
-def nearly_equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether both agree but for the last digits.
-
-    On some machines converted models multiply integers, which compiled and exported ones, and
-    models that are called for their gradient, do not.
-    """
-    largest = float(other.detach().abs().max())
-    return torch.allclose(one, other, rtol=0, atol=1e-6 * largest)

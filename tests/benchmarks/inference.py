@@ -12,7 +12,6 @@ with its error.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,10 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compression_manager.deploy import routes
+from compression_manager.deploy.reference import Reference
+from compression_manager.deploy.routes import Source
 from compression_plugins import QATConfig
 from measuring import machine
+from measuring.command import model_parser
 from measuring.models import WORKLOADS, Workload
-from measuring.report import RESULTS, bar_chart, row, write_json
+from measuring.outputs import relative_error
+from measuring.report import bar_chart, row, write_json
 from measuring.timing import Duration, Spread, interleaved, milliseconds, ratios
 from measuring.trainer import Trainer
 
@@ -76,15 +80,8 @@ def _library(name: str) -> Callable[[Subject], Runner]:
     """Return what builds one of the routes that `compression_manager.deploy.fastest` measures."""
 
     def build(subject: Subject) -> Runner:
-        try:
-            routes = importlib.import_module("compression_manager.deploy.routes")
-            reference = importlib.import_module("compression_manager.deploy.reference")
-        except ModuleNotFoundError as error:
-            raise RuntimeError(f"this version has no such route: {error}") from error
-        source = routes.Source(
-            subject.converted, reference.Reference.of(subject.converted, subject.inputs)
-        )
-        run, kernels = routes.ROUTES[name].build(source, int8=True)
+        reference = Reference.of(subject.converted, subject.inputs)
+        run, kernels = routes.ROUTES[name].build(Source(subject.converted, reference), int8=True)
         print(f"  {name}: {kernels}", file=sys.stderr, flush=True)
         return run
 
@@ -180,13 +177,6 @@ def measure(
     return results
 
 
-def relative_error(output: Any, expected: Tensor) -> float:
-    """Return the root mean square of the difference, relative to that of `expected`."""
-    found = output[0] if isinstance(output, (tuple, list)) else output
-    difference = torch.as_tensor(found).double() - expected.double()
-    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
-
-
 def _arm(run: Runner, inputs: Tensor) -> Callable[[int], object]:
     return lambda number: run(inputs)
 
@@ -260,20 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = {route.name: route for route in ROUTES}
-    parser.add_argument(
-        "--models", nargs="+", choices=list(WORKLOADS), default=["encoder", "resnet"]
-    )
+    parser = model_parser(__doc__, "inference", ["encoder", "resnet"])
     parser.add_argument("--routes", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--runs", type=int, default=60, help="timed rounds at most")
-    parser.add_argument(
-        "--seconds-per-model", type=float, help="stop timing a model after so long; default: never"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shrink", type=int, default=1, help="divide the sizes, for a quick look")
-    parser.add_argument("--json", type=Path, default=RESULTS / "inference.json")
-    parser.add_argument("--chart", type=Path, help="an image to draw; needs matplotlib")
     options = parser.parse_args(arguments)
     options.routes = [names[name] for name in dict.fromkeys([BASELINE, *options.routes])]
     return options

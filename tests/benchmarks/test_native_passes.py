@@ -27,7 +27,7 @@ def test_every_check_passes_and_every_pass_is_timed(
     script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if load_library().functions is None:
-        pytest.skip(load_library().reason)
+        pytest.skip(load_library().reason)  # no compiler, or switched off
     threads = torch.get_num_threads()
     try:
         assert script.main(["--threads", "1", "--repeats", "1"]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -88,12 +87,13 @@ def test_what_cannot_run_here_is_listed_with_the_reason(tmp_path, capsys):
     assert "skipped: the processor has no AMX-bf16" in capsys.readouterr().out
 
 
-def test_an_option_that_does_not_exist_makes_a_variant_unavailable(tmp_path):
+def test_without_native_kernels_their_variants_are_unavailable(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMPRESSION_MANAGER_NATIVE", "0")
     workload = training_step.WORKLOADS["encoder"](8)
     cache = warm_cache(workload, tmp_path / "cache")
-    variant = dataclasses.replace(FAKE, options={"sideways": "yes"})
-    with pytest.raises(Unavailable, match="QATConfig has no option sideways"):
-        VariantTrainer(variant, workload, cache)
+    native = next(variant for variant in VARIANTS if variant.name == "auto-native")
+    with pytest.raises(Unavailable, match="COMPRESSION_MANAGER_NATIVE=0"):
+        VariantTrainer(native, workload, cache)
 
 
 def test_the_variants_do_train(tmp_path):

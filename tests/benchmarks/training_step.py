@@ -24,9 +24,10 @@ from typing import Any
 import torch
 
 from measuring import machine
+from measuring.command import model_parser
 from measuring.memory import MIB, saved_bytes
 from measuring.models import WORKLOADS, Workload
-from measuring.report import RESULTS, bar_chart, row, write_json
+from measuring.report import bar_chart, row, write_json
 from measuring.timing import Duration, Spread, interleaved, milliseconds, ratios
 from measuring.variants import (
     BASELINE,
@@ -215,18 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = {variant.name: variant for variant in VARIANTS}
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser = model_parser(__doc__, "training_step")
     parser.add_argument("--variants", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--steps", type=int, default=40, help="timed rounds at most")
-    parser.add_argument(
-        "--seconds-per-model", type=float, help="stop timing a model after so long; default: never"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shrink", type=int, default=1, help="divide the sizes, for a quick look")
-    parser.add_argument("--json", type=Path, default=RESULTS / "training_step.json")
-    parser.add_argument("--chart", type=Path, help="an image to draw; needs matplotlib")
     options = parser.parse_args(arguments)
     options.variants = [names[name] for name in dict.fromkeys(options.variants)]
     return options

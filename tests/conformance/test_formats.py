@@ -1,7 +1,7 @@
 """Every exported file computes what the converted model computes, at any batch size.
 
 The files are run by their runtimes alone, without this package's own code for it, and compared
-in float64. Allowed is a quarter of what `export` allows, and less.
+in float64. Allowed is a tenth of what `export` allows, and less; of OpenVINO a quarter.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from conformance_models import CASES, converted
 
 pytestmark = pytest.mark.slow
 
+# OpenVINO's own formula of fake quantization is 2e-3 away on the ResNet; the cause is not known.
 ALLOWED = {"onnx": 2e-3, "openvino": 5e-3, "torch": 1e-6}
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 Runner = Callable[[Any], list[np.ndarray]]
@@ -86,7 +87,8 @@ def exported(name: str, format: str, folder: Path) -> Runner:
 
 def test_every_format_is_tested() -> None:
     assert LOAD.keys() | {"aot_inductor"} == FORMATS.keys()  # test_compilers.py has that one
-    assert all(ALLOWED[name] <= FORMATS[name].tolerance / 4 for name in LOAD)
+    share = dict.fromkeys(LOAD, 10) | {"openvino": 4}
+    assert all(share[name] * ALLOWED[name] <= FORMATS[name].tolerance for name in LOAD)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])

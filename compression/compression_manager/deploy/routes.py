@@ -29,6 +29,7 @@ class Source:
     Attributes:
         model: the converted model, in eval mode.
         reference: what it returns for the inputs that are measured.
+        examples: the inputs, of at least two samples, to trace the model with.
         onnx_seconds: how long it took to make `onnx`; 0 if it was not made yet.
     """
 
@@ -37,7 +38,7 @@ class Source:
         self.reference = reference
         self.onnx_seconds = 0.0
         inputs = reference.inputs
-        self._examples = with_batch(inputs, max(2, batch_size(inputs)))
+        self.examples = with_batch(inputs, max(2, batch_size(inputs)))
 
     @functools.cached_property
     def onnx(self) -> bytes:
@@ -45,14 +46,9 @@ class Source:
         from compression_manager.integrations.onnx_export import to_onnx
 
         begin = time.perf_counter()
-        content = to_onnx(trace(self.model, self._examples))
+        content = to_onnx(trace(self.model, self.examples))
         self.onnx_seconds = time.perf_counter() - begin
         return content
-
-    def package(self, path: Path) -> None:
-        """Write the model as AOTInductor's package."""
-        format = FORMATS["aot_inductor"]
-        format.write(trace(self.model, self._examples, view=format.view), path)
 
     def structured(self, run: Runner) -> Runner:
         """Let `run`, which returns a tensor or a tuple, return what the model returns."""
@@ -124,39 +120,47 @@ class _AotInductor(Route):
         format = FORMATS["aot_inductor"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.pt2"
-            source.package(path)
+            format.write(trace(source.model, source.examples, view=format.view), path)
             run = format.load(path, int8=int8)
         return run, "float32" if format.view == "formulas" else "8-bit"
 
 
-class _OnnxRuntime(Route):
+class _GraphRoute(Route):
+    """A runtime that reads `Source.onnx`."""
+
+    from_onnx = True
+    cpu_only = True
+    int8_settings = (True, False)
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        run = self.load(source.onnx, int8=int8)
+        return source.structured(run), "8-bit" if int8 else "float32"
+
+    @abstractmethod
+    def load(self, content: bytes, *, int8: bool) -> Runner:
+        """Return what runs the content of an ONNX file."""
+
+
+class _OnnxRuntime(_GraphRoute):
     name = "onnxruntime"
     packages = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnxruntime"
-    from_onnx = True
-    cpu_only = True
-    int8_settings = (True, False)
 
-    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+    def load(self, content: bytes, *, int8: bool) -> Runner:
         from compression_manager.integrations.onnx_runtime import load_onnx
 
-        run = load_onnx(source.onnx, int8=int8)
-        return source.structured(run), "8-bit" if int8 else "float32"
+        return load_onnx(content, int8=int8)
 
 
-class _OpenVino(Route):
+class _OpenVino(_GraphRoute):
     name = "openvino"
     packages = ("onnx", "onnxscript", "openvino")
     extra = "openvino"
-    from_onnx = True
-    cpu_only = True
-    int8_settings = (True, False)
 
-    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+    def load(self, content: bytes, *, int8: bool) -> Runner:
         from compression_manager.integrations.openvino_runtime import load_openvino
 
-        run = load_openvino(source.onnx, int8=int8)
-        return source.structured(run), "8-bit" if int8 else "float32"
+        return load_openvino(content, int8=int8)
 
 
 ROUTES: dict[str, Route] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from compression_manager.plugin import PluginConfig
+from compression_manager.quantization.integer import selection
 from compression_plugins import (
     DistillationConfig,
     KnowledgeDistillationLossConfig,
@@ -28,8 +28,6 @@ from measuring.trainer import Trainer
 BASELINE = "float32"
 WITHOUT_INTEGERS = 1.30
 """The bar without VNNI, or for layers too small for the integer kernels."""
-
-_INTEGER = "compression_manager.quantization.integer"
 
 
 class Unavailable(Exception):
@@ -99,7 +97,7 @@ class VariantTrainer:
     """Trains a fresh copy of a workload's model in one of the ways.
 
     Raises:
-        Unavailable: the options, the kernels or the processor's features are missing.
+        Unavailable: the kernels or the processor's features are missing.
     """
 
     def __init__(self, variant: Variant, workload: Workload, cache: TeacherCache) -> None:
@@ -126,20 +124,13 @@ class VariantTrainer:
     def _using(self) -> AbstractContextManager[object]:
         if self._passes is None:
             return contextlib.nullcontext()
-        return importlib.import_module(f"{_INTEGER}.selection").use_passes(self._passes)
+        return selection.use_passes(self._passes)
 
 
 def _configs(variant: Variant, cache: TeacherCache) -> Sequence[PluginConfig]:
     if variant.options is None:
         return ()
-    known = {field.name for field in dataclasses.fields(QATConfig)}
-    missing = sorted(set(variant.options) - known)
-    if missing == ["forward"] and variant.options["forward"] == "fake":
-        qat = QATConfig()  # knows nothing else
-    elif missing:
-        raise Unavailable(f"QATConfig has no option {' and '.join(missing)}")
-    else:
-        qat = QATConfig(**variant.options)
+    qat = QATConfig(**variant.options)
     if not variant.distilled:
         return [qat]
     criterion = KnowledgeDistillationLossConfig(
@@ -155,18 +146,12 @@ def _find_passes(variant: Variant) -> Any:
         raise Unavailable(f"the processor has no {' and no '.join(lacking)}")
     if variant.passes is None:
         return None
-    try:
-        selection = importlib.import_module(f"{_INTEGER}.selection")
-        plain = importlib.import_module(f"{_INTEGER}.torch_passes")
-    except ModuleNotFoundError as error:
-        raise Unavailable(f"there is no integer forward: {error}") from error
     if variant.passes == "torch":
-        return plain.TorchPasses()
-    selection.prepare_native()
-    found = selection.active_passes()
-    if found.name != variant.passes:
-        raise Unavailable(f"no native kernels: the passes in use are '{found.name}'")
-    return found
+        return selection.TORCH
+    reason = selection.prepare_native()
+    if reason is not None:
+        raise Unavailable(reason)
+    return selection.active_passes()
 
 
 class _Samples(Dataset[Any]):

@@ -29,7 +29,7 @@ def torchao_pt2e(model: nn.Module, inputs: Tensor) -> nn.Module:
     prepared = prepare_qat_pt2e(graph, _x86_quantizer(is_qat=True))
     move_exported_model_to_train(prepared)
     # An exported module refuses train(); the line above did what it does.
-    prepared.train = lambda mode=True: prepared  # type: ignore[method-assign]
+    prepared.train = lambda mode=True: prepared
     return prepared
 
 

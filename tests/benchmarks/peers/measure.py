@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from measuring.models import WORKLOADS, Workload
+from measuring.outputs import relative_error
 from measuring.timing import Spread, interleaved, milliseconds, ratios
 from peers import adapters
 
@@ -82,12 +83,6 @@ def check_quantized(model: nn.Module, workload: Workload) -> None:
             output, expected = model(workload.inputs), reference(workload.inputs)
     if relative_error(output, expected) < 1e-4:
         raise RuntimeError("it quantizes nothing: its output is that of the float model")
-
-
-def relative_error(output: Any, expected: Tensor) -> float:
-    """Return the root mean square of the difference, relative to that of `expected`."""
-    difference = torch.as_tensor(output).double() - expected.double()
-    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
 
 
 def inference_arms(

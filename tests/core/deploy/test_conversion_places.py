@@ -12,10 +12,10 @@ def test_every_place_of_a_shared_module_is_replaced_and_put_back() -> None:
     shared, new = nn.Linear(2, 2), nn.Identity()
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
     conversion = Conversion(model)
-    conversion.replace("a", new)  # type: ignore[arg-type]
+    conversion.replace("a", new)
     assert model["a"] is new
     assert model["b"][0] is new
-    conversion.replace("b.0", nn.Tanh())  # type: ignore[arg-type]
+    conversion.replace("b.0", nn.Tanh())
     assert isinstance(model["a"], nn.Tanh)
     conversion.undo()
     assert model["a"] is shared
@@ -26,8 +26,8 @@ def test_a_layer_that_a_replacement_took_over_is_replaced_in_it() -> None:
     inner, new = nn.Linear(2, 2), nn.Identity()
     model = nn.ModuleDict({"outer": nn.ModuleDict({"inner": inner})})
     conversion = Conversion(model)
-    conversion.replace("outer", nn.ModuleDict({"inner": inner}))  # type: ignore[arg-type]
-    conversion.replace("outer.inner", new)  # type: ignore[arg-type]
+    conversion.replace("outer", nn.ModuleDict({"inner": inner}))
+    conversion.replace("outer.inner", new)
     assert model["outer"]["inner"] is new
     conversion.undo()
     assert model["outer"]["inner"] is inner
@@ -36,11 +36,11 @@ def test_a_layer_that_a_replacement_took_over_is_replaced_in_it() -> None:
 def test_what_a_plugin_changed_otherwise_is_found() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     conversion = Conversion(model)
-    conversion.replace("0", nn.Identity())  # type: ignore[arg-type]
+    conversion.replace("0", nn.Identity())
     added = nn.Linear(2, 2)
     model[1] = nn.Sequential(added)
     new = nn.Identity()
-    conversion.replace("1.0", new)  # type: ignore[arg-type]
+    conversion.replace("1.0", new)
     assert model[1][0] is new
 
 
@@ -51,6 +51,6 @@ def test_the_model_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "modules", lambda self: searches.append(self) or modules(self))
     conversion = Conversion(model)
     for number in range(20):
-        conversion.replace(str(number), nn.Identity())  # type: ignore[arg-type]
+        conversion.replace(str(number), nn.Identity())
     assert searches.count(model) == 1
     assert all(isinstance(layer, nn.Identity) for layer in model)

@@ -43,12 +43,12 @@ def model() -> nn.Module:
 class FakeRoute(routes.Route):
     """Runs the model itself, changed by `change`, after a pause."""
 
-    name: str  # type: ignore[misc]  # a class variable of the base
+    name: str
     pause: float = 0.0
     change: Callable[[Tensor, bool], Tensor] = lambda output, int8: output
-    packages: tuple[str, ...] = ()  # type: ignore[misc]
-    extra: str | None = None  # type: ignore[misc]
-    int8_settings: tuple[bool, ...] = (True,)  # type: ignore[misc]
+    packages: tuple[str, ...] = ()
+    extra: str | None = None
+    int8_settings: tuple[bool, ...] = (True,)
 
     def build(self, source: routes.Source, *, int8: bool) -> tuple[routes.Runner, str]:
         def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -48,7 +48,7 @@ def test_small_products_are_integer_in_evaluation(monkeypatch: Any) -> None:
 
 def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
     fits, overflows = Size(512, MAX_SUMMED, 64), Size(512, MAX_SUMMED + 1, 64)
-    assert 255 * 127 * MAX_SUMMED < 2**31 <= 255 * 127 * (MAX_SUMMED + 1) + 2**15
+    assert 255 * 128 * MAX_SUMMED < 2**31 <= 255 * 128 * (MAX_SUMMED + 1)
     assert _reason(monkeypatch, fits, forward="integer") is None
     assert "32-bit sums" in (_reason(monkeypatch, overflows, forward="integer") or "")
 

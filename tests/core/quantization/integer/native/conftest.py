@@ -17,7 +17,7 @@ def library_file() -> Path:
     """The compiled library."""
     library = load_library()
     if library.functions is None:
-        pytest.skip(library.reason)
+        pytest.skip(library.reason)  # no compiler, or switched off
     return library_path()
 
 
