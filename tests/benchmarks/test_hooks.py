@@ -12,6 +12,7 @@ from measuring.empty_plugin import EmptyPlugin, manager_with
 from measuring.fits import exponent, last_exponent, relative_growth
 
 
+@pytest.mark.slow
 def test_it_runs_and_reports(tmp_path, capsys):
     before = torch.get_num_threads()
     path = tmp_path / "hooks.json"

@@ -23,6 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.mark.slow
 def test_every_check_passes_and_every_pass_is_timed(
     script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ def _threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_figure_is_shown_and_written(tmp_path, capsys):
     arguments = [*TINY, "--models", "encoder", "--variants", "fake", "distilled-fake"]
     path, image = tmp_path / "results" / "steps.json", tmp_path / "steps.png"

@@ -21,6 +21,7 @@ class _Outcomes:
             self.passed.append(report.nodeid.rpartition("::")[2].partition("[")[0])
 
 
+@pytest.mark.slow
 def test_the_contract_on_the_page_passes(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     module = tmp_path / "test_weight_decay_term.py"

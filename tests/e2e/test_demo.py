@@ -79,6 +79,7 @@ def test_writes_everything_and_skips_what_is_finished(
     assert again["int8"]["accuracy"] == summary["int8"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_students_start_equal_and_plugins_make_the_difference(
     demo: ModuleType,
     tmp_path: Path,
@@ -133,6 +134,7 @@ def test_the_folder_that_was_given_is_read(demo: ModuleType, tmp_path: Path) -> 
     assert read == [None, tmp_path]
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_to_the_same_bits(
     demo: ModuleType,
     tmp_path: Path,
@@ -169,6 +171,7 @@ def test_interrupted_run_resumes_to_the_same_bits(
         assert all(torch.equal(one[key], other[key]) for key in one), name
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_mix(demo: ModuleType, tmp_path: Path) -> None:
     _run(demo, tmp_path / "run")
     other = tmp_path / "recipe.yaml"

@@ -65,6 +65,7 @@ def apart(rank: int) -> Any:
     return train(rank, early=True, synchronize=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [early, late])
 def test_projections_are_equal_and_those_of_one_process(function: Any, tmp_path: Path) -> None:
     first, second = on_ranks(function, tmp_path)
@@ -73,6 +74,7 @@ def test_projections_are_equal_and_those_of_one_process(function: Any, tmp_path:
     torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_ranks_may_train_projections_of_their_own(tmp_path: Path) -> None:
     first, second = on_ranks(apart, tmp_path)
     assert not torch.equal(first["map.weight"], second["map.weight"])

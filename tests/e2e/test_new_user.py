@@ -222,6 +222,7 @@ def test_a_recipe_decides_who_watches() -> None:
 """
 
 
+@pytest.mark.slow
 def test_an_observer_plugin_from_the_page(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

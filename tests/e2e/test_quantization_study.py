@@ -48,6 +48,7 @@ def test_differences_are_paired(study: ModuleType) -> None:
     assert not any(met for _, met in study.goals(study.summarize(runs)))
 
 
+@pytest.mark.slow
 def test_a_short_run_writes_everything(
     study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,6 +207,7 @@ def test_optimizers_take_as_many_steps_with_scales_as_in_one_process(ranks, sing
         assert rank["adam"]["steps_of_scales"] == expected
 
 
+@pytest.mark.slow
 def test_every_rank_resumes_from_checkpoints_of_its_own_with_the_same_bits(tmp_path):
     first, second = on_ranks(resume, tmp_path)
     for whole, resumed, begins in (first, second):

@@ -113,6 +113,7 @@ def test_torch_stores_integers_and_no_example(tmp_path: Path) -> None:
         assert program.state_dict[name].dtype == value.dtype
 
 
+@pytest.mark.slow
 def test_torch_needs_nothing_of_this_package(tmp_path: Path) -> None:
     model = conv_net()
     deploy.export(model, tmp_path / "model.pt2", "torch", IMAGES)

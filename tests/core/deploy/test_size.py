@@ -199,29 +199,24 @@ def test_bytes_are_within_two_percent_of_the_ideal(
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def live_tensors() -> list[Tensor]:
-    gc.collect()
-    return [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
-
-
 @pytest.fixture
 def appeared() -> Iterator[Callable[[set[int]], list[Tensor]]]:
     """Returns the float tensors with one of these numbers of elements that the test has made."""
-    before = live_tensors()  # kept, so that no new tensor takes an old one's identity
-    known = {id(tensor) for tensor in before}
+    gc.freeze()  # what other tests left is neither listed nor searched for garbage
 
     def find(sizes: set[int]) -> list[Tensor]:
+        gc.collect()
         return [
-            tensor
-            for tensor in live_tensors()
-            if id(tensor) not in known
-            and tensor.is_floating_point()
-            and not tensor.is_meta
-            and tensor.numel() in sizes
+            item
+            for item in gc.get_objects()
+            if issubclass(type(item), Tensor)
+            and item.is_floating_point()
+            and not item.is_meta
+            and item.numel() in sizes
         ]
 
     yield find
-    del before
+    gc.unfreeze()
 
 
 def sizes_of(model: nn.Module) -> set[int]:

@@ -52,21 +52,23 @@ class Model(nn.Module):
         return fake, integers, real
 
 
-def exported(model, input, **options):
+def exported(model, *inputs, **options):
     program = torch.onnx.export(
-        model.eval(), (input,), dynamo=True, verbose=False,
+        model.eval(), inputs, dynamo=True, verbose=False,
         custom_translation_table=onnx_translation_table(), **options,
     )  # fmt: skip
     return program.model_proto
 
 
-def run(model, input):
+def run(model, *inputs):
     """The outputs of torch and of onnxruntime, and the kinds of nodes exported."""
-    proto = exported(model, input)
+    proto = exported(model, *inputs)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
-    name = session.get_inputs()[0].name
-    actual = session.run(None, {name: input.numpy()})
-    return [value.numpy() for value in model(input)], actual, {n.op_type for n in proto.graph.node}
+    names = [one.name for one in session.get_inputs()]
+    arrays = [one.numpy() for one in inputs]
+    actual = session.run(None, dict(zip(names, arrays, strict=True)))
+    kinds = {node.op_type for node in proto.graph.node}
+    return [value.numpy() for value in model(*inputs)], actual, kinds
 
 
 @pytest.mark.parametrize("scheme", FORMULA, ids=str)
@@ -118,25 +120,30 @@ def test_ranges_at_run_time(granularity):
 
 
 class Unpacked(nn.Module):
-    def __init__(self, bits, count):
+    def __init__(self, bits, counts):
         super().__init__()
-        self.bits, self.count = bits, count
+        self.bits, self.counts = bits, counts
 
-    def forward(self, packed):
-        return (unpack_bits(packed, self.bits, self.count),)
+    def forward(self, *packed):
+        return tuple(
+            unpack_bits(streams, self.bits, count)
+            for streams, count in zip(packed, self.counts, strict=True)
+        )
 
 
 @pytest.mark.parametrize("bits", range(1, 8))
-@pytest.mark.parametrize(("streams", "count"), [((), 1), ((), 21), ((3,), 21), ((2, 3), 16)])
-def test_packed_bits(bits, streams, count):
-    length = -(-count * bits // 8)
-    packed = torch.randint(
-        256, (*streams, length), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    expected, actual, kinds = run(Unpacked(bits, count), packed)
+def test_packed_bits(bits):
+    counts, streams = (1, 21, 21, 16), ((), (), (3,), (2, 3))
+    generator = torch.Generator().manual_seed(0)
+    packed = [
+        torch.randint(256, (*shape, -(-count * bits // 8)), dtype=torch.uint8, generator=generator)
+        for shape, count in zip(streams, counts, strict=True)
+    ]
+    expected, actual, kinds = run(Unpacked(bits, counts), *packed)
     assert "BitShift" in kinds
-    assert actual[0].dtype == np.uint8
-    np.testing.assert_array_equal(actual[0], expected[0])
+    for unpacked, reference in zip(actual, expected, strict=True):
+        assert unpacked.dtype == np.uint8
+        np.testing.assert_array_equal(unpacked, reference)
 
 
 class Wide(nn.Module):

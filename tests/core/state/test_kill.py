@@ -49,6 +49,7 @@ print(lost, len(hidden), step)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_newest_checkpoint_is_loadable_after_every_kill(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", DRIVER, str(tmp_path), "60"]
