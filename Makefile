@@ -13,7 +13,7 @@ SECONDS_PER_MODEL ?= 180
 BENCH := tests/benchmarks
 RESULTS := runs/benchmarks
 
-.PHONY: help venv demo study distillation-study tables bench bench-training bench-inference \
+.PHONY: help venv demo study distillation-study tables bench bench-rule bench-training bench-inference \
 	bench-hooks bench-roofline bench-peers performance bench-teacher bench-distillation test \
 	test-slow test-cuda conformance check docs reference readme
 
@@ -42,11 +42,14 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 	$(BIN)/python examples/post_training_study.py
 
 # They run one after the other, however many jobs make was given: nothing else may be running.
-bench: $(STAMP)  ## training steps, inference, hooks, the machine; a quarter of an hour, quiet machine
-	$(MAKE) -j1 bench-roofline bench-training bench-inference bench-hooks
+bench: $(STAMP)  ## training steps, inference, hooks, the rule, the machine; a quarter of an hour, quiet machine
+	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-inference bench-hooks
 
 bench-roofline: $(STAMP)  ## what the machine can do: bandwidth, peaks; what a step needs of both
 	$(BIN)/python $(BENCH)/roofline.py --threads $(THREADS)
+
+bench-rule: $(STAMP)  ## time layers with and without integers, beside what the rule chooses
+	$(BIN)/python $(BENCH)/integer_rule.py --threads $(THREADS)
 
 bench-training: $(STAMP)  ## time a quantization-aware training step beside the float32 step
 	$(BIN)/python $(BENCH)/training_step.py --threads $(THREADS) \

@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 RECORDED = ROOT / "docs" / "images" / "performance"
-BENCHMARKS = ("training_step", "inference", "hooks", "roofline", "peers")
+BENCHMARKS = ("training_step", "inference", "hooks", "roofline", "peers", "integer_rule")
 NOT_YET = "Not measured yet."
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -82,6 +82,7 @@ def blocks(machines: Machines) -> dict[str, str]:
         "machines": ("", machines_block),
         "training": ("training_step", training_block),
         "saved": ("training_step", saved_block),
+        "rule": ("integer_rule", rule_block),
         "limits": ("training_step", limits_block),
         "inference": ("inference", inference_block),
         "peers": ("peers", peers_block),
@@ -203,6 +204,24 @@ def hooks_block(machines: Machines) -> list[str]:
             lines.append(
                 f"- {what.capitalize()}, in milliseconds: {shown}; exponent "
                 f"{costs['exponent']:.2f}, between the last two {costs['last_exponent']:.2f}."
+            )
+        lines.append("")
+    return lines[:-1]
+
+
+def rule_block(machines: Machines) -> list[str]:
+    """Return, per machine, how both paths of a layer compare and what the rule chooses."""
+    lines: list[str] = []
+    for name, documents in machines.items():
+        found = documents["integer_rule"]
+        lines += [f"{name}: {found['summary']}", ""]
+        lines += _head(["layer", "rows", "summed", "columns", "integers to float32", "rule", ""])
+        for item in found["results"]:
+            low, high = item["quartiles"]
+            ratio = f"{item['ratio']:.2f} ({low:.2f} to {high:.2f})"
+            verdict = "right" if item["is_right"] else "wrong"
+            lines.append(
+                _line([item["kind"], *map(str, item["size"][:3]), ratio, item["chosen"], verdict])
             )
         lines.append("")
     return lines[:-1]

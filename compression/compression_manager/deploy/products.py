@@ -23,16 +23,14 @@ from compression_manager.quantization.integer.geometry import (
 from compression_manager.quantization.integer.operands import (
     IntegerInput,
     IntegerWeight,
-    is_finite,
-    quantize_finite,
-    quantize_on_accelerator,
+    quantize_input,
     why_no_integer_input,
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.rule import Size, decide
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.memory_format import dense
-from compression_manager.quantization.recent import share, version_of
+from compression_manager.quantization.recent import version_of
 
 if TYPE_CHECKING:
     from compression_manager.deploy.layers import ConvertedLayer
@@ -90,15 +88,8 @@ def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
     """Return the integers of a finite input."""
     scheme, values = layer.spec.input, dense(input)
     assert scheme is not None  # or there were no operands
-    if values.device.type != "cpu":
-        return quantize_on_accelerator(values, layer.input_scale, layer.input_zero_point, scheme)
-    share(values)
-    values = values.detach()
-    if not is_finite(values):
-        return None
-    return quantize_finite(
-        values, layer.input_scale, layer.input_zero_point, scheme, active_passes()
-    )
+    scale, zero_point = layer.input_scale, layer.input_zero_point
+    return quantize_input(values, scale, zero_point, scheme, active_passes())
 
 
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:

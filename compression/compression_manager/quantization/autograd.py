@@ -15,6 +15,12 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
     return call(*arguments)
 
 
+def apply_to_parts(function: type[torch.autograd.Function], *arguments: Any) -> tuple[Tensor, ...]:
+    """Return `function.apply(*arguments)` of a function that returns a tuple of tensors."""
+    call = cast(Callable[..., tuple[Tensor, ...]], function.apply)
+    return call(*arguments)
+
+
 def runs_backward() -> bool:
     """Return whether a backward pass is under way, as in a forward pass that it repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

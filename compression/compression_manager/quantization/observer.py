@@ -33,6 +33,21 @@ class Observer(Float32Buffers, ABC):
         that it must not read values back from an accelerator.
         """
 
+    def observe_ends(self, low: float, high: float) -> tuple[float, float] | None:
+        """Take a tensor on the CPU into account of which the two ends are known.
+
+        A shortcut for observers that ask a tensor for nothing else, with one range for all of it.
+
+        Args:
+            low: the smallest value, finite.
+            high: the largest value, finite.
+
+        Returns:
+            What `observed_range` answers from now on. None, which is the default, if nothing was
+            done, so that `observe` has to be called.
+        """
+        return None
+
     @abstractmethod
     def compute_range(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return (minimum, maximum) of `input` alone, without changing any state.

@@ -179,11 +179,35 @@ class ObservedFakeQuantizer(FakeQuantizer):
         Activation checkpointing runs a forward pass again during the backward pass, with what
         was observed already.
         """
-        if self._phase.observing and self.training and not runs_backward():
+        if self._follows():
             self.observer.observe(input.detach())
             # Some observers search long for their range; until it is used, nobody asks.
             if self._phase.quantizing:
                 self._follow_observer()
+
+    def follow_ends(self, input: Tensor, low: float, high: float) -> tuple[float, int]:
+        """Do what `follow` does of an activation on the CPU of which the two ends are known.
+
+        Args:
+            input: the activation.
+            low: its smallest value, finite.
+            high: its largest value, finite.
+
+        Returns:
+            scale and zero point of the whole tensor, for quantizers that quantize already.
+        """
+        if self._follows():
+            limits = self.observer.observe_ends(low, high)
+            if limits is None:
+                self.follow(input)
+            elif scalars.serve(self.scheme) and scalars.fit(*limits):
+                return self._take_numbers(*limits)
+            else:
+                self._follow_observer()
+        return float(self.scale), int(self.zero_point)
+
+    def _follows(self) -> bool:
+        return self._phase.observing and self.training and not runs_backward()
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes now, as tensors of their own.
@@ -229,14 +253,19 @@ class ObservedFakeQuantizer(FakeQuantizer):
     def _follow_observer(self) -> None:
         """Bring an activation's scale and zero point up to date with what was observed."""
         minimum, maximum = self.observer.observed_range()
-        if scalars.fit(self.scheme) and scalars.hold(minimum, maximum):
-            numbers = scalars.affine_qparams(float(minimum), float(maximum), self.scheme)
-            self.scale.fill_(numbers[0])
-            self.zero_point.fill_(numbers[1])
+        limits = scalars.read(minimum, maximum) if scalars.serve(self.scheme) else None
+        if limits is not None:
+            self._take_numbers(*limits)
             return
         scale, zero_point = compute_qparams(minimum, maximum, self.scheme)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+    def _take_numbers(self, minimum: float, maximum: float) -> tuple[float, int]:
+        scale, zero_point = scalars.affine_qparams(minimum, maximum, self.scheme)
+        self.scale.fill_(scale)
+        self.zero_point.fill_(zero_point)
+        return scale, zero_point
 
 
 def _refresh(module: nn.Module, incompatible_keys: object) -> None:

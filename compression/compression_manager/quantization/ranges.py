@@ -10,7 +10,6 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.memory_format import in_memory_order, is_dense
-from compression_manager.quantization.recent import shared
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -82,7 +81,7 @@ def _extremes(
             return torch.aminmax(input)
         # aminmax copies a channels_last tensor, but not a vector of its elements.
         elements = in_memory_order(input) if is_dense(input) else input
-        return shared(input, "range", lambda: torch.aminmax(elements))
+        return torch.aminmax(elements)
     # One pass each is many times faster than torch.aminmax along a dimension.
     if scheme.granularity == "token":
         return input.amin(-1, keepdim=True), input.amax(-1, keepdim=True)

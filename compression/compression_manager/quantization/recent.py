@@ -9,32 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-_Value = TypeVar("_Value")
-
 # A residual block has few tensors between two uses of its input.
 _KEPT = 6
 
-
-class _Key(NamedTuple):
-    address: int
-    offset: int
-    shape: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    version: int
+_Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int]
 
 
 class _Entry:
     def __init__(self, tensor: Tensor, key: _Key) -> None:
         self.key = key
-        self.values: dict[Any, Any] = {}
+        self.values: dict[object, Any] = {}
         # A dead tensor's address may be used again, and its codes are of no more use.
         self.tensor = TensorWeakRef(tensor)
 
@@ -50,43 +40,22 @@ class _Entries(threading.local):
 _recent = _Entries()
 
 
-def share(tensor: Tensor) -> None:
-    """Let what is computed of `tensor` be found again, under all its aliases."""
+def remembered(tensor: Tensor) -> dict[object, Any]:
+    """Return what was computed of `tensor`, or of an alias of it, for the caller to add to."""
     if tensor.is_inference():
-        return
-    key = _key(tensor)
+        return {}
+    key = (
+        tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
+    )  # fmt: skip
     alive = [entry for entry in _recent.entries if entry.is_alive()]
-    if len(alive) != len(_recent.entries):
-        _recent.entries = deque(alive, maxlen=_KEPT)
-    if not any(entry.key == key for entry in alive):
-        _recent.entries.append(_Entry(tensor, key))
-
-
-def shared(tensor: Tensor, what: object, compute: Callable[[], _Value]) -> _Value:
-    """Return `compute()`, or what it returned for `what` of the same shared tensor."""
-    if not _recent.entries or tensor.is_inference():
-        return compute()
-    key = _key(tensor)
-    for entry in _recent.entries:
-        if entry.key == key and entry.is_alive():
-            if what not in entry.values:
-                entry.values[what] = compute()
-            value: _Value = entry.values[what]
-            return value
-    return compute()
+    for entry in alive:
+        if entry.key == key:
+            return entry.values
+    added = _Entry(tensor, key)
+    _recent.entries = deque([*alive, added], maxlen=_KEPT)
+    return added.values
 
 
 def version_of(tensor: Tensor) -> int:
     """Return autograd's count of changes; 0 for inference tensors, which it does not count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _key(tensor: Tensor) -> _Key:
-    return _Key(
-        tensor.untyped_storage().data_ptr(),
-        int(tensor.storage_offset()),
-        tensor.shape,
-        tensor.stride(),
-        tensor.dtype,
-        tensor._version,
-    )

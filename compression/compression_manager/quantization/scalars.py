@@ -21,18 +21,26 @@ _BITS = 8
 _LARGEST = torch.finfo(torch.float32).max / 4
 
 
-def hold(*limits: Tensor) -> bool:
-    """Return whether each limit is one number of moderate size that can be read without waiting."""
-    return not torch.compiler.is_compiling() and all(
-        type(limit) is Tensor
-        and limit.dim() == 0
-        and limit.device.type == "cpu"
-        and abs(float(limit)) < _LARGEST  # not so if it is not a number
-        for limit in limits
-    )
+def read(low: Tensor, high: Tensor) -> tuple[float, float] | None:
+    """Return two limits as numbers; None unless both are small enough and at hand.
+
+    At hand is one number on the CPU, outside of torch.compile.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    for limit in (low, high):
+        if type(limit) is not Tensor or limit.dim() > 0 or not limit.is_cpu:
+            return None
+    numbers = float(low), float(high)
+    return numbers if fit(*numbers) else None
 
 
-def fit(scheme: QuantizationScheme) -> bool:
+def fit(low: float, high: float) -> bool:
+    """Return whether two ends are finite, and no sum or difference of such exceeds float32."""
+    return abs(low) < _LARGEST and abs(high) < _LARGEST  # not so if one is not a number
+
+
+def serve(scheme: QuantizationScheme) -> bool:
     """Return whether `affine_qparams` computes the numbers of `scheme`."""
     return not scheme.symmetric and scheme.bits <= _BITS
 

@@ -28,7 +28,7 @@ SCHEMES = [
 @given(NUMBERS, NUMBERS, st.sampled_from(SCHEMES))
 def test_scales_are_those_of_tensors(one: float, other: float, scheme: QuantizationScheme) -> None:
     low, high = min(one, other), max(one, other)
-    assert scalars.fit(scheme)
+    assert scalars.serve(scheme)
     scale, zero_point = scalars.affine_qparams(low, high, scheme)
     expected = choose_qparams(torch.tensor(low), torch.tensor(high), scheme)
     assert scale == expected[0].item()
@@ -59,7 +59,9 @@ def test_observers_count_and_average_as_those_of_tensors(last: float) -> None:
 
 
 def test_large_or_absent_numbers_are_left_to_tensors() -> None:
-    assert scalars.hold(torch.tensor(1.0), torch.tensor(-2.0))
+    one = torch.tensor(1.0)
+    assert scalars.read(one, torch.tensor(-2.0)) == (1.0, -2.0)
     for limit in (torch.tensor(torch.nan), torch.tensor(3e38), torch.tensor([1.0])):
-        assert not scalars.hold(torch.tensor(1.0), limit)
-    assert not scalars.fit(QuantizationScheme(bits=8, symmetric=True))
+        assert scalars.read(one, limit) is None
+        assert scalars.read(limit, one) is None
+    assert not scalars.serve(QuantizationScheme(bits=8, symmetric=True))

@@ -7,7 +7,9 @@ bit, those of the functions of `arithmetic`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Operands:
     """The integers of one call, and how it computes; opaque to autograd.
 
@@ -91,53 +93,80 @@ class Operands:
 
 
 class IntegerLinear(torch.autograd.Function):
-    """`F.linear` of (input, weight, bias), whose values the operands hold."""
+    """`F.linear` of an input and of each part of a weight, whose values the operands hold.
+
+    Attention projects one tensor with the three parts of one Parameter. The arguments are weight,
+    bias, operands, and for each part the input, so that autograd adds up its gradients.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, operands: Operands
-    ) -> Tensor:
+        ctx: Any, weight: Tensor, bias: Tensor | None, operands: Operands, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         operands.save(ctx)
+        count = len(inputs)
+        biases = [None] if bias is None else _parts(bias, count)
         if operands.integers:
-            return products.linear(
-                operands.input, operands.weight, bias, operands.passes, packs=operands.packs
+            return tuple(
+                products.linear(operands.input, part, addend, operands.passes, packs=operands.packs)
+                for part, addend in zip(operands.weight.parts(count), cycle(biases))
             )
-        return F.linear(operands.float_input(), operands.float_weight(), bias)
+        values, weights = operands.float_input(), _parts(operands.float_weight(), count)
+        return tuple(F.linear(values, *pair) for pair in zip(weights, cycle(biases)))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         operands, wanted = Operands.saved(ctx), ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        for_input = for_weight = for_bias = None
+        rows = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        for_weight = for_bias = None
+        for_inputs: list[Tensor | None] = [None] * len(rows)
         if wanted[0]:
-            product = _by_weight(rows, operands).reshape(operands.input.codes.shape)
-            for_input = operands.input_gradient(product)
+            for_weight = operands.weight_gradient(_joined(_by_input(rows, operands)))
         if wanted[1]:
-            for_weight = operands.weight_gradient(_by_input(rows, operands))
-        if wanted[2]:
-            for_bias = rows.sum(0)
-        return for_input, for_weight, for_bias, None
+            for_bias = _joined([part.sum(0) for part in rows])
+        if wanted[3]:
+            shape = operands.input.codes.shape
+            for_inputs = [
+                operands.input_gradient(product.reshape(shape))
+                for product in _by_weight(rows, operands)
+            ]
+        # In the order in which the gradients of layers of their own would arrive.
+        return for_weight, for_bias, None, *reversed(for_inputs)
 
 
-def _by_weight(rows: Tensor, operands: Operands) -> Tensor:
-    """Return gradient @ weight: (rows, in features)."""
+def _by_weight(rows: list[Tensor], operands: Operands) -> list[Tensor]:
+    """Return gradient @ weight of each part: (rows, in features)."""
     if operands.backward == "float32":
-        return rows.mm(operands.float_weight())
-    weight, pieces = operands.weight, PIECES[operands.backward]
-    return operands.passes.multiply(rows, weight.codes, 0, pieces, weight.scale)
+        weights = _parts(operands.float_weight(), len(rows))
+        return [part.mm(weight) for part, weight in zip(rows, weights, strict=True)]
+    pieces, parts = PIECES[operands.backward], operands.weight.parts(len(rows))
+    return [
+        operands.passes.multiply(part, weight.codes, 0, pieces, weight.scale)
+        for part, weight in zip(rows, parts, strict=True)
+    ]
 
 
-def _by_input(rows: Tensor, operands: Operands) -> Tensor:
-    """Return gradient.T @ input: (out features, in features)."""
+def _by_input(rows: list[Tensor], operands: Operands) -> list[Tensor]:
+    """Return gradient.T @ input of each part: (out features, in features)."""
     width = operands.input.codes.shape[-1]
     if operands.backward == "float32":
-        return rows.t().mm(operands.float_input().reshape(-1, width))
+        values = operands.float_input().reshape(-1, width)
+        return [part.t().mm(values) for part in rows]
     input, pieces = operands.input, PIECES[operands.backward]
-    codes = input.codes.reshape(-1, width)
-    return operands.passes.multiply_transposed(
-        rows, codes, int(input.zero_point), pieces, float(input.scale)
-    )
+    codes, zero_point, scale = input.codes.reshape(-1, width), input.zero_point, input.scale
+    return [
+        operands.passes.multiply_transposed(part, codes, int(zero_point), pieces, float(scale))
+        for part in rows
+    ]
+
+
+def _parts(tensor: Tensor, count: int) -> Sequence[Tensor]:
+    return [tensor] if count == 1 else tensor.chunk(count)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class IntegerConvolution(torch.autograd.Function):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,17 +22,17 @@ from compression_manager.quantization.observers.extremes import (
 )
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
-from compression_manager.quantization.ranges import tensor_range
-from compression_manager.quantization.recent import share, shared, version_of
+from compression_manager.quantization.recent import remembered, version_of
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _BITS = 8
-_WHOLE = QuantizationScheme()
+# What the smallest and the largest value of a tensor are remembered under.
+_ENDS = "ends"
 # More steps than any range has.
 _FAR = 2.0**20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class IntegerInput:
     """A quantized activation.
 
@@ -47,7 +49,7 @@ class IntegerInput:
     clipped: Tensor | None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class IntegerWeight:
     """A quantized weight, symmetric around zero.
 
@@ -64,7 +66,21 @@ class IntegerWeight:
     clipped: Tensor | None
     packed: Tensor | None = None
 
+    def parts(self, count: int) -> list[IntegerWeight]:
+        """Return `count` equal parts of the rows of a weight without clipped elements."""
+        if count == 1:
+            return [self]
+        pairs = zip(self.codes.chunk(count), self.scale.chunk(count), strict=True)
+        return [IntegerWeight(codes, scale, None) for codes, scale in pairs]
 
+
+@cache
+def limits_of(scheme: QuantizationScheme) -> tuple[int, int]:
+    """Return the smallest and the largest integer of `scheme`."""
+    return scheme.quant_min, scheme.quant_max
+
+
+@cache
 def why_no_integer_input(scheme: QuantizationScheme) -> str | None:
     """Return why activations of `scheme` are no operands, or None if they are."""
     if scheme.dynamic or scheme.granularity != "tensor":
@@ -72,6 +88,7 @@ def why_no_integer_input(scheme: QuantizationScheme) -> str | None:
     return f"its input has {scheme.bits} bits" if scheme.bits > _BITS else None
 
 
+@cache
 def why_no_integer_weight(scheme: QuantizationScheme) -> str | None:
     """Return why weights of `scheme` are no operands, or None if they are."""
     if scheme.bits > _BITS:
@@ -95,69 +112,96 @@ def integer_input(
     Returns:
         None if a value on the CPU is not finite, for which only floating point has a place.
     """
-    if input.device.type != "cpu":
+    if not input.is_cpu:
         quantizer.follow(input)
         return quantize_on_accelerator(
             input.detach(), quantizer.scale, quantizer.zero_point, quantizer.scheme
         )
-    share(input)
-    input = input.detach()
-    if not is_finite(input):
+    known, input = remembered(input), input.detach()
+    ends = _finite_ends(input, known)
+    if ends is None:
         return None
-    quantizer.follow(input)
-    return quantize_finite(input, quantizer.scale, quantizer.zero_point, quantizer.scheme, passes)
+    step, offset = quantizer.follow_ends(input, *ends)
+    return _quantize(input, known, step, offset, quantizer.scheme, passes)
 
 
-def quantize_finite(
+def quantize_input(
+    input: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantizationScheme, passes: Passes
+) -> IntegerInput | None:
+    """Return the integers of an activation with a scale that is given.
+
+    Args:
+        input: float32, contiguous or channels_last.
+        scale: float32 (), on the same device.
+        zero_point: int32 (), on the same device.
+        scheme: one that `why_no_integer_input` accepts.
+        passes: what computes on the CPU.
+
+    Returns:
+        As `integer_input`.
+    """
+    if not input.is_cpu:
+        return quantize_on_accelerator(input.detach(), scale, zero_point, scheme)
+    known, input = remembered(input), input.detach()
+    if _finite_ends(input, known) is None:
+        return None
+    return _quantize(input, known, float(scale), int(zero_point), scheme, passes)
+
+
+def _quantize(
     input: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    known: dict[object, Any],
+    step: float,
+    offset: int,
     scheme: QuantizationScheme,
     passes: Passes,
 ) -> IntegerInput:
-    """Return the integers of a finite activation on the CPU, or those of an earlier call.
+    """Return the integers of a finite activation on the CPU, which its readers share.
 
     Args:
-        input: float32, contiguous or channels_last; without gradient.
-        scale: float32 ().
-        zero_point: int32 ().
-        scheme: one that `why_no_integer_input` accepts.
-        passes: what computes.
+        input: without gradient.
+        known: what was computed of it, with its ends.
+        step: scale.
+        offset: zero point.
     """
-    step, offset = float(scale), int(zero_point)
-    limits = offset, scheme.quant_min, scheme.quant_max
-
-    def compute() -> IntegerInput:
-        inverse = scalars.float32(1.0 / step)
-        first, last = (_steps(end, inverse) + offset for end in _ends(input))
-        clips = first < scheme.quant_min or last > scheme.quant_max
-        codes, clipped = passes.quantize(input, inverse, *limits, clips)
-        # Copies, because the buffers follow the next batch in place.
-        return IntegerInput(codes, scale.clone(), zero_point.clone(), clipped)
-
-    return shared(input, (passes.name, step, *limits), compute)
+    key = (passes.name, step, offset, scheme)
+    found = known.get(key)
+    if found is None:
+        found = known[key] = _quantize_finite(input, known[_ENDS], step, offset, scheme, passes)
+    result: IntegerInput = found
+    return result
 
 
-def is_finite(input: Tensor) -> bool:
-    """Return whether all values of a tensor on the CPU are finite."""
-    low, high = _ends(input)
-    return math.isfinite(low) and math.isfinite(high)
+def _quantize_finite(
+    input: Tensor,
+    ends: tuple[float, float],
+    step: float,
+    offset: int,
+    scheme: QuantizationScheme,
+    passes: Passes,
+) -> IntegerInput:
+    inverse, (quant_min, quant_max) = scalars.float32(1.0 / step), limits_of(scheme)
+    first, last = (_steps(end, inverse) + offset for end in ends)
+    clips = first < quant_min or last > quant_max
+    codes, clipped = passes.quantize(input, inverse, offset, quant_min, quant_max, clips)
+    # The buffers of the quantizer follow the next batch in place.
+    scale = torch.tensor(step, dtype=torch.float32)
+    return IntegerInput(codes, scale, torch.tensor(offset, dtype=torch.int32), clipped)
+
+
+def _finite_ends(input: Tensor, known: dict[object, Any]) -> tuple[float, float] | None:
+    """Return the smallest and the largest value, unless one is not finite."""
+    ends: tuple[float, float] | None = known.get(_ENDS)
+    if ends is None:
+        low, high = torch.aminmax(in_memory_order(input))
+        ends = known[_ENDS] = float(low), float(high)
+    return ends if math.isfinite(ends[0]) and math.isfinite(ends[1]) else None
 
 
 def _steps(value: float, inverse_scale: float) -> int:
     """Return round(value * inverse_scale) as float32 computes it; far outside, some large one."""
     product = value * inverse_scale
     return round(scalars.float32(product)) if abs(product) < _FAR else int(product)
-
-
-def _ends(input: Tensor) -> tuple[float, float]:
-    """Return the smallest and the largest value, which all readers of a tensor share."""
-
-    def compute() -> tuple[float, float]:
-        low, high = tensor_range(input, _WHOLE)
-        return float(low), float(high)
-
-    return shared(input, "ends", compute)
 
 
 def quantize_on_accelerator(
@@ -204,6 +248,15 @@ def integer_weight(
     return computed
 
 
+def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
+    """Return whether each row of a weight is quantized by itself, with its own range."""
+    return (
+        type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
+        and quantizer.scheme.granularity == "channel"
+        and limits_of(quantizer.scheme) == (-127, 127)
+    )
+
+
 def forget_weights() -> None:
     """Compute the integers of all weights anew in their next forward pass.
 
@@ -219,12 +272,7 @@ def _quantize_weight(
 ) -> IntegerWeight:
     scheme, observer = quantizer.scheme, quantizer.observer
     rows = weight.shape[0]
-    if (
-        type(observer) in (MinMaxObserver, MovingAverageObserver)
-        and scheme.granularity == "channel"
-        and (scheme.quant_min, scheme.quant_max) == (-127, 127)
-        and weight.numel()
-    ):
+    if quantizes_rows(quantizer) and weight.numel():
         # The range of such an observer is the weight's own, so that nothing is outside of it.
         weight = dense(weight)
         codes, scale = passes.quantize_rows(in_memory_order(weight).view(rows, -1))

@@ -22,6 +22,33 @@ _OFFSET = 128
 _FLOAT32_OUTPUT: tuple[object, ...] = (1.0, 0, torch.float32, "none", [], "")
 
 
+_FUSED = "scales, zero point and bias fused"
+
+
+def linear_kernel(device: torch.device, passes: Passes, *, packs: bool) -> str:
+    """Return which kernel `linear` calls, and what it does beside the product.
+
+    Args:
+        device: of the operands.
+        passes: as for `linear`.
+        packs: as for `linear`.
+    """
+    if device.type != "cpu":
+        return "torch._int_mm"
+    if packs and cpu_features().vnni:
+        return f"onednn.qlinear_pointwise, {_FUSED}"
+    if passes.supports_integers():
+        return f"the native AMX product, {_FUSED}"
+    if cpu_features().vnni:
+        return "torch._int_mm, scales and bias in a second pass"
+    return "exact float64 sums"
+
+
+def convolution_kernel() -> str:
+    """Return which kernel `convolve` calls, and what it does beside the product."""
+    return f"onednn.qconv_pointwise, {_FUSED}" if cpu_features().vnni else "exact float64 sums"
+
+
 def linear(
     input: IntegerInput,
     weight: IntegerWeight,

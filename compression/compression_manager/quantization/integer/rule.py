@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.cpu_features import CpuFeatures, cpu_features
 from compression_manager.quantization.integer.options import PIECES, Backward, ProductOptions
 from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
 from compression_manager.quantization.integer.selection import why_reference
@@ -26,8 +26,7 @@ _CUDA_MULTIPLE = 8
 _CUDA_MIN_ROWS = 17
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """The path that a product takes, and why it is not a faster one.
 
     Attributes:
@@ -40,8 +39,7 @@ class Decision:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
 
     rows: int
@@ -112,8 +110,13 @@ def why_no_integers(
         return _why_not_on_cuda(options, size)
     if options.forward == "integer":
         return None
-    if not cpu_features().vnni:
-        return f"this CPU has {cpu_features()}"
+    return _why_not_on_cpu(cpu_features(), size, training)
+
+
+@lru_cache
+def _why_not_on_cpu(features: CpuFeatures, size: Size, training: bool) -> str | None:
+    if not features.vnni:
+        return f"this CPU has {features}"
     if size.groups > 1:
         return f"{size.groups} groups of channels leave little to multiply"
     if not training:

@@ -7,8 +7,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from compression_manager.quantization.attention import ProjectedAttention
-from compression_manager.quantization.layers.base import Operand, QuantizedLayer
-from compression_manager.quantization.layers.products import linear
+from compression_manager.quantization.layers.base import Operand, Part, QuantizedLayer
+from compression_manager.quantization.layers.products import linear, project
 
 PROJECTIONS = ("query", "key", "value")
 
@@ -44,9 +44,14 @@ class QuantizedMultiheadAttention(ProjectedAttention, QuantizedLayer, nn.Multihe
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the projections of query, key and value on fake-quantized operands."""
-        parts = self.parts()
-        q, k, v = (
-            linear(parts[name], self.product_options, input)
-            for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
-        )
+        parts, options = self.parts(), self.product_options
+        if query is key and key is value and self._qkv_same_embed_dim:
+            quantizers = self._quantizers_of(PROJECTIONS[0])
+            joint = Part(self.in_proj_weight, self.in_proj_bias, *quantizers)
+            q, k, v = project(joint, list(parts.values()), options, query)
+        else:
+            q, k, v = (
+                linear(parts[name], options, input)
+                for name, input in zip(PROJECTIONS, (query, key, value), strict=True)
+            )
         return q, k, v

@@ -137,6 +137,10 @@ class SinglePartLayer(QuantizedLayer):
     weight_quantizer: FakeQuantizer
     input_quantizer: FakeQuantizer | None
 
+    def part(self) -> Part:
+        """Return the only part of the layer."""
+        return Part(*self.operands_of(self)[""], self.weight_quantizer, self.input_quantizer)
+
     def quantized_weight(self) -> Tensor:
         """Return the fake-quantized weight, output channels first; dtype of `weight`."""
         return cast(Tensor, self.weight_quantizer(self.operands_of(self)[""].weight))

@@ -18,7 +18,7 @@ class _QuantizedConv(SinglePartLayer):
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of the fake-quantized input; shapes as the float layer."""
         layer = cast(nn.Conv2d, self)
-        return convolve(layer, self.parts()[""], self.product_options, input)
+        return convolve(layer, self.part(), self.product_options, input)
 
 
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):

@@ -18,7 +18,7 @@ class QuantizedLinear(SinglePartLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
-        return linear(self.parts()[""], self.product_options, input)
+        return linear(self.part(), self.product_options, input)
 
 
 class QuantizedOutputProjection(SinglePartLayer, NonDynamicallyQuantizableLinear):
@@ -28,7 +28,7 @@ class QuantizedOutputProjection(SinglePartLayer, NonDynamicallyQuantizableLinear
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
-        return linear(self.parts()[""], self.product_options, input)
+        return linear(self.part(), self.product_options, input)
 
 
 class QuantizedConv1D(SinglePartLayer):
@@ -47,4 +47,4 @@ class QuantizedConv1D(SinglePartLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*, outputs)."""
-        return linear(self.parts()[""], self.product_options, x)
+        return linear(self.part(), self.product_options, x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.autograd import apply
+from compression_manager.quantization.autograd import apply, apply_to_parts
 from compression_manager.quantization.integer.functions import (
     IntegerConvolution,
     IntegerLinear,
@@ -23,17 +23,23 @@ from compression_manager.quantization.integer.geometry import (
     why_no_geometry,
 )
 from compression_manager.quantization.integer.operands import (
+    IntegerInput,
     integer_input,
     integer_weight,
+    quantizes_rows,
     why_no_integer_input,
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.rule import Decision, Size, backward_of, decide
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.products import convolution_kernel, linear_kernel
+from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import TORCH, active_passes
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+
+_FAKE = Decision("fake")
 
 _decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
 
@@ -51,14 +57,24 @@ _WORDS = {
 
 
 def describe_arithmetic(layer: QuantizedLayer) -> str:
-    """Return how the products of `layer` were computed last, and why not on integers."""
+    """Return how the products of `layer` were computed last: by which kernel, or why by none."""
     lines = []
     for part in layer.parts().values():
         decision = last_decision(part)
         if decision is not None:
-            reason = f" ({decision.reason})" if decision.reason else ""
-            lines.append(f"{_WORDS[decision.path]}{reason}")
+            more = decision.reason or (_kernels(layer) if decision.path == "integer" else "")
+            lines.append(f"{_WORDS[decision.path]} ({more})" if more else _WORDS[decision.path])
     return "; ".join(dict.fromkeys(lines))
+
+
+def _kernels(layer: QuantizedLayer) -> str:
+    """Return which kernel multiplies in training, and which where the weight stays as it is."""
+    if isinstance(layer, nn.Conv2d):
+        return convolution_kernel()
+    device = next(layer.parameters()).device
+    passes = _passes_for(device)
+    training, stays = (linear_kernel(device, passes, packs=packs) for packs in (False, True))
+    return training if training == stays else f"{training}; once converted {stays}"
 
 
 def computes_integers(layer: QuantizedLayer) -> bool:
@@ -71,56 +87,122 @@ def computes_integers(layer: QuantizedLayer) -> bool:
 
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
+    decision = _decide(part, options, input)
+    return _multiply(part, options, input, decision, _integers(part, input, decision))
+
+
+def project(
+    joint: Part, parts: Sequence[Part], options: ProductOptions, input: Tensor
+) -> tuple[Tensor, ...]:
+    """Return `linear` of each of `parts`, computed together where all quantize the input alike.
+
+    Args:
+        joint: a part with the weight and the bias of all of them, and the quantizers of the first.
+        parts: have equal shapes.
+        options: how the layer multiplies.
+        input: (*, in features).
+    """
+    decisions = [_decide(part, options, input) for part in parts]
+    found = [
+        _integers(part, input, decision) for part, decision in zip(parts, decisions, strict=True)
+    ]
+    first = found[0]
+    if first is None or any(its is not first for its in found) or not _are_joined(parts):
+        return tuple(
+            _multiply(part, options, input, decision, its)
+            for part, decision, its in zip(parts, decisions, found, strict=True)
+        )
+    operands = _operands(joint, options, decisions[0], first)
+    inputs = [input] * len(parts)
+    return apply_to_parts(IntegerLinear, joint.weight, joint.bias, operands, *inputs)
+
+
+def _are_joined(parts: Sequence[Part]) -> bool:
+    """Return whether the weights of trained parts are quantized row by row, all alike."""
+    quantizers = [cast(ObservedFakeQuantizer, _weight_quantizer(part)) for part in parts]
+    return all(
+        # In evaluation each part's weight is kept in oneDNN's order.
+        quantizer.training
+        and quantizer.scheme == quantizers[0].scheme
+        and quantizes_rows(quantizer)
+        for quantizer in quantizers
+    )
+
+
+def _multiply(
+    part: Part,
+    options: ProductOptions,
+    input: Tensor,
+    decision: Decision,
+    integers: IntegerInput | None,
+) -> Tensor:
     weight, bias = cast(Tensor, part.weight), part.bias
-    operands = _operands(part, options, input, linear_size(input, weight.shape))
-    if operands is None:
+    if integers is None:
         return F.linear(_fake_input(part, input), _fake_weight(part), bias)
-    return apply(IntegerLinear, input, weight, bias, operands)
+    operands = _operands(part, options, decision, integers)
+    return apply_to_parts(IntegerLinear, weight, bias, operands, input)[0]
 
 
 def convolve(layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return the convolution of the quantized operands of `part`; shapes as the float layer."""
     weight, bias = cast(Tensor, part.weight), part.bias
-    reason = why_no_geometry(layer, input)
-    operands = None
-    if reason is None:
-        operands = _operands(part, options, input, convolution_size(layer, input))
-    elif not torch.compiler.is_compiling():
-        _decisions[_weight_quantizer(part)] = Decision("fake", reason)
-    if operands is None:
+    decision = _decide(part, options, input, layer)
+    integers = _integers(part, input, decision)
+    if integers is None:
         compute = cast(Callable[..., Tensor], layer._conv_forward)
         return compute(_fake_input(part, input), _fake_weight(part), bias)
+    operands = _operands(part, options, decision, integers)
     return apply(IntegerConvolution, input, weight, bias, operands, geometry_of(layer))
 
 
-def _operands(part: Part, options: ProductOptions, input: Tensor, size: Size) -> Operands | None:
-    """Return the integers to compute with, or None for the functions of `arithmetic`."""
+def _decide(
+    part: Part, options: ProductOptions, input: Tensor, convolution: nn.Conv2d | None = None
+) -> Decision:
+    """Return how the product of `part` is computed, and remember it for the report."""
     if options.forward == "fake" or torch.compiler.is_compiling():
-        return None
+        return _FAKE
     weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
-    reason = _why_no_operands(part)
-    training = quantizer.training
-    if reason is None:
-        decision = decide(options, input, weight, size, training=training)
-    else:
+    reason = None if convolution is None else why_no_geometry(convolution, input)
+    reason = reason or _why_no_operands(part)
+    if reason is not None:
         decision = Decision("fake", reason)
+    else:
+        size = (
+            linear_size(input, weight.shape)
+            if convolution is None
+            else convolution_size(convolution, input)
+        )
+        decision = decide(options, input, weight, size, training=quantizer.training)
     _decisions[quantizer] = decision
+    return decision
+
+
+def _integers(part: Part, input: Tensor, decision: Decision) -> IntegerInput | None:
+    """Return the integers of the input; None if the functions of `arithmetic` are to compute."""
     if decision.path == "fake":
         return None
     assert isinstance(part.input_quantizer, ObservedFakeQuantizer)  # or there were a reason
-    assert isinstance(quantizer, ObservedFakeQuantizer)
-    passes = active_passes() if input.device.type == "cpu" else TORCH
-    input_integers = integer_input(part.input_quantizer, dense(input), passes)
-    if input_integers is None:
-        return None
+    return integer_input(part.input_quantizer, dense(input), _passes_for(input.device))
+
+
+def _operands(
+    part: Part, options: ProductOptions, decision: Decision, integers: IntegerInput
+) -> Operands:
+    weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
+    assert isinstance(quantizer, ObservedFakeQuantizer)  # or there were no integers
+    passes = _passes_for(weight.device)
     return Operands(
-        input_integers,
+        integers,
         integer_weight(quantizer, weight, passes),
         passes,
-        backward_of(options, input.device, passes),
+        backward_of(options, weight.device, passes),
         integers=decision.path == "integer",
-        packs=not training,
+        packs=not quantizer.training,
     )
+
+
+def _passes_for(device: torch.device) -> Passes:
+    return active_passes() if device.type == "cpu" else TORCH
 
 
 def _why_no_operands(part: Part) -> str | None:

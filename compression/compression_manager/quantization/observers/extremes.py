@@ -55,23 +55,37 @@ class MovingAverageObserver(RangeObserver):
             self._add_range(name)
 
     def observe(self, input: Tensor) -> None:
-        """Take the batch `input` into account; on the CPU a whole tensor's range as numbers."""
-        limits = None
-        if input.numel() and not self._spans_ranks() and scalars.hold(self.minimum, self.maximum):
-            limits = self._extremes(input.detach())
-        if limits is None or not scalars.hold(*limits):
-            super().observe(input)
-            return
-        low, high = (float(limit) for limit in limits)
-        first = int(self.batches_observed) == 0
-        ends = ((self.minimum, self.first_minimum, low), (self.maximum, self.first_maximum, high))
-        for kept, initial, batch in ends:
-            if first:
-                kept.fill_(batch)
-                initial.fill_(batch)
-            else:
-                kept.fill_(scalars.moving_average(float(kept), batch, self.averaging_constant))
-        self.batches_observed.add_(1)
+        """Take the batch `input` into account, the ends of a whole one on the CPU as numbers."""
+        if self._takes_numbers(input):
+            ends = scalars.read(*self._extremes(input.detach()))
+            if ends is not None and self.observe_ends(*ends) is not None:
+                return
+        super().observe(input)
+
+    def _takes_numbers(self, input: Tensor) -> bool:
+        whole = self.minimum.dim() == 0 and input.is_cpu and input.numel() > 0
+        return whole and not torch.compiler.is_compiling() and not self._spans_ranks()
+
+    def observe_ends(self, low: float, high: float) -> tuple[float, float] | None:
+        """See `Observer.observe_ends`."""
+        # A subclass may have an `observe` of its own.
+        if type(self) is not MovingAverageObserver or self._spans_ranks():
+            return None
+        minimum, maximum = self.minimum, self.maximum
+        kept = scalars.read(minimum, maximum)
+        if kept is None or not scalars.fit(low, high):
+            return None
+        count = int(self.batches_observed)
+        if count == 0:
+            self.first_minimum.fill_(low)
+            self.first_maximum.fill_(high)
+        else:
+            low = scalars.moving_average(kept[0], low, self.averaging_constant)
+            high = scalars.moving_average(kept[1], high, self.averaging_constant)
+        minimum.fill_(low)
+        maximum.fill_(high)
+        self.batches_observed.fill_(count + 1)
+        return low, high
 
     def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
         first = self.batches_observed == 0

@@ -13,7 +13,7 @@ CODES = (torch.uint8, torch.int8)
 
 def check(what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     """Raise QuantizationError unless `tensor` is dense, on the CPU and of one of these dtypes."""
-    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not _is_dense(tensor):
+    if tensor.dtype not in dtypes or not tensor.is_cpu or not _is_dense(tensor):
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise QuantizationError(
             f"{what} is a dense {names} tensor on the CPU, got {described(tensor)}."

@@ -1,0 +1,81 @@
+"""The report's names of kernels are those of what is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compression_manager.quantization.integer import products, torch_passes
+from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
+from compression_manager.quantization.integer.selection import TORCH
+
+CPU = torch.device("cpu")
+
+
+class Recorded(TorchDispatchMode):
+    """Remembers the names of all operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.append(str(func).removesuffix(".default"))
+        return func(*args, **(kwargs or {}))
+
+
+def _operands(*shape: int) -> tuple[IntegerInput, IntegerWeight]:
+    codes = torch.randint(128, (3, 8, *shape), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (4, 8, *[1] * len(shape)), dtype=torch.int8)
+    scale, zero_point = torch.tensor(0.5), torch.tensor(7, dtype=torch.int32)
+    return IntegerInput(codes, scale, zero_point, None), IntegerWeight(weight, torch.ones(4), None)
+
+
+@pytest.fixture(params=[False, True], ids=["without VNNI", "with VNNI"])
+def vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    features = CpuFeatures(vnni=request.param, amx=False)
+    for module in (products, torch_passes):
+        monkeypatch.setattr(module, "cpu_features", lambda: features)
+    return features.vnni
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_of_linear_layers(vnni: bool, packs: bool) -> None:
+    with Recorded() as recorded:
+        products.linear(*_operands(), None, TORCH, packs=packs)
+    kernel = products.linear_kernel(CPU, TORCH, packs=packs).partition(",")[0]
+    if not vnni:
+        assert kernel == "exact float64 sums"
+        assert "aten.mm" in recorded.names
+        assert not any("_int" in name or "onednn" in name for name in recorded.names)
+        return
+    assert kernel == ("onednn.qlinear_pointwise" if packs else "torch._int_mm")
+    assert kernel.replace("torch.", "aten.") in recorded.names
+
+
+def test_of_convolutions(vnni: bool) -> None:
+    geometry = products.Geometry((1, 1), (0, 0), (1, 1), 1)
+    with Recorded() as recorded:
+        products.convolve(*_operands(5, 5), None, geometry, packs=False)
+    kernel = products.convolution_kernel().partition(",")[0]
+    if vnni:
+        assert kernel == "onednn.qconv_pointwise"
+        assert kernel in recorded.names
+    else:
+        assert kernel == "exact float64 sums"
+        assert "aten.convolution" in recorded.names
+
+
+def test_native_products_have_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fast(type(TORCH)):  # type: ignore[misc]
+        def supports_integers(self) -> bool:
+            return True
+
+    assert "native AMX" in products.linear_kernel(CPU, Fast(), packs=False)
+    assert products.linear_kernel(torch.device("cuda"), TORCH, packs=False) == "torch._int_mm"
