@@ -13,7 +13,7 @@ SECONDS_PER_MODEL ?= 180
 BENCH := tests/benchmarks
 RESULTS := runs/benchmarks
 
-.PHONY: help venv demo study distillation-study tables bench bench-rule bench-training bench-inference \
+.PHONY: help venv demo study distillation-study tables bench bench-rule bench-training bench-profile bench-inference \
 	bench-hooks bench-roofline bench-peers performance bench-teacher bench-distillation test \
 	test-slow test-cuda conformance check docs reference readme
 
@@ -43,7 +43,7 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 
 # They run one after the other, however many jobs make was given: nothing else may be running.
 bench: $(STAMP)  ## training steps, inference, hooks, the rule, the machine; a quarter of an hour, quiet machine
-	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-inference bench-hooks
+	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-profile bench-inference bench-hooks
 
 bench-roofline: $(STAMP)  ## what the machine can do: bandwidth, peaks; what a step needs of both
 	$(BIN)/python $(BENCH)/roofline.py --threads $(THREADS)
@@ -54,6 +54,9 @@ bench-rule: $(STAMP)  ## time layers with and without integers, beside what the 
 bench-training: $(STAMP)  ## time a quantization-aware training step beside the float32 step
 	$(BIN)/python $(BENCH)/training_step.py --threads $(THREADS) \
 		--seconds-per-model $(SECONDS_PER_MODEL) --chart $(RESULTS)/training_step.png
+
+bench-profile: $(STAMP)  ## where the time of a training step goes
+	$(BIN)/python $(BENCH)/step_profile.py --threads $(THREADS)
 
 bench-inference: $(STAMP)  ## time the converted model by every route beside float32
 	$(BIN)/python $(BENCH)/inference.py --threads $(THREADS) \

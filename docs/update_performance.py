@@ -20,7 +20,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 RECORDED = ROOT / "docs" / "images" / "performance"
-BENCHMARKS = ("training_step", "inference", "hooks", "roofline", "peers", "integer_rule")
+BENCHMARKS = (
+    "training_step",
+    "inference",
+    "hooks",
+    "roofline",
+    "peers",
+    "integer_rule",
+    "step_profile",
+)
 NOT_YET = "Not measured yet."
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
@@ -84,6 +92,7 @@ def blocks(machines: Machines) -> dict[str, str]:
         "saved": ("training_step", saved_block),
         "rule": ("integer_rule", rule_block),
         "limits": ("training_step", limits_block),
+        "profile": ("step_profile", profile_block),
         "inference": ("inference", inference_block),
         "peers": ("peers", peers_block),
         "hooks": ("hooks", hooks_block),
@@ -255,6 +264,20 @@ def limits_block(machines: Machines) -> list[str]:
                 cells = [f"{value:.0f}" for value in least.values()]
                 cells += [f"{_sum(least):.0f}", f"{item['milliseconds']:.0f}", limit]
                 lines.append(_line([item["title"], *cells]))
+            lines.append("")
+    return lines[:-1]
+
+
+def profile_block(machines: Machines) -> list[str]:
+    """Return, per machine and model, the parts of a step under the profiler."""
+    lines: list[str] = []
+    for name, documents in machines.items():
+        results = documents["step_profile"]["results"]
+        for model in dict.fromkeys(item["model"] for item in results):
+            own = [item for item in results if item["model"] == model]
+            lines += [f"{name}, {model}, in milliseconds:", "", *_head(["step", *own[0]["parts"]])]
+            for item in own:
+                lines.append(_line([item["title"], *(f"{v:.1f}" for v in item["parts"].values())]))
             lines.append("")
     return lines[:-1]
 

@@ -103,25 +103,26 @@ class VariantTrainer:
     def __init__(self, variant: Variant, workload: Workload, cache: TeacherCache) -> None:
         self.variant, self._batches = variant, workload.batches
         self._passes = _find_passes(variant)
-        with self._using():
+        with self.using():
             self.trainer = Trainer(workload.build(), _configs(variant, cache))
 
     def step(self, number: int) -> None:
         """Make one whole training step on the next batch."""
-        with self._using():
+        with self.using():
             self.trainer.step(number, *self._batches[number % len(self._batches)])
 
     def loss(self, number: int) -> Tensor:
         """Make the forward half of a step."""
-        with self._using():
+        with self.using():
             return self.trainer.loss(number, *self._batches[number % len(self._batches)])
 
     def update(self, loss: Tensor) -> None:
         """Make the other half of a step."""
-        with self._using():
+        with self.using():
             self.trainer.update(loss)
 
-    def _using(self) -> AbstractContextManager[object]:
+    def using(self) -> AbstractContextManager[object]:
+        """Return a context in which the variant's passes compute."""
         if self._passes is None:
             return contextlib.nullcontext()
         return selection.use_passes(self._passes)
