@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+from compression_manager.errors import QuantizationError
+
+Gradients = tuple[Tensor | None, ...]
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
@@ -19,6 +24,39 @@ def apply_to_parts(function: type[torch.autograd.Function], *arguments: Any) -> 
     """Return `function.apply(*arguments)` of a function that returns a tuple of tensors."""
     call = cast(Callable[..., tuple[Tensor, ...]], function.apply)
     return call(*arguments)
+
+
+def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+    """Make the `backward` of a function refuse to be differentiated itself.
+
+    As torch's `once_differentiable`, with an error that says what to do.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *gradients: Tensor) -> Gradients:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled() or not any(item.requires_grad for item in gradients):
+            return results
+        leaves = [None if item is None else item.detach().requires_grad_() for item in results]
+        return cast(Gradients, cast(Any, _Refused).apply(*leaves))
+
+    return once
+
+
+class _Refused(torch.autograd.Function):
+    """The identity, which has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor | None) -> Gradients:
+        return tuple(None if item is None else item.view_as(item) for item in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Gradients:
+        raise QuantizationError(
+            "an integer layer, or a ReLU beside it, was differentiated twice (create_graph=True), "
+            'which it cannot be; use QATConfig(forward="fake").'
+        )
 
 
 def runs_backward() -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from compression_manager.quantization.autograd import differentiable_once
 from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
@@ -115,7 +115,7 @@ class IntegerLinear(torch.autograd.Function):
         return tuple(F.linear(values, *pair) for pair in zip(weights, cycle(biases)))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         operands, wanted = Operands.saved(ctx), ctx.needs_input_grad
         rows = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
@@ -190,7 +190,7 @@ class IntegerConvolution(torch.autograd.Function):
         return F.conv2d(operands.float_input(), operands.float_weight(), bias, *geometry)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands = Operands.saved(ctx)
         stride, padding, dilation, groups = ctx.geometry

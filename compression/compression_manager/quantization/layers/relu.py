@@ -8,9 +8,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from compression_manager.quantization.autograd import apply
+from compression_manager.quantization.autograd import apply, differentiable_once
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import active_passes, why_reference
 from compression_manager.quantization.memory_format import is_dense
@@ -60,7 +59,7 @@ class _BitMaskReLU(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (positive,) = ctx.saved_tensors  # read once, as activation checkpointing demands
         shape, stride = ctx.format

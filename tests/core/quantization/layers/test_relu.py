@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.layers import relu
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_outputs
 from integer_layers import each_passes
@@ -110,3 +111,10 @@ def test_an_encoder_layer_trains_to_the_same_bits() -> None:
     assert results[1][0] == results[0][0] + 2 * 5 * 256 // 8
     for one, two in zip(results[0][1], results[1][1], strict=True):
         assert torch.equal(one, two)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    input = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(relu.relu(input).square().sum(), input, create_graph=True)
+    with pytest.raises(QuantizationError, match=r'use QATConfig\(forward="fake"\)'):
+        gradient.sum().backward()
