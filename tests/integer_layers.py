@@ -93,17 +93,18 @@ def exact(layer: QuantizedLayer, input: Tensor) -> np.ndarray:
     steps = part.weight.detach().cpu().numpy() * (np.float32(1) / np.float32(scale)).reshape(column)
     integers = np.clip(np.rint(steps), weights.quant_min, weights.quant_max)
     left, right = torch.from_numpy(codes).double(), torch.from_numpy(integers).double()
-    if isinstance(layer, nn.Conv2d):
-        sums = F.conv2d(
-            left, right, None, layer.stride, layer.padding, layer.dilation, layer.groups
-        ).numpy()
-        scale = scale.reshape(-1, 1, 1)
+    spatial = [1] * (part.weight.dim() - 2)
+    if spatial:
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        sums = convolve(left, right, None, *geometry).numpy()  # type: ignore[arg-type]
+        scale = scale.reshape(-1, *spatial)
     else:
         sums = (left @ right.t()).numpy()
     output = sums * (float(numbers.scale) * scale)
     if part.bias is not None:
         bias = part.bias.detach().cpu().double().numpy()
-        output = output + (bias.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else bias)
+        output = output + bias.reshape(-1, *spatial)
     return output
 
 

@@ -5,17 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Number of dimensions -> the format in which all channels of a place lie together.
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
 
 def is_dense(tensor: Tensor) -> bool:
     """Return whether `tensor` is contiguous or channels_last, the formats that kernels take."""
-    return tensor.is_contiguous() or (
-        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    )
+    return tensor.is_contiguous() or is_channels_last(tensor)
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Return whether all channels of a place lie together in memory (two or three axes)."""
+    last = _CHANNELS_LAST.get(tensor.dim())
+    return last is not None and tensor.is_contiguous(memory_format=last)
 
 
 def dense(tensor: Tensor) -> Tensor:
     """Return `tensor` in one of these formats: a copy if need be."""
     return tensor if is_dense(tensor) else tensor.contiguous()
+
+
+def formatted_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return `tensor` in the format of `other`, which is dense: a copy if need be."""
+    if other.is_contiguous():
+        return tensor.contiguous()
+    return tensor.contiguous(memory_format=_CHANNELS_LAST[tensor.dim()])
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:

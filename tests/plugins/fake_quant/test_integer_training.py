@@ -38,6 +38,14 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
 
 
+def volumes_and_series() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv3d(3, 6, 3, padding=1), nn.ReLU(), nn.Flatten(2, 3), nn.Flatten(2, 3),
+        nn.Conv1d(6, 5, 4, stride=3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 21, 5),
+    )  # fmt: skip
+
+
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 SEQUENCES = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
@@ -47,6 +55,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         IMAGES.contiguous(memory_format=torch.channels_last),
     ),
     "encoder": (encoder, SEQUENCES),
+    "one and three axes": (volumes_and_series, IMAGES.unflatten(2, (2, 4))),
 }
 
 

@@ -170,7 +170,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 class IntegerConvolution(torch.autograd.Function):
-    """`F.conv2d` of (input, weight, bias), whose values the operands hold."""
+    """The convolution of (input, weight, bias), whose values the operands hold."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ class IntegerConvolution(torch.autograd.Function):
             return products.convolve(
                 operands.input, operands.weight, bias, geometry, packs=operands.packs
             )
-        return F.conv2d(operands.float_input(), operands.float_weight(), bias, *geometry)
+        return products.convolution(operands.float_input(), operands.float_weight(), bias, geometry)
 
     @staticmethod
     @differentiable_once
@@ -204,7 +204,7 @@ class IntegerConvolution(torch.autograd.Function):
             padding,
             dilation,
             False,
-            [0, 0],
+            [0] * len(stride),
             groups,
             [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from compression_manager.quantization.integer.rule import Size
 
 
 class Geometry(NamedTuple):
-    """How a convolution of two spatial dimensions moves over its input."""
+    """How a convolution moves over its input, along each spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -28,13 +29,11 @@ def why_no_geometry(layer: nn.Module, input: Tensor) -> str | None:
     """Return why only torch's own functions compute a convolution; None if kernels can.
 
     Args:
-        layer: has the attributes of `nn.Conv2d`.
+        layer: has the attributes of a convolution, not transposed.
         input: its input.
     """
     convolution = cast(nn.Conv2d, layer)
-    if len(convolution.kernel_size) != 2:
-        return "only convolutions of two spatial dimensions have integer kernels"
-    if input.dim() != 4:
+    if input.dim() != 2 + len(convolution.kernel_size):
         return "its input has no batch dimension"
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
         return (
@@ -56,9 +55,9 @@ def convolution_size(layer: nn.Module, input: Tensor) -> Size:
     convolution, geometry = cast(nn.Conv2d, layer), geometry_of(layer)
     kernel = convolution.kernel_size
     rows = input.shape[0]
-    for axis in range(2):
+    for axis in range(len(kernel)):
         reach = geometry.dilation[axis] * (kernel[axis] - 1) + 1
         padded = input.shape[2 + axis] + 2 * geometry.padding[axis]
         rows *= (padded - reach) // geometry.stride[axis] + 1
-    summed = convolution.in_channels // geometry.groups * kernel[0] * kernel[1]
+    summed = convolution.in_channels // geometry.groups * math.prod(kernel)
     return Size(rows, summed, convolution.out_channels, geometry.groups)

@@ -7,7 +7,6 @@ Inductor's own use; on other CPUs float64, whose sums of such products are exact
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.quantization.integer.cpu_features import cpu_features
@@ -15,6 +14,7 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import TORCH
+from compression_manager.quantization.memory_format import formatted_like
 
 # What turns a signed code into an unsigned one, and back.
 _OFFSET = 128
@@ -91,22 +91,30 @@ def convolve(
     """Return the convolution of the real numbers that the integers stand for, on the CPU.
 
     Args:
-        input: codes (N, C, H, W).
-        weight: codes (out channels, C / groups, height, width).
+        input: codes (N, C, *spatial), of one to three spatial dimensions.
+        weight: codes (out channels, C / groups, *kernel).
         bias: float32 (out channels,), or None.
         geometry: zero padding is that of real zeros.
         packs: as for `linear`.
 
     Returns:
-        float32 (N, out channels, H', W'), in the memory format of the input.
+        float32 (N, out channels, *spatial'), in the memory format of the input.
     """
     if cpu_features().vnni:
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     difference = input.codes.double() - input.zero_point
-    sums = F.conv2d(difference, weight.codes.double(), None, *geometry)
-    column = (-1, 1, 1)
-    output = sums.to(torch.float32).mul_(input.scale * weight.scale.reshape(column))
+    sums = convolution(difference, weight.codes.double(), None, geometry)
+    column = (-1, *[1] * len(geometry.stride))
+    scale = input.scale * weight.scale.reshape(column)
+    output = formatted_like(sums.to(torch.float32), input.codes).mul_(scale)
     return output if bias is None else output.add_(bias.reshape(column))
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return what `F.conv1d`, `F.conv2d` or `F.conv3d` does, by the number of dimensions."""
+    stride, padding, dilation, groups = geometry
+    nothing = [0] * len(stride)
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, nothing, groups)
 
 
 def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:
@@ -171,6 +179,4 @@ def _onednn_convolve(
         *geometry,
         *_FLOAT32_OUTPUT,
     )
-    if input.codes.is_contiguous():
-        return output.contiguous()
-    return output.contiguous(memory_format=torch.channels_last)
+    return formatted_like(output, input.codes)

@@ -32,6 +32,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dilated": (lambda: nn.Conv2d(4, 5, (1, 3), dilation=2, padding=(0, 2)), (3, 4, 6, 6)),
     "pointwise": (lambda: nn.Conv2d(16, 7, 1), (2, 16, 5, 5)),
     "wide": (lambda: nn.Conv2d(64, 6, 3, padding=1), (1, 64, 6, 6)),
+    "one axis": (lambda: nn.Conv1d(6, 5, 4, stride=3, padding=2), (3, 6, 17)),
+    "three axes": (lambda: nn.Conv3d(4, 5, (1, 3, 2), padding=(0, 1, 1)), (2, 4, 3, 5, 4)),
 }
 ALL = LINEAR | CONVOLUTIONS
 PATHS = {"auto": {"codes", "integer"}, "integer": {"integer"}}
@@ -44,9 +46,8 @@ def _case(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def _formats(input: Tensor) -> list[Tensor]:
-    if input.dim() != 4:
-        return [input]
-    return [input, input.contiguous(memory_format=torch.channels_last)]
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.dim())
+    return [input] if last is None else [input, input.contiguous(memory_format=last)]
 
 
 @pytest.mark.parametrize("forward", PATHS)
