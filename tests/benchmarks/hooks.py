@@ -192,6 +192,7 @@ def cost_over_layers(
 ) -> dict[str, dict[str, Any]]:
     """Return what -> number of layers -> milliseconds, and the exponents of the power law."""
     found: dict[str, dict[int, float]] = {"prepare": {}, "step": {}, "convert": {}}
+    gc.freeze()  # the garbage collector is to look through these layers, not through all of torch
     for count in counts:
         taken: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(rounds):
@@ -199,6 +200,7 @@ def cost_over_layers(
                 taken[name].append(1e3 * seconds)
         for name, values in taken.items():
             found[name][count] = min(values)  # disturbances only add
+    gc.unfreeze()
     return {
         name: {
             "ms": {str(count): value for count, value in costs.items()},

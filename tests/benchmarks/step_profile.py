@@ -30,7 +30,7 @@ from measuring.variants import FLOAT, VARIANTS, Unavailable, Variant, VariantTra
 PARTS = ("products", "quantization", "other operators", "Python")
 WIDTHS = (24, 8, 10, 14, 17, 8)
 MEASURED = ("fake", "auto-torch", "auto-native", "bfloat16x3", "bfloat16")
-WARM_UP = 10
+WARM_UP = 4
 
 _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_int_mm", "aten::convolution",
