@@ -179,7 +179,8 @@ def _peer_cell(item: Document) -> str:
     if "failed" in item:
         return f"failed: {item['failed']}"
     low, high = item["quartiles"]
-    return f"{item['value']:.2f} ({low:.2f} to {high:.2f})"
+    error = f", error {item['error']:.1%}" if "error" in item else ""
+    return f"{item['value']:.2f} ({low:.2f} to {high:.2f}){error}"
 
 
 def hooks_block(machines: Machines) -> list[str]:

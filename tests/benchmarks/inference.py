@@ -3,7 +3,7 @@
     make bench-inference
     python tests/benchmarks/inference.py --threads 2 --routes float32 int8-eager int8-openvino
 
-The int8 model is trained quantization-aware for a few steps and converted; all routes run that one.
+The int8 model is the float model, quantized after training on one batch; all routes run that one.
 They take turns in one process, on the same batch. Every speed-up is over the float32 model, called
 eagerly, of the same round. A route that returns something else than the converted model is listed
 with its error.
@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compression_manager import prepare_compression
 from compression_manager.deploy import routes
 from compression_manager.deploy.reference import Reference
 from compression_manager.deploy.routes import Source
-from compression_plugins import QATConfig
+from compression_plugins import PTQConfig
 from measuring import machine
 from measuring.command import model_parser
 from measuring.models import WORKLOADS, Workload
 from measuring.outputs import relative_error
 from measuring.report import bar_chart, row, write_json
 from measuring.timing import Duration, Spread, interleaved, milliseconds, ratios
-from measuring.trainer import Trainer
 
 BASELINE = "float32"
 BARS = {"encoder": 7.0, "resnet": 18.0}
@@ -135,14 +135,13 @@ class Result:
         return row(cells, WIDTHS) + ("" if self.is_right else "  wrong output")
 
 
-def subject_of(workload: Workload, steps: int = 3) -> Subject:
-    """Train the workload's model for a few steps, quantization-aware, and convert it."""
-    trainer = Trainer(workload.build(), [QATConfig()])
-    for number in range(steps):
-        trainer.step(number, *workload.batches[number % len(workload.batches)])
-    converted = trainer.manager.convert(workload.inputs)
-    float_model = workload.build().eval()
-    return Subject(float_model, converted.eval(), workload.inputs)
+def subject_of(workload: Workload) -> Subject:
+    """Quantize the workload's model, calibrated on its first batch, and convert it."""
+    config = PTQConfig(calibration_data=[workload.inputs])
+    manager = prepare_compression(workload.build(), [config])
+    converted = manager.convert(workload.inputs)
+    manager.close()
+    return Subject(workload.build().eval(), converted.eval(), workload.inputs)
 
 
 def measure(

@@ -99,8 +99,7 @@ def inference_arms(
     def own(name: str) -> Callable[[int], object]:
         import inference  # the benchmark beside this folder
 
-        with torch.enable_grad():
-            subject = inference.subject_of(workload)
+        subject = inference.subject_of(workload)
         route = next(route for route in inference.ROUTES if route.title == name.split(": ")[1])
         run = route.build(subject)
         errors[name] = relative_error(run(inputs), model(inputs))

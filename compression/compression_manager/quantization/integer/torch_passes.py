@@ -63,12 +63,11 @@ class TorchPasses(Passes):
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Return (codes - zero point) * scale."""
-        values = torch.empty_like(codes, dtype=dtype)
+        values = torch.empty_like(codes, dtype=torch.float32)
         flat, flat_codes = in_memory_order(values), in_memory_order(codes)
         for part in _parts(flat):
-            difference = flat_codes[part].to(torch.float32).sub_(zero_point)
-            flat[part].copy_(difference.mul_(scale))
-        return values
+            flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
+        return values.to(dtype)
 
     def dequantize_rows(
         self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
