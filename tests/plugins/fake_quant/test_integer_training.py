@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compression_manager import ConfigError, prepare_compression
+from compression_manager.quantization.integer import products
+from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.products import linear_kernel
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.layers import QuantizedLayer
@@ -216,6 +218,18 @@ def test_the_report_says_who_computes_on_what_and_why() -> None:
     kernel = linear_kernel(torch.device("cpu"), active_passes(), packs=False)
     assert all(item.startswith(f"{INTEGERS} ({kernel}") for item in described)
     assert f"{INTEGERS} ({kernel}" in str(skipped.report())
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_the_report_names_the_kernels(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = trained(volumes_and_series(), MODELS["one and three axes"][1], forward="integer")
+    features = CpuFeatures(vnni=vnni, amx=False)
+    monkeypatch.setattr(products, "cpu_features", lambda: features)
+    described = [layer.arithmetic for layer in manager.report().layers if layer.quantized]
+    convolutions, linear = described[:2], described[2]
+    assert all(("onednn.qconv_pointwise" in item) == vnni for item in convolutions)
+    assert ("torch._int_mm" in linear and "once converted onednn.qlinear" in linear) == vnni
+    assert all("exact float64 sums" in item for item in described) != vnni
 
 
 def test_integer_kernels_slower_than_float_are_named() -> None:

@@ -69,7 +69,7 @@ def describe_arithmetic(layer: QuantizedLayer) -> str:
 
 def _kernels(layer: QuantizedLayer) -> str:
     """Return which kernel multiplies in training, and which where the weight stays as it is."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return convolution_kernel()
     device = next(layer.parameters()).device
     passes = _passes_for(device)
