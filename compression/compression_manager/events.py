@@ -6,11 +6,11 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import pluggy
 from torch import Tensor
 
 from compression_manager.cleanup import raise_failures
 from compression_manager.context import Context
+from compression_manager.dispatch import Hooks
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.lifecycle import Lifecycle
 from compression_manager.loss import LossTerms
@@ -27,7 +27,7 @@ class TrainingEvents:
 
     def __init__(
         self,
-        hooks: pluggy.HookRelay,
+        hooks: Hooks,
         context: Context,
         lifecycle: Lifecycle,
         state: TrainingState,

@@ -108,7 +108,7 @@ def naming(plugin: Plugin[Any], method: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _raise_named(error, plugin, method)
+        raise_named(error, plugin, method)
 
 
 class _Guarded:
@@ -171,7 +171,7 @@ def _check_implementation(
 
 
 def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap one implementation: our own errors get a note, all others become PluginError."""
+    """Wrap one implementation, so that what it raises or answers wrongly names it."""
     if inspect.isgeneratorfunction(method):
 
         @functools.wraps(method)
@@ -179,7 +179,7 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
             try:
                 return (yield from method(*args))
             except Exception as error:
-                _raise_named(error, plugin, hook)
+                raise_named(error, plugin, hook)
 
         return guarded_wrapper
 
@@ -190,7 +190,7 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
         try:
             answer = method(*args)
         except Exception as error:
-            _raise_named(error, plugin, hook)
+            raise_named(error, plugin, hook)
         if answer_type is not None and not isinstance(answer, (answer_type, type(None))):
             raise PluginError(
                 f"plugin '{plugin.name}' must answer '{hook}' with None or an object of "
@@ -203,7 +203,8 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
     return guarded
 
 
-def _raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
+def raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:
+    """Raise what an implementation raised: our own errors with a note, others as PluginError."""
     if isinstance(error, CompressionError):
         _place_option(error, plugin)
         if not isinstance(error, PluginError) and not getattr(error, "__notes__", None):

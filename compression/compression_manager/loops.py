@@ -176,7 +176,7 @@ class TrainingLoops(TrainingEvents):
     def _close_after(self, error: BaseException) -> list[Exception]:
         failures: list[Exception] = []
         if not self._lifecycle.closed:
-            failures += announce_exception(self._hooks, self._context, error)
+            failures += announce_exception(self._hooks.relay, self._context, error)
         self._lifecycle.abandon()
         try:
             self.close()

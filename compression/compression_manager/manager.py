@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from compression_manager.checks import as_path
 from compression_manager.context import Context
+from compression_manager.dispatch import Hooks
 from compression_manager.errors import CheckpointError, ConfigError
 from compression_manager.inspection import Inspection
 from compression_manager.lifecycle import Lifecycle
@@ -34,7 +35,7 @@ class CompressionManager(Inspection):
         pluggy_manager = register(plugins)
         lifecycle = Lifecycle(required_hooks(plugins))
         state = TrainingState(context, plugins, lifecycle)
-        super().__init__(pluggy_manager.hook, context, lifecycle, state)
+        super().__init__(Hooks(pluggy_manager.hook), context, lifecycle, state)
         self._plugins = tuple(plugins)
         context.connect(Services(pluggy_manager), state.collect)
 
