@@ -46,9 +46,8 @@ def machines_block(machines: Machines) -> list[str]:
     """Return the machines, with bandwidth and peaks where they were measured."""
     lines = []
     for name, documents in machines.items():
-        for document in documents.values():
-            lines.append(f"- **{name}**: {in_words(document['machine'])}.")
-            break
+        document = documents.get("training_step") or next(iter(documents.values()))
+        lines.append(f"- **{name}**: {in_words(document['machine'])}.")
         if "roofline" in documents:
             found = documents["roofline"]["peaks"]
             lines[-1] += (
