@@ -59,7 +59,7 @@ def test_empty_plugins_are_called_in_every_hook_of_a_step():
     assert len(names) == 12
     manager = manager_with(2, torch.nn.Linear(2, 2))
     implementations = {
-        name: [item.plugin_name for item in getattr(manager._hooks, name).get_hookimpls()]
+        name: [item.plugin_name for item in getattr(manager._hooks.relay, name).get_hookimpls()]
         for name in [*names, "consume_metrics"]
     }
     called = set(map(tuple, implementations.values()))
