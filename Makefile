@@ -80,7 +80,7 @@ bench-distillation: $(STAMP)  ## time a distillation step from a cached teacher;
 test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(STAMP)  ## the tests that build, install and study; about two minutes on 2 cores
+test-slow: $(STAMP)  ## the tests that build, install, kill and study; about four minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/conformance/test_compilers.py tests
 
 test-cuda: $(STAMP)  ## the tests that need a GPU; install a CUDA build of torch first
