@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-RECORDED = ROOT / "docs" / "images" / "performance"
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "benchmarks"))
+
+from measuring.machine import in_words
+from roofline import least_milliseconds
+
+RECORDED = Path(__file__).parent / "images" / "performance"
 NOT_YET = "Not measured yet."
-
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-
-from measuring.machine import in_words  # noqa: E402  (found only after the line above)
-from roofline import least_milliseconds  # noqa: E402  (likewise)
 
 Document = dict[str, Any]
 Machines = dict[str, dict[str, Document]]

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from performance_tables import RECORDED, Machines, blocks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
@@ -27,10 +28,6 @@ BENCHMARKS = (
     "integer_rule",
     "step_profile",
 )
-
-sys.path.insert(0, str(ROOT / "docs"))
-
-from performance_tables import RECORDED, Machines, blocks  # noqa: E402  (found only after that line)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

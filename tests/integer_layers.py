@@ -97,7 +97,7 @@ def exact(layer: QuantizedLayer, input: Tensor) -> np.ndarray:
     if spatial:
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(spatial)]
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        sums = convolve(left, right, None, *geometry).numpy()  # type: ignore[arg-type]
+        sums = convolve(left, right, None, *geometry).numpy()
         scale = scale.reshape(-1, *spatial)
     else:
         sums = (left @ right.t()).numpy()

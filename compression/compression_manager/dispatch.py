@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
-from compression_manager.loading import raise_named
+from compression_manager.loading import GuardedHooks, raise_named
 
 
 class Hooks:
     """All hooks as functions of keyword arguments, as pluggy's relay has them.
 
     pluggy decides, when the plugins are registered, who is called and in which order. A hook
-    without wrappers, of which all answers count, is then called without asking it again: that
-    would take half of the time of a step's hooks.
+    without wrappers, of which all answers count, is then called without it, because it would
+    check and sort out the same again in every step.
 
     Attributes:
         relay: pluggy's own, with all plugins registered; later ones are not seen.
@@ -41,8 +41,9 @@ def _direct(caller: pluggy.HookCaller) -> Callable[..., Any]:
         return caller
     calls = []
     for item in implementations:
-        method = vars(item.function)["__wrapped__"]  # errors are named below
-        calls.append((method.__self__, method, _chooser(item.argnames)))
+        guarded = cast(GuardedHooks, item.plugin)
+        method = vars(item.function)["__wrapped__"]  # not the guard: errors are named below
+        calls.append((guarded.plugin, method, _chooser(item.argnames)))
 
     def call(**arguments: Any) -> list[Any]:
         answers = []

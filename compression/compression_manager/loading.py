@@ -111,13 +111,20 @@ def naming(plugin: Plugin[Any], method: str) -> Iterator[None]:
         raise_named(error, plugin, method)
 
 
-class _Guarded:
-    """Holds guarded hook implementations of one plugin."""
+class GuardedHooks:
+    """Holds guarded hook implementations of one plugin, as pluggy is to call them.
+
+    Attributes:
+        plugin: whose they are.
+    """
+
+    def __init__(self, plugin: Plugin[Any]) -> None:
+        self.plugin = plugin
 
 
-def _guarded_parts(plugin: Plugin[Any]) -> tuple[_Guarded, _Guarded]:
+def _guarded_parts(plugin: Plugin[Any]) -> tuple[GuardedHooks, GuardedHooks]:
     """Return the usual implementations, and those marked trylast."""
-    usual, last = _Guarded(), _Guarded()
+    usual, last = GuardedHooks(plugin), GuardedHooks(plugin)
     for attribute, method in implemented_hooks(plugin).items():
         marks = getattr(method, _IMPLEMENTATION_MARK)
         hook = marks.get("specname") or attribute

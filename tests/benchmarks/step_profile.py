@@ -36,11 +36,12 @@ _PRODUCTS = (
     "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_int_mm", "aten::convolution",
     "aten::mkldnn_convolution", "aten::_scaled_dot_product", "onednn::",
 )  # fmt: skip
-_MULTIPLYING = ("multiply", "multiply_transposed", "multiply_integers")
-_PASSES = (
-    "quantize", "quantize_rows", "dequantize", "dequantize_rows", "clear_clipped", "relu",
-    "relu_gradient",
-)  # fmt: skip
+# All that compute something; the others only answer.
+_PASSES = tuple(
+    name
+    for name in sorted(Passes.__abstractmethods__)
+    if not name.startswith("supports") and name != "integer_kernel"
+)
 _MARK = "passes::"
 
 
@@ -48,7 +49,7 @@ _MARK = "passes::"
 def _marked(passes: Passes) -> Iterator[None]:
     """Let the profiler see the methods of `passes`, which may call no operator."""
     owner = type(passes)
-    originals = {name: getattr(owner, name) for name in (*_MULTIPLYING, *_PASSES)}
+    originals = {name: getattr(owner, name) for name in _PASSES}
 
     def seen(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
@@ -77,7 +78,7 @@ def part_of(event: Any) -> str | None:
     while inside is not None:
         if inside.name.startswith(_MARK):
             method = inside.name.removeprefix(_MARK)
-            return "products" if method in _MULTIPLYING else "quantization"
+            return "products" if method.startswith("multiply") else "quantization"
         inside = inside.cpu_parent
     if event.name.startswith(_PRODUCTS):
         return "products"

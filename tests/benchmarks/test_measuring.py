@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from measuring import machine, timing
 from measuring.memory import saved_bytes
@@ -74,6 +75,14 @@ def test_a_layer_keeps_its_input_once():
     inputs = 32 * 64 * 4
     product, total = 32 * 32 * 4, 4
     assert saved_bytes(forward, linear) in (2 * inputs + total, 2 * inputs + product + total)
+
+
+def test_tensors_without_memory_do_not_count():
+    linear = nn.Linear(8, 8)
+    with FakeTensorMode():
+        kept = [torch.empty(4, 8)]
+    assert saved_bytes(lambda: linear(torch.ones(4, 8)).sum(), linear) == 4 * 8 * 4 + 4
+    assert len(kept) == 1
 
 
 def test_what_a_function_puts_on_its_context_counts():

@@ -28,7 +28,8 @@ def test_every_check_passes_and_every_pass_is_timed(
     script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if load_library().functions is None:
-        pytest.skip(load_library().reason)  # no compiler, or switched off
+        # Nothing can be timed without a compiler, or where the user switched the kernels off.
+        pytest.skip(load_library().reason)
     threads = torch.get_num_threads()
     try:
         assert script.main(["--threads", "1", "--repeats", "1"]) == 0

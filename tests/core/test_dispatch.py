@@ -46,6 +46,22 @@ class Silent(Plugin[PluginConfig]):
         raise ValueError("no")
 
 
+class Unbound(Plugin[PluginConfig]):
+    """Needs no instance."""
+
+    config_class = PluginConfig
+
+    @staticmethod
+    @hookimpl
+    def on_step_begin(step: int) -> Any:
+        return step
+
+    @classmethod
+    @hookimpl
+    def on_step_end(cls) -> Any:
+        raise ValueError(cls.__name__)
+
+
 class Wrapping(Plugin[PluginConfig]):
     """Changes what the others answer."""
 
@@ -80,6 +96,13 @@ def test_who_fails_is_named_and_nobody_comes_after() -> None:
     with pytest.raises(
         PluginError, match="plugin 'b' failed in hook 'on_step_end': ValueError: no"
     ):
+        hooks.on_step_end(context=CONTEXT)
+
+
+def test_methods_without_an_instance_are_called_and_named() -> None:
+    hooks = _hooks((Unbound, "u"))
+    assert hooks.on_step_begin(context=CONTEXT, step=4) == [4]
+    with pytest.raises(PluginError, match="'u' failed in hook 'on_step_end': ValueError: Unbound"):
         hooks.on_step_end(context=CONTEXT)
 
 

@@ -28,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     path = ROOT / "docs" / "update_performance.py"
     specification = importlib.util.spec_from_file_location("update_performance", path)
     module = importlib.util.module_from_spec(specification)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
     specification.loader.exec_module(module)
     return module
 

@@ -44,9 +44,7 @@ def remembered(tensor: Tensor) -> dict[object, Any]:
     """Return what was computed of `tensor`, or of an alias of it, for the caller to add to."""
     if tensor.is_inference():
         return {}
-    key = (
-        tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version
-    )  # fmt: skip
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
     alive = [entry for entry in _recent.entries if entry.is_alive()]
     for entry in alive:
         if entry.key == key:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 MIB = 2**20
 
@@ -53,8 +54,10 @@ def _reachable() -> list[Tensor]:
 
 
 def _has_storage(tensor: Tensor) -> bool:
+    if isinstance(tensor, FakeTensor):  # left by a compiler; torch warns of looking at its storage
+        return False
     try:
         tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, oneDNN's own layout, fake tensors
+    except (NotImplementedError, RuntimeError):  # sparse, or oneDNN's own layout
         return False
     return tensor.device.type != "meta"

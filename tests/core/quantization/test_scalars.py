@@ -9,12 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression_manager.quantization import (
+    MinMaxObserver,
     MovingAverageObserver,
     QuantizationScheme,
     QuantizationSite,
     choose_qparams,
     scalars,
 )
+from compression_manager.quantization.observers import RangeObserver
 
 NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
 SCHEMES = [
@@ -41,21 +43,37 @@ def test_moving_averages_are_those_of_numpy(kept: float, batch: float, constant:
     assert scalars.moving_average(kept, batch, constant) == a + c * (b - a)
 
 
+@pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver])
 @pytest.mark.parametrize("last", [0.5, torch.nan, torch.inf, 3e38, -3e38])
-def test_observers_count_and_average_as_those_of_tensors(last: float) -> None:
-    scheme = SCHEMES[0]
-    site = QuantizationSite("layer", "activation")
-    fast, slow = MovingAverageObserver(scheme, site), MovingAverageObserver(scheme, site)
+def test_observers_of_ends_are_those_of_tensors(kind: type[RangeObserver], last: float) -> None:
+    scheme, site = SCHEMES[0], QuantizationSite("layer", "activation")
+    by_ends, by_tensor, slow = (kind(scheme, site) for _ in range(3))
     for seed in range(4):
         batch = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
         if seed == 3:
             batch[7] = last
-        fast.observe(batch)
-        super(MovingAverageObserver, slow).observe(batch)
-    for (name, mine), theirs in zip(
-        fast.state_dict().items(), slow.state_dict().values(), strict=True
-    ):
-        assert torch.equal(mine, theirs), name
+        ends = float(batch.min()), float(batch.max())
+        if by_ends.observe_ends(*ends) is None:
+            assert seed == 3  # and its value too far away
+            assert last != 0.5
+            by_ends.observe(batch)
+        by_tensor.observe(batch)
+        RangeObserver.observe(slow, batch)
+    for name, expected in slow.state_dict().items():
+        assert torch.equal(by_ends.state_dict()[name], expected), name
+        assert torch.equal(by_tensor.state_dict()[name], expected), name
+
+
+def test_ends_answer_the_range_and_are_refused_by_subclasses() -> None:
+    scheme, site = SCHEMES[0], QuantizationSite("layer", "activation")
+
+    class Own(MinMaxObserver):
+        pass
+
+    assert Own(scheme, site).observe_ends(-1.0, 1.0) is None
+    observer = MinMaxObserver(scheme, site)
+    assert observer.observe_ends(-1.0, 2.0) == (-1.0, 2.0)
+    assert observer.observe_ends(-0.5, 3.0) == (-1.0, 3.0)
 
 
 def test_large_or_absent_numbers_are_left_to_tensors() -> None:

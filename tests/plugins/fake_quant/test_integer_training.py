@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compression_manager import ConfigError, prepare_compression
-from compression_manager.quantization.integer import products
+from compression_manager.quantization.integer import products, torch_passes
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.products import linear_kernel
 from compression_manager.quantization.integer.selection import active_passes
@@ -224,7 +224,8 @@ def test_the_report_says_who_computes_on_what_and_why() -> None:
 def test_the_report_names_the_kernels(vnni: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = trained(volumes_and_series(), MODELS["one and three axes"][1], forward="integer")
     features = CpuFeatures(vnni=vnni, amx=False)
-    monkeypatch.setattr(products, "cpu_features", lambda: features)
+    for module in (products, torch_passes):
+        monkeypatch.setattr(module, "cpu_features", lambda: features)
     described = [layer.arithmetic for layer in manager.report().layers if layer.quantized]
     convolutions, linear = described[:2], described[2]
     assert all(("onednn.qconv_pointwise" in item) == vnni for item in convolutions)

@@ -75,7 +75,7 @@ class IntegerWeight:
 
 
 @cache
-def limits_of(scheme: QuantizationScheme) -> tuple[int, int]:
+def _limits_of(scheme: QuantizationScheme) -> tuple[int, int]:
     """Return the smallest and the largest integer of `scheme`."""
     return scheme.quant_min, scheme.quant_max
 
@@ -180,7 +180,7 @@ def _quantize_finite(
     scheme: QuantizationScheme,
     passes: Passes,
 ) -> IntegerInput:
-    inverse, (quant_min, quant_max) = scalars.float32(1.0 / step), limits_of(scheme)
+    inverse, (quant_min, quant_max) = scalars.float32(1.0 / step), _limits_of(scheme)
     first, last = (_steps(end, inverse) + offset for end in ends)
     clips = first < quant_min or last > quant_max
     codes, clipped = passes.quantize(input, inverse, offset, quant_min, quant_max, clips)
@@ -212,9 +212,8 @@ def quantize_on_accelerator(
     Scales stay tensors, and clipped bits are kept even if there are none. One value that is not a
     number makes the scale so, and with it the whole result.
     """
-    codes, clipped = TORCH.quantize(
-        input, scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max, True
-    )
+    limits = _limits_of(scheme)
+    codes, clipped = TORCH.quantize(input, scale.reciprocal(), zero_point, *limits, True)
     finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)
     return IntegerInput(codes, finite_scale, zero_point.clone(), clipped)
 
@@ -253,7 +252,7 @@ def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
     return (
         type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
         and quantizer.scheme.granularity == "channel"
-        and limits_of(quantizer.scheme) == (-127, 127)
+        and _limits_of(quantizer.scheme) == (-127, 127)
     )
 
 

@@ -207,6 +207,10 @@ class Passes(ABC):
         """Return whether `multiply_integers` is the fastest integer product here."""
 
     @abstractmethod
+    def integer_kernel(self, device: torch.device) -> str:
+        """Return what `multiply_integers` multiplies with on `device`, for the user to read."""
+
+    @abstractmethod
     def multiply_integers(
         self,
         codes: Tensor,

@@ -33,20 +33,14 @@ def linear_kernel(device: torch.device, passes: Passes, *, packs: bool) -> str:
         passes: as for `linear`.
         packs: as for `linear`.
     """
-    if device.type != "cpu":
-        return "torch._int_mm"
-    if packs and cpu_features().vnni:
-        return f"onednn.qlinear_pointwise, {_FUSED}"
-    if passes.supports_integers():
-        return f"the native AMX product, {_FUSED}"
-    if cpu_features().vnni:
-        return "torch._int_mm, scales and bias in a second pass"
-    return "exact float64 sums"
+    if _takes_packed(device, packs):
+        return f"onednn.qlinear_pointwise; {_FUSED}"
+    return _multiplier(passes).integer_kernel(device)
 
 
 def convolution_kernel() -> str:
     """Return which kernel `convolve` calls, and what it does beside the product."""
-    return f"onednn.qconv_pointwise, {_FUSED}" if cpu_features().vnni else "exact float64 sums"
+    return f"onednn.qconv_pointwise; {_FUSED}" if cpu_features().vnni else "exact float64 sums"
 
 
 def linear(
@@ -72,11 +66,11 @@ def linear(
     """
     matrix = input.codes.reshape(-1, input.codes.shape[-1])
     codes, zero_point = _unsigned(matrix, input.zero_point)
-    if packs and matrix.device.type == "cpu" and cpu_features().vnni:
+    if _takes_packed(matrix.device, packs):
         output = _packed_linear(codes, zero_point, input, weight, bias)
     else:
-        multiply = (passes if passes.supports_integers() else TORCH).multiply_integers
-        output = multiply(codes, weight.codes, zero_point, input.scale * weight.scale, bias)
+        scale = input.scale * weight.scale
+        output = _multiplier(passes).multiply_integers(codes, weight.codes, zero_point, scale, bias)
     return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
 
 
@@ -115,6 +109,14 @@ def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     stride, padding, dilation, groups = geometry
     nothing = [0] * len(stride)
     return torch.convolution(input, weight, bias, stride, padding, dilation, False, nothing, groups)
+
+
+def _takes_packed(device: torch.device, packs: bool) -> bool:
+    return packs and device.type == "cpu" and cpu_features().vnni
+
+
+def _multiplier(passes: Passes) -> Passes:
+    return passes if passes.supports_integers() else TORCH
 
 
 def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:

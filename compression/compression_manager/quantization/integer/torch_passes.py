@@ -130,6 +130,12 @@ class TorchPasses(Passes):
         """Return False: the operators that torch has for this itself are faster."""
         return False
 
+    def integer_kernel(self, device: torch.device) -> str:
+        """Return the name of the operator."""
+        if _has_integer_product(device):
+            return "torch._int_mm; scales and bias in a second pass"
+        return "exact float64 sums"
+
     def multiply_integers(
         self,
         codes: Tensor,
@@ -140,7 +146,7 @@ class TorchPasses(Passes):
     ) -> Tensor:
         """Return the product; summed in float64, which is exact, on CPUs without VNNI."""
         offsets: Tensor | int = 0
-        if codes.device.type != "cpu" or cpu_features().vnni:
+        if _has_integer_product(codes.device):
             # Flipping the highest bit subtracts 128.
             sums = torch._int_mm((codes ^ 128).view(torch.int8), weight.t())
             offsets = (zero_point - 128) * weight.sum(1, dtype=torch.int32)
@@ -157,6 +163,11 @@ class TorchPasses(Passes):
         if not self.supports_pieces(pieces):
             # torch's bfloat16 products have bfloat16 results, which undo what the pieces gain.
             raise QuantizationError(f"plain torch operations take one piece, got pieces={pieces}.")
+
+
+def _has_integer_product(device: torch.device) -> bool:
+    """Return whether torch's product of integers is exact and fast."""
+    return device.type != "cpu" or cpu_features().vnni
 
 
 def _parts(flat: Tensor) -> Iterator[slice]:

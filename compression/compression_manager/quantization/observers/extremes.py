@@ -13,8 +13,35 @@ from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
 
-class MinMaxObserver(RangeObserver):
+class _EndsObserver(RangeObserver):
+    """Asks a batch for its two ends alone, so that those of a whole tensor may be numbers."""
+
+    def _numbers(self, low: float, high: float) -> tuple[float, float] | None:
+        """Return the range so far; None unless that and a batch's ends are to be numbers."""
+        if self._spans_ranks() or not scalars.fit(low, high):
+            return None
+        return scalars.read(self.minimum, self.maximum)
+
+    def _keep(self, low: float, high: float, batches: int) -> tuple[float, float]:
+        self.minimum.fill_(low)
+        self.maximum.fill_(high)
+        self.batches_observed.fill_(batches)
+        return low, high
+
+
+class MinMaxObserver(_EndsObserver):
     """The smallest and largest value ever observed. Merging is exact, in any order."""
+
+    def observe_ends(self, low: float, high: float) -> tuple[float, float] | None:
+        """See `Observer.observe_ends`."""
+        # A subclass may have an `observe` of its own.
+        kept = self._numbers(low, high) if type(self) is MinMaxObserver else None
+        if kept is None:
+            return None
+        count = int(self.batches_observed)
+        if count > 0:
+            low, high = min(kept[0], low), max(kept[1], high)
+        return self._keep(low, high, count + 1)
 
     def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
         self._widen(low, high, finite)
@@ -25,7 +52,7 @@ class MinMaxObserver(RangeObserver):
         self._widen(low, high, other.batches_observed.to(device) > 0)
 
 
-class MovingAverageObserver(RangeObserver):
+class MovingAverageObserver(_EndsObserver):
     """An exponential moving average of every batch's smallest and largest value.
 
     range += averaging_constant * (batch - range), as torch's
@@ -69,11 +96,8 @@ class MovingAverageObserver(RangeObserver):
     def observe_ends(self, low: float, high: float) -> tuple[float, float] | None:
         """See `Observer.observe_ends`."""
         # A subclass may have an `observe` of its own.
-        if type(self) is not MovingAverageObserver or self._spans_ranks():
-            return None
-        minimum, maximum = self.minimum, self.maximum
-        kept = scalars.read(minimum, maximum)
-        if kept is None or not scalars.fit(low, high):
+        kept = self._numbers(low, high) if type(self) is MovingAverageObserver else None
+        if kept is None:
             return None
         count = int(self.batches_observed)
         if count == 0:
@@ -82,10 +106,7 @@ class MovingAverageObserver(RangeObserver):
         else:
             low = scalars.moving_average(kept[0], low, self.averaging_constant)
             high = scalars.moving_average(kept[1], high, self.averaging_constant)
-        minimum.fill_(low)
-        maximum.fill_(high)
-        self.batches_observed.fill_(count + 1)
-        return low, high
+        return self._keep(low, high, count + 1)
 
     def _take(self, input: Tensor, low: Tensor, high: Tensor, finite: Tensor) -> None:
         first = self.batches_observed == 0

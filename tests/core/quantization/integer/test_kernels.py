@@ -12,6 +12,7 @@ from compression_manager.quantization.integer import products, torch_passes
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.selection import TORCH
+from compression_manager.quantization.integer.torch_passes import TorchPasses
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ def vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 def test_of_linear_layers(vnni: bool, packs: bool) -> None:
     with Recorded() as recorded:
         products.linear(*_operands(), None, TORCH, packs=packs)
-    kernel = products.linear_kernel(CPU, TORCH, packs=packs).partition(",")[0]
+    kernel = products.linear_kernel(CPU, TORCH, packs=packs).partition(";")[0]
     if not vnni:
         assert kernel == "exact float64 sums"
         assert "aten.mm" in recorded.names
@@ -63,7 +64,7 @@ def test_of_convolutions(vnni: bool) -> None:
     geometry = products.Geometry((1, 1), (0, 0), (1, 1), 1)
     with Recorded() as recorded:
         products.convolve(*_operands(5, 5), None, geometry, packs=False)
-    kernel = products.convolution_kernel().partition(",")[0]
+    kernel = products.convolution_kernel().partition(";")[0]
     if vnni:
         assert kernel == "onednn.qconv_pointwise"
         assert kernel in recorded.names
@@ -72,10 +73,14 @@ def test_of_convolutions(vnni: bool) -> None:
         assert "aten.convolution" in recorded.names
 
 
-def test_native_products_have_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Fast(type(TORCH)):  # type: ignore[misc]
+def test_passes_that_multiply_fast_name_their_own_kernel() -> None:
+    class Fast(TorchPasses):
         def supports_integers(self) -> bool:
             return True
 
-    assert "native AMX" in products.linear_kernel(CPU, Fast(), packs=False)
-    assert products.linear_kernel(torch.device("cuda"), TORCH, packs=False) == "torch._int_mm"
+        def integer_kernel(self, device: torch.device) -> str:
+            return f"fast on {device}"
+
+    assert products.linear_kernel(CPU, Fast(), packs=False) == "fast on cpu"
+    cuda = products.linear_kernel(torch.device("cuda"), TORCH, packs=False)
+    assert cuda.partition(";")[0] == "torch._int_mm"

@@ -225,6 +225,10 @@ class NativePasses(Passes):
         """Return whether `multiply_integers` uses AMX; without it plain loops are very slow."""
         return bool(self._functions.supports_integers())
 
+    def integer_kernel(self, device: torch.device) -> str:
+        """See `Passes.integer_kernel`."""
+        return "the native AMX product; scales, zero point and bias fused"
+
     def multiply_integers(
         self,
         codes: Tensor,

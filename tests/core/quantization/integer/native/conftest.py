@@ -17,7 +17,8 @@ def library_file() -> Path:
     """The compiled library."""
     library = load_library()
     if library.functions is None:
-        pytest.skip(library.reason)  # no compiler, or switched off
+        # Nothing can be tested without a compiler, or where the user switched the kernels off.
+        pytest.skip(library.reason)
     return library_path()
 
 
