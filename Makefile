@@ -13,9 +13,10 @@ SECONDS_PER_MODEL ?= 180
 BENCH := tests/benchmarks
 RESULTS := runs/benchmarks
 
-.PHONY: help venv demo study distillation-study tables bench bench-rule bench-training bench-profile bench-inference \
-	bench-hooks bench-roofline bench-peers performance bench-teacher bench-distillation test \
-	test-slow test-cuda conformance check docs reference readme
+.PHONY: help venv demo study distillation-study tables bench bench-rule bench-training \
+	bench-profile bench-inference bench-hooks bench-roofline bench-peers performance \
+	bench-teacher bench-distillation test test-slow test-cuda conformance check docs reference \
+	readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -42,7 +43,7 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 	$(BIN)/python examples/post_training_study.py
 
 # They run one after the other, however many jobs make was given: nothing else may be running.
-bench: $(STAMP)  ## training steps, inference, hooks, the rule, the machine; a quarter of an hour, quiet machine
+bench: $(STAMP)  ## training steps, inference, hooks, the rule, the machine; half an hour, quiet machine
 	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-profile bench-inference bench-hooks
 
 bench-roofline: $(STAMP)  ## what the machine can do: bandwidth, peaks; what a step needs of both
