@@ -108,11 +108,15 @@ class IntegerLinear(torch.autograd.Function):
         biases = [None] if bias is None else _parts(bias, count)
         if operands.integers:
             return tuple(
-                products.linear(operands.input, part, addend, operands.passes, packs=operands.packs)
+                _owned(
+                    products.linear(
+                        operands.input, part, addend, operands.passes, packs=operands.packs
+                    )
+                )
                 for part, addend in zip(operands.weight.parts(count), cycle(biases))
             )
         values, weights = operands.float_input(), _parts(operands.float_weight(), count)
-        return tuple(F.linear(values, *pair) for pair in zip(weights, cycle(biases)))
+        return tuple(_owned(F.linear(values, *pair)) for pair in zip(weights, cycle(biases)))
 
     @staticmethod
     @differentiable_once
@@ -133,6 +137,11 @@ class IntegerLinear(torch.autograd.Function):
             ]
         # In the order in which the gradients of layers of their own would arrive.
         return for_weight, for_bias, None, *reversed(for_inputs)
+
+
+def _owned(output: Tensor) -> Tensor:
+    """Return `output` as a tensor of its own: autograd lets nobody change a Function's view."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
 
 
 def _by_weight(rows: list[Tensor], operands: Operands) -> list[Tensor]:

@@ -92,6 +92,21 @@ def test_gradients_are_those_of_fake_quantization_bit_for_bit(
             assert clips == bool((gradients[0] == 0).any())
 
 
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize("name", ALL)
+def test_outputs_can_be_changed_in_place(name: str, forward: str) -> None:
+    layer, input = _case(name)
+    changed = quantized(layer, input, forward)
+    for formatted in _formats(input):
+        found = []
+        for activation in (torch.relu, torch.relu_):
+            leaf = formatted.clone(memory_format=torch.preserve_format).requires_grad_()
+            output = activation(changed(leaf))
+            found.append((output, torch.autograd.grad(output.square().sum(), leaf)[0]))
+        assert torch.equal(found[0][0], found[1][0])
+        assert torch.equal(found[0][1], found[1][1])
+
+
 def _path(layer: Any) -> str:
     decision = last_decision(layer.parts()[""])
     assert decision is not None
