@@ -2,10 +2,11 @@
 
     python tests/benchmarks/native_passes.py [--threads 2] [--repeats 30]
 
-Prints a line for each check, then the median time of each pass beside that of the torch operations
-that it replaces, taken alternately in one process, with the bytes that a pass has to move; then
-bfloat16 products in one and three pieces beside float32's `torch.mm`, and products of integers
-beside torch's. Needs nothing but the package. The exit code is 1 if a check fails.
+Prints a line for each check, then the median time of each pass beside that of the other
+implementation, plain torch operations, taken alternately in one process, with the bytes that a
+pass has to move; then bfloat16 products in one and three pieces beside float32's `torch.mm`, and
+products of integers beside torch's. Needs nothing but the package. The exit code is 1 if a check
+fails.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from compression_manager.quantization.integer.native import NativePasses
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.torch_passes import TorchPasses
 
 INVERSE_SCALE, ZERO_POINT, LOW, HIGH = 20.25, 121, 0, 255
 SCALE = 1 / INVERSE_SCALE
@@ -33,8 +36,8 @@ LAYERS = [(2048, 512, 512), (2048, 512, 2048), (2048, 2048, 512)]
 TOLERANCE = 3e-7
 
 Computation = Callable[[], object]
-# Bytes for each element that have to be moved, the native pass, and plain torch operations.
-Case = tuple[float, Computation, Computation]
+# Bytes for each element that have to be moved, and the pass.
+Case = tuple[float, Computation]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,8 +76,11 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
             )
         shape = tuple(input.shape)
         for zero_point, low, high in ((ZERO_POINT, LOW, HIGH), (0, -128, 127)):
-            codes, clipped = passes.quantize(input, INVERSE_SCALE, zero_point, low, high, True)
-            expected, outside = quantize(input, zero_point, low, high)
+            numbers = input.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+            codes, clipped = passes.quantize(
+                numbers, INVERSE_SCALE, zero_point, low, high, below=True, above=True
+            )
+            expected, outside = quantize(numbers, zero_point, low, high)
             same = torch.equal(codes, expected) and codes.stride() == input.stride()
             yield f"quantize {shape} {codes.dtype}", same
             yield f"clipped {shape} {codes.dtype}", torch.equal(bits(clipped, input), outside)
@@ -154,67 +160,52 @@ def integer_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
 def time_passes(passes: NativePasses, repeats: int) -> None:
     """Print a table of the element-wise passes, for sizes of the encoder and the ResNet."""
     print(f"\n{'pass':40}{'native ms':>11}{'torch ms':>11}{'ratio':>8}{'GB/s':>8}")
+    plain = TorchPasses()
     for input in (torch.randn(2048, 512), torch.randn(2048, 2048), images(32, 64, 32, 32)):
-        for name, (size, native, plain) in element_cases(passes, input.clamp_(-5.9, 5.9)).items():
-            label = f"{name} {tuple(input.shape)}"
-            print_times(label, native, plain, input.numel() * size, repeats)
-    for name, (size, native, plain) in row_cases(passes, torch.randn(2048, 512)).items():
-        print_times(f"{name} (2048, 512)", native, plain, 2048 * 512 * size, repeats)
+        input.clamp_(-5.9, 5.9)
+        print_cases(element_cases(passes, input), element_cases(plain, input), input, repeats)
+    weight = torch.randn(2048, 512)
+    print_cases(row_cases(passes, weight), row_cases(plain, weight), weight, repeats)
 
 
-def element_cases(passes: NativePasses, input: Tensor) -> dict[str, Case]:
+def print_cases(
+    native: dict[str, Case], plain: dict[str, Case], input: Tensor, repeats: int
+) -> None:
+    """Print a row for each case: the times of both, their ratio, and the rate of the native one."""
+    for name, (size, computation) in native.items():
+        fast, slow = medians([computation, plain[name][1]], repeats)
+        rate = input.numel() * size / fast / 1e6
+        label = f"{name} {tuple(input.shape)}"
+        print(f"{label:40}{fast:11.3f}{slow:11.3f}{fast / slow:8.2f}{rate:8.1f}")
+
+
+def element_cases(passes: Passes, input: Tensor) -> dict[str, Case]:
     """Return the cases of one tensor, which is inside of the range of the codes."""
-    codes, _ = passes.quantize(input, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, False)
+    grid = INVERSE_SCALE, ZERO_POINT, LOW, HIGH
+    codes, _ = passes.quantize(input, *grid, below=False, above=False)
     output, positive = passes.relu(input)
-    where = input > 0
     few = torch.zeros_like(positive)
     few[::1000] = 1
-    few_where = bits(few, input)
     clipping = input * 1.2
     return {
-        "quantize": (
-            5,
-            lambda: passes.quantize(input, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, False),
-            lambda: quantize(input, ZERO_POINT, LOW, HIGH, finds_clipped=False),
-        ),
+        "quantize": (5, lambda: passes.quantize(input, *grid, below=False, above=False)),
         "quantize, clipped": (
             5.125,
-            lambda: passes.quantize(clipping, INVERSE_SCALE, ZERO_POINT, LOW, HIGH, True),
-            lambda: quantize(clipping, ZERO_POINT, LOW, HIGH),
+            lambda: passes.quantize(clipping, *grid, below=True, above=True),
         ),
-        "dequantize": (
-            5,
-            lambda: passes.dequantize(codes, SCALE, ZERO_POINT),
-            lambda: codes.to(torch.float32).sub_(ZERO_POINT).mul_(SCALE),
-        ),
-        "clear_clipped": (
-            4.125,
-            lambda: passes.clear_clipped(output, few),
-            lambda: flat(output).masked_fill_(few_where, 0.0),
-        ),
-        "relu": (8.125, lambda: passes.relu(input), lambda: (input.relu(), input > 0)),
-        "relu_gradient": (
-            8.125,
-            lambda: passes.relu_gradient(input, positive),
-            lambda: torch.where(where, input, 0.0),
-        ),
+        "dequantize": (5, lambda: passes.dequantize(codes, SCALE, ZERO_POINT)),
+        "clear_clipped": (4.125, lambda: passes.clear_clipped(output, few)),
+        "relu": (8.125, lambda: passes.relu(input)),
+        "relu_gradient": (8.125, lambda: passes.relu_gradient(input, positive)),
     }
 
 
-def row_cases(passes: NativePasses, weight: Tensor) -> dict[str, Case]:
+def row_cases(passes: Passes, weight: Tensor) -> dict[str, Case]:
     """Return the cases of a weight."""
     codes, scale = passes.quantize_rows(weight)
     return {
-        "quantize_rows": (
-            5,
-            lambda: passes.quantize_rows(weight),
-            lambda: quantize_rows(weight),
-        ),
-        "dequantize_rows": (
-            5,
-            lambda: passes.dequantize_rows(codes, scale),
-            lambda: codes.to(torch.float32).mul_(scale[:, None]),
-        ),
+        "quantize_rows": (5, lambda: passes.quantize_rows(weight)),
+        "dequantize_rows": (5, lambda: passes.dequantize_rows(codes, scale)),
     }
 
 
@@ -304,14 +295,6 @@ def time_layer(passes: NativePasses, shape: tuple[int, int, int], repeats: int) 
     print(f"{shape!s:34}" + "".join(f"{figure:11.3f}" for figure in figures))
 
 
-def print_times(
-    name: str, native: Computation, plain: Computation, size: float, repeats: int
-) -> None:
-    """Print a row: the times of both, their ratio, and the rate of the native one."""
-    fast, slow = medians([native, plain], repeats)
-    print(f"{name:40}{fast:11.3f}{slow:11.3f}{fast / slow:8.2f}{size / fast / 1e6:8.1f}")
-
-
 def medians(computations: Sequence[Computation], repeats: int) -> list[float]:
     """Return the median milliseconds of each, taken alternately."""
     times: list[list[float]] = [[] for _ in computations]
@@ -324,16 +307,11 @@ def medians(computations: Sequence[Computation], repeats: int) -> list[float]:
     return [statistics.median(taken) for taken in times]
 
 
-def quantize(
-    input: Tensor, zero_point: int, low: int, high: int, *, finds_clipped: bool = True
-) -> tuple[Tensor, Tensor | None]:
+def quantize(input: Tensor, zero_point: int, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Return codes and, in the order of memory, what was clipped, by plain torch operations."""
-    unclamped = (input * INVERSE_SCALE).round_()
-    code_type = torch.uint8 if low >= 0 else torch.int8
-    if not finds_clipped:
-        return unclamped.add_(zero_point).clamp_(low, high).to(code_type), None
-    codes = unclamped.nan_to_num(0.0, torch.inf, -torch.inf).add_(zero_point).clamp_(low, high)
-    return codes.to(code_type), flat(unclamped.add_(zero_point) != codes)
+    unclamped = (input * INVERSE_SCALE).round_().add_(zero_point)
+    codes = unclamped.clamp(low, high)
+    return codes.to(torch.uint8 if low >= 0 else torch.int8), flat(unclamped != codes)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def test_parts(event: Any, part: str | None) -> None:
 def test_passes_are_seen_and_left_as_they_were() -> None:
     before = type(TORCH).quantize
     with step_profile._marked(TORCH), torch.profiler.profile() as recorded:
-        TORCH.quantize(torch.randn(4, 8), 2.0, 3, 0, 255, True)
+        TORCH.quantize(torch.randn(4, 8), 2.0, 3, 0, 255, below=True, above=True)
     names = {event.name for event in recorded.events()}
     assert "passes::quantize" in names
     assert type(TORCH).quantize is before

@@ -182,8 +182,8 @@ def _quantize_finite(
 ) -> IntegerInput:
     inverse, (quant_min, quant_max) = scalars.float32(1.0 / step), _limits_of(scheme)
     first, last = (_steps(end, inverse) + offset for end in ends)
-    clips = first < quant_min or last > quant_max
-    codes, clipped = passes.quantize(input, inverse, offset, quant_min, quant_max, clips)
+    outside = {"below": first < quant_min, "above": last > quant_max}
+    codes, clipped = passes.quantize(input, inverse, offset, quant_min, quant_max, **outside)
     # The buffers of the quantizer follow the next batch in place.
     scale = torch.tensor(step, dtype=torch.float32)
     return IntegerInput(codes, scale, torch.tensor(offset, dtype=torch.int32), clipped)
@@ -213,7 +213,10 @@ def quantize_on_accelerator(
     number makes the scale so, and with it the whole result.
     """
     limits = _limits_of(scheme)
-    codes, clipped = TORCH.quantize(input, scale.reciprocal(), zero_point, *limits, True)
+    inverse_scale = scale.reciprocal()
+    codes, clipped = TORCH.quantize(
+        input, inverse_scale, zero_point, *limits, below=True, above=True
+    )
     finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)
     return IntegerInput(codes, finite_scale, zero_point.clone(), clipped)
 

@@ -43,29 +43,30 @@ class Passes(ABC):
         zero_point: int | Tensor,
         quant_min: int,
         quant_max: int,
-        clips: bool,
+        *,
+        below: bool,
+        above: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the integers of `input` and which elements were clipped.
 
         clamp(round_half_even(input * inverse_scale) + zero_point, quant_min, quant_max) in float32,
-        the formula of `compression_manager.quantization.quantize`, whose integers these are. NaN
-        becomes the zero point.
+        the formula of `compression_manager.quantization.quantize`, whose integers these are.
 
         Args:
-            input: float32, dense, any shape.
+            input: float32, dense, any shape; without NaN, whose integer is undefined.
             inverse_scale: 1 / scale, rounded to float32; a tensor on an accelerator, which then
                 need not be waited for.
             zero_point: integer of real zero, inside of the range.
             quant_min: smallest integer, from -128.
             quant_max: largest integer; to 255, or to 127 where quant_min is negative.
-            clips: False if the caller knows that no element lies outside of the range, so that none
-                is looked for.
+            below: False if the caller knows that no element lies below the range, so that none is
+                looked for.
+            above: likewise for above the range.
 
         Returns:
             codes: uint8 (int8 if quant_min is negative), shape and strides of `input`.
             clipped: uint8 (ceil(n / 8),), bits that are 1 where the rounded value lay outside of
-                the range (NaN does); None if `clips` is False and, on the CPU, if there is no
-                such element.
+                the range; None if `below` and `above` are False.
         """
 
     @abstractmethod
@@ -76,11 +77,11 @@ class Passes(ABC):
         codes = clamp(round_half_even(weight * (1 / scale)), -127, 127). No element is clipped.
 
         Args:
-            weight: float32 (rows, columns), contiguous.
+            weight: float32 (rows, columns), contiguous, of at least one column.
 
         Returns:
             codes: int8 (rows, columns), contiguous; 0 in a row that is not finite.
-            scale: float32 (rows,); NaN for a row that is not finite, epsilon for an empty one.
+            scale: float32 (rows,); NaN for a row that is not finite.
         """
 
     @abstractmethod

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer.bits import pack_mask, unpack_mask
+from compression_manager.quantization.integer.bits import pack_mask, spread_mask
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.passes import ROWS, Passes
 from compression_manager.quantization.memory_format import in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
-# Elements: half a mebibyte of float32, a part of one core's second-level cache. Full bytes of bits.
-_PART = 1 << 17
+# Elements: a mebibyte of float32, which the second-level caches of two cores hold. Full runs.
+_PART = 1 << 18
+# Few elements of a large tensor are clipped as a rule, and only where a code is at an end. Runs of
+# codes are searched for such ends, and only the elements of those that have one are looked at.
+_RUN, _MANY = 256, 1 << 16
+# Bytes of the bits of a run, and elements whose bits are one integer of 64 bits.
+_BYTES, _WORD = _RUN // 8, 64
 
 
 class TorchPasses(Passes):
@@ -30,30 +36,34 @@ class TorchPasses(Passes):
         zero_point: int | Tensor,
         quant_min: int,
         quant_max: int,
-        clips: bool,
+        *,
+        below: bool,
+        above: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return codes and clipped bits."""
+        grid, clips = _Grid(inverse_scale, zero_point, quant_min, quant_max), below or above
         codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
         flat, flat_codes = in_memory_order(input), in_memory_order(codes)
-        bits = flat.new_zeros(-(-flat.numel() // 8), dtype=torch.uint8) if clips else None
-        any_clipped = input.device.type != "cpu"
+        space = flat.new_empty(min(_part_length(flat), flat.numel()))
         for part in _parts(flat):
-            steps = (flat[part] * inverse_scale).round_().add_(zero_point)
-            if bits is not None and not _lies_inside(steps, quant_min, quant_max):
-                inside = steps.clamp(quant_min, quant_max)
-                bits[_bytes(part)] = pack_mask(steps != inside)
-                any_clipped = True
-                steps = _with_zero_point(inside, zero_point)
-            flat_codes[part].copy_(steps)
-        return codes, bits if any_clipped else None
+            steps = grid.round(flat[part], out=space[: part.stop - part.start])
+            flat_codes[part].copy_(steps.clamp_(quant_min, quant_max) if clips else steps)
+        if not clips:
+            return codes, None
+        return codes, grid.find_clipped(flat, flat_codes, below=below, above=above)
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and scales of symmetric 8-bit rows."""
-        largest = torch.linalg.vector_norm(weight, torch.inf, dim=1)
+        # The ends of rows are found by vector instructions, their norm is not.
+        largest = torch.maximum(weight.amax(1), -weight.amin(1))
         scale, _ = compute_qparams(-largest, largest, ROWS)
-        # Never outside of the range, whose end is the largest value itself.
-        steps = (weight * scale.reciprocal()[:, None]).round_()
-        return steps.nan_to_num_(nan=0.0).to(torch.int8), scale
+        is_finite = weight.device.type == "cpu" and bool(scale.isfinite().all())
+        codes = torch.empty_like(weight, dtype=torch.int8)
+        for rows, inverse, done in _row_parts(weight, scale.reciprocal()[:, None], codes):
+            # Never outside of the range, whose end is the largest value itself.
+            steps = (rows * inverse).round_()
+            done.copy_(steps if is_finite else steps.nan_to_num_(nan=0.0))
+        return codes, scale
 
     def dequantize(
         self,
@@ -79,25 +89,32 @@ class TorchPasses(Passes):
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """Zero the gradient in place where a bit is set."""
         flat = in_memory_order(gradient)
+        if gradient.device.type == "cpu" and flat.numel() >= _MANY:
+            words = clipped[: flat.numel() // _WORD * 8].view(torch.int64)
+            found = words.nonzero().squeeze(1)
+            if len(found) * _WORD < flat.numel() // 4:
+                _clear_found(flat, clipped, found)
+                return gradient
         for part in _parts(flat):
-            bits = clipped[_bytes(part)]
-            if gradient.device.type != "cpu" or bool(bits.any()):
-                flat[part].masked_fill_(unpack_mask(bits, flat[part].numel()), 0.0)
+            _keep(flat[part], clipped[_bytes(part)].bitwise_not(), out=flat[part])
         return gradient
 
     def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return max(input, 0) and the bits of what is not at most zero."""
-        flat = in_memory_order(input)
-        bits = [pack_mask((flat[part] <= 0).logical_not_()) for part in _parts(flat)]
-        return input.relu(), torch.cat(bits)
+        output = torch.empty_like(input)
+        flat, flat_output = in_memory_order(input), in_memory_order(output)
+        bits = _no_bits(flat)
+        for part in _parts(flat):
+            passed = torch.clamp_min(flat[part], 0.0, out=flat_output[part])
+            bits[_bytes(part)] = pack_mask(_is_not_zero(passed))
+        return output, bits
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """Return the gradient where a bit is set, else zero."""
         passed = torch.empty_like(gradient)
         flat, flat_passed = in_memory_order(gradient), in_memory_order(passed)
         for part in _parts(flat):
-            mask = unpack_mask(positive[_bytes(part)], flat[part].numel())
-            torch.where(mask, flat[part], flat.new_zeros(()), out=flat_passed[part])
+            _keep(flat[part], positive[_bytes(part)], out=flat_passed[part])
         return passed
 
     def multiply(
@@ -153,7 +170,7 @@ class TorchPasses(Passes):
         else:
             sums = (codes.double() - zero_point) @ weight.double().t()
         output = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
-        for part, done in zip(_row_parts(sums), _row_parts(output), strict=True):
+        for part, done in _row_parts(sums, output):
             done.copy_(part.sub_(offsets)).mul_(scale)
             if bias is not None:
                 done.add_(bias)
@@ -170,37 +187,99 @@ def _has_integer_product(device: torch.device) -> bool:
     return device.type != "cpu" or cpu_features().vnni
 
 
+class _Grid(NamedTuple):
+    """The integers to which real numbers are rounded; attributes as for `Passes.quantize`."""
+
+    inverse_scale: float | Tensor
+    zero_point: int | Tensor
+    quant_min: int
+    quant_max: int
+
+    def round(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the integers as float32, clipped nowhere."""
+        return torch.mul(values, self.inverse_scale, out=out).round_().add_(self.zero_point)
+
+    def pack_clipped(self, values: Tensor) -> Tensor:
+        """Return a bit for each value, which is 1 if its integer is outside of the range."""
+        steps = self.round(values)
+        return pack_mask(_is_not_zero(steps - steps.clamp(self.quant_min, self.quant_max)))
+
+    def find_clipped(self, flat: Tensor, codes: Tensor, *, below: bool, above: bool) -> Tensor:
+        """Return the bits of `flat`, whose clipped integers are `codes`; both (n,)."""
+        if flat.device.type == "cpu" and flat.numel() >= _MANY:
+            found = self._runs_at_an_end(codes, below=below, above=above)
+            if len(found) * _RUN < flat.numel() // 4:
+                return self._pack_found(flat, found)
+        return torch.cat([self.pack_clipped(flat[part]) for part in _parts(flat)])
+
+    def _runs_at_an_end(self, codes: Tensor, *, below: bool, above: bool) -> Tensor:
+        """Return the numbers of the full runs in which a code is the smallest, or the largest.
+
+        Half of what a ReLU returned is the smallest, so that an end is looked for only if need be.
+        """
+        runs = codes[: len(codes) // _RUN * _RUN].view(-1, _RUN)
+        at_end = runs.new_zeros(len(runs), dtype=torch.bool)
+        if below:
+            at_end |= runs.amin(1) == self.quant_min
+        if above:
+            at_end |= runs.amax(1) == self.quant_max
+        return at_end.nonzero().squeeze(1)
+
+    def _pack_found(self, flat: Tensor, found: Tensor) -> Tensor:
+        """Return the bits of `flat` of which these full runs, and no others, can have any."""
+        bits = _no_bits(flat)
+        whole = len(flat) // _RUN * _RUN
+        clipped = self.pack_clipped(flat[:whole].view(-1, _RUN).index_select(0, found))
+        bits[: whole // 8].view(-1, _BYTES).index_copy_(0, found, clipped.view(-1, _BYTES))
+        bits[whole // 8 :] = self.pack_clipped(flat[whole:])
+        return bits
+
+
+def _clear_found(flat: Tensor, bits: Tensor, found: Tensor) -> None:
+    """Zero elements whose bit is 1, of which these full words of bits, and no others, have any."""
+    whole = flat.numel() // _WORD * _WORD
+    elements = flat[:whole].view(-1, _WORD)
+    cleared = elements.index_select(0, found)
+    marked = bits[: whole // 8].view(-1, _WORD // 8).index_select(0, found)
+    _keep(cleared.view(-1), marked.view(-1).bitwise_not_(), out=cleared.view(-1))
+    elements.index_copy_(0, found, cleared)
+    _keep(flat[whole:], bits[whole // 8 :].bitwise_not(), out=flat[whole:])
+
+
+def _no_bits(flat: Tensor) -> Tensor:
+    """Return a bit for each element, which is 0."""
+    return flat.new_zeros(-(-flat.numel() // 8), dtype=torch.uint8)
+
+
+def _is_not_zero(values: Tensor) -> Tensor:
+    """Return whether each value is not zero, as one that is no number is; faster than "!="."""
+    return values.to(torch.bool)
+
+
+def _keep(values: Tensor, bits: Tensor, *, out: Tensor) -> None:
+    """Write each of `values` whose bit is 1 to `out`, and zero for the others."""
+    mask = spread_mask(bits, values.numel())
+    torch.bitwise_and(values.view(torch.int32), mask, out=out.view(torch.int32))
+
+
 def _parts(flat: Tensor) -> Iterator[slice]:
     """Yield parts of a vector that stay in cache from one operation to the next.
 
     Memory is slower than the operations, so that each of them would wait for it anew.
     """
-    count = flat.numel()
-    length = _PART if flat.device.type == "cpu" else max(count, 1)
+    count, length = flat.numel(), _part_length(flat)
     for start in range(0, max(count, 1), length):
         yield slice(start, min(start + length, count))
 
 
-def _row_parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Return a matrix as rows that stay in cache, as `_parts` does; whole on an accelerator."""
-    rows = _PART // max(matrix.shape[1], 1) if matrix.device.type == "cpu" else matrix.shape[0]
-    parts: tuple[Tensor, ...] = matrix.split(max(rows, 1))
-    return parts
+def _part_length(flat: Tensor) -> int:
+    return _PART if flat.device.type == "cpu" else max(flat.numel(), 1)
 
 
-def _lies_inside(steps: Tensor, quant_min: int, quant_max: int) -> bool:
-    """Return whether nothing is to be clipped; on an accelerator, which is not asked, never."""
-    if steps.device.type != "cpu" or not steps.numel():
-        return False
-    low, high = torch.aminmax(steps)
-    return float(low) >= quant_min and float(high) <= quant_max  # not so if they are no numbers
-
-
-def _with_zero_point(steps: Tensor, zero_point: int | Tensor) -> Tensor:
-    """Return `steps`, in place of which the zero point stands for what is not a number."""
-    if isinstance(zero_point, Tensor):
-        return torch.where(steps.isnan(), zero_point, steps)
-    return steps.nan_to_num_(nan=float(zero_point))
+def _row_parts(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of each that stay in cache, as `_parts` does; whole on an accelerator."""
+    count = max(_part_length(matrix) // max(matrix.shape[1], 1), 1)
+    return zip(matrix.split(count), *(other.split(count) for other in others), strict=True)
 
 
 def _bytes(part: slice) -> slice:

@@ -23,9 +23,9 @@ class Counting(TorchPasses):
     def __init__(self) -> None:
         self.inputs = self.weights = 0
 
-    def quantize(self, *args: Any) -> tuple[Tensor, Tensor | None]:
+    def quantize(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         self.inputs += 1
-        return super().quantize(*args)
+        return super().quantize(*args, **options)
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         self.weights += 1

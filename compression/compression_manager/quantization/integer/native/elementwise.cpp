@@ -1,7 +1,6 @@
 // Passes that treat each element by itself, in the order of memory.
 #include "common.h"
 
-#include <atomic>
 #include <cmath>
 
 namespace native {
@@ -14,12 +13,11 @@ struct Range {
   float quant_max;
 };
 
-// The integer before it is clamped; NaN stays NaN.
+// The integer before it is clamped.
 inline float round_level(float value, const Range& range) {
   return std::nearbyint(value * range.inverse_scale) + range.zero_point;
 }
 
-// Comparisons with NaN are false: NaN ends as the second operand of each choice.
 inline float clamp_level(float level, const Range& range) {
   const float above = level > range.quant_min ? level : range.quant_min;
   return above < range.quant_max ? above : range.quant_max;
@@ -33,7 +31,7 @@ inline bool quantize_group(
   uint32_t clipped = 0;
   for (int64_t i = 0; i < count; ++i) {
     const float level = round_level(input[i], range);
-    const float code = clamp_level(level == level ? level : range.zero_point, range);
+    const float code = clamp_level(level, range);
     codes[i] = static_cast<Code>(static_cast<int32_t>(code));
     clipped |= level == code ? 0u : 1u;
   }
@@ -46,7 +44,7 @@ inline void mark_group(
   uint8_t flags[GROUP] = {};
   for (int64_t i = 0; i < count; ++i) {
     const float level = round_level(input[i], range);
-    flags[i] = !(level == clamp_level(level, range));
+    flags[i] = level != clamp_level(level, range);
   }
   pack_flags(flags, count, mask);
 }
@@ -54,38 +52,30 @@ inline void mark_group(
 // Most groups have no clipped element, so that the slower narrowing to bits is done only for those
 // that have.
 template <typename Code>
-inline bool quantize_and_mark(
+inline void quantize_and_mark(
     const float* input, int64_t count, const Range range, Code* codes, uint8_t* mask) {
-  const bool clipped = quantize_group(input, count, range, codes);
-  if (clipped) {
+  if (quantize_group(input, count, range, codes)) {
     mark_group(input, count, range, mask);
   } else {
     std::memset(mask, 0, divide_up(count, 8));
   }
-  return clipped;
 }
 
 template <typename Code>
-bool quantize(const float* input, int64_t size, Range range, Code* codes, uint8_t* mask) {
-  std::atomic<bool> any{false};
+void quantize(const float* input, int64_t size, Range range, Code* codes, uint8_t* mask) {
   for_elements(size, [&](int64_t begin, int64_t end) {
     if (mask == nullptr) {
       quantize_group(input + begin, end - begin, range, codes + begin);
       return;
     }
-    bool clipped = false;
     int64_t i = begin;
     for (; i + GROUP <= end; i += GROUP) {
-      clipped |= quantize_and_mark(input + i, GROUP, range, codes + i, mask + i / 8);
+      quantize_and_mark(input + i, GROUP, range, codes + i, mask + i / 8);
     }
     if (i < end) {
-      clipped |= quantize_and_mark(input + i, end - i, range, codes + i, mask + i / 8);
-    }
-    if (clipped) {
-      any = true;
+      quantize_and_mark(input + i, end - i, range, codes + i, mask + i / 8);
     }
   });
-  return any;
 }
 
 template <typename Code, typename Value>
@@ -123,8 +113,8 @@ inline uint64_t relu_group(
 
 using namespace native;
 
-// Returns whether any element was clipped; `mask` may be null if none can be.
-EXPORT bool quantize_elements(
+// `mask` may be null if no element can be clipped.
+EXPORT void quantize_elements(
     const float* input,
     int64_t size,
     float inverse_scale,
@@ -135,8 +125,8 @@ EXPORT bool quantize_elements(
     void* codes,
     uint8_t* mask) {
   const Range range{inverse_scale, zero_point, quant_min, quant_max};
-  return has_sign ? quantize(input, size, range, static_cast<int8_t*>(codes), mask)
-                  : quantize(input, size, range, static_cast<uint8_t*>(codes), mask);
+  has_sign ? quantize(input, size, range, static_cast<int8_t*>(codes), mask)
+           : quantize(input, size, range, static_cast<uint8_t*>(codes), mask);
 }
 
 // Writes float32, or bfloat16 if `half`.

@@ -54,7 +54,9 @@ class NativePasses(Passes):
         zero_point: int | Tensor,
         quant_min: int,
         quant_max: int,
-        clips: bool,
+        *,
+        below: bool,
+        above: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """See `Passes.quantize`."""
         zero_point = int(zero_point)
@@ -62,8 +64,8 @@ class NativePasses(Passes):
         check_range(zero_point, quant_min, quant_max)
         has_sign = quant_min < 0
         codes = torch.empty_like(input, dtype=torch.int8 if has_sign else torch.uint8)
-        clipped = _empty_mask(input) if clips else None
-        any_clipped = self._functions.quantize_elements(
+        clipped = _empty_mask(input) if below or above else None
+        self._functions.quantize_elements(
             input.data_ptr(),
             input.numel(),
             float(inverse_scale),
@@ -74,7 +76,7 @@ class NativePasses(Passes):
             codes.data_ptr(),
             None if clipped is None else clipped.data_ptr(),
         )
-        return codes, clipped if any_clipped else None
+        return codes, clipped
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Passes.quantize_rows`."""

@@ -12,7 +12,7 @@ _float, _bool = ctypes.c_float, ctypes.c_bool
 # Function -> the type of its result and those of its arguments; see the C++ files.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "quantize_elements": (
-        _bool,
+        None,
         [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
     ),
     "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),

@@ -1,36 +1,14 @@
-"""The native passes, built once and kept where torch keeps extensions."""
+"""The native passes alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from compression_manager.quantization.integer.native import NativePasses, load_library
-from compression_manager.quantization.integer.native.loader import library_path
-
-
-@pytest.fixture(scope="session")
-def library_file() -> Path:
-    """The compiled library."""
-    library = load_library()
-    if library.functions is None:
-        # Nothing can be tested without a compiler, or where the user switched the kernels off.
-        pytest.skip(library.reason)
-    return library_path()
+from compression_manager.quantization.integer.native import NativePasses
 
 
 @pytest.fixture(scope="session")
 def passes(library_file: Path) -> NativePasses:
     return NativePasses()
-
-
-@pytest.fixture(params=[1, 2, 3], ids="{} threads".format)
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """A number of threads for torch; more than one has each pass split its work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme, quantize
-from compression_manager.quantization.integer.native import NativePasses
+from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.parameters import compute_qparams
 from dense_tensors import LARGEST, SPECIAL, same
 
@@ -42,7 +40,7 @@ def expected(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @settings(deadline=None, max_examples=100)
 @given(weight=weights())
 def test_rows_have_the_integers_and_scales_of_the_formula(
-    passes: NativePasses, weight: np.ndarray
+    passes: Passes, weight: np.ndarray
 ) -> None:
     codes, scale = passes.quantize_rows(torch.from_numpy(weight))
     expected_codes, expected_scale = expected(weight)
@@ -52,9 +50,7 @@ def test_rows_have_the_integers_and_scales_of_the_formula(
 
 @settings(deadline=None, max_examples=100)
 @given(weight=weights())
-def test_rows_have_the_parameters_of_a_weight_quantizer(
-    passes: NativePasses, weight: np.ndarray
-) -> None:
+def test_rows_have_the_parameters_of_a_weight_quantizer(passes: Passes, weight: np.ndarray) -> None:
     tensor = torch.from_numpy(weight)
     scheme = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
     low, high = tensor.amin(1), tensor.amax(1)
@@ -65,7 +61,7 @@ def test_rows_have_the_parameters_of_a_weight_quantizer(
     assert torch.equal(codes, expected_codes)
 
 
-def test_the_scale_of_the_largest_float_is_cut(passes: NativePasses) -> None:
+def test_the_scale_of_the_largest_float_is_cut(passes: Passes) -> None:
     weight = np.array([[LARGEST], [-LARGEST], [np.float32(3.4e38)]])
     codes, scale = passes.quantize_rows(torch.from_numpy(weight))
     assert scale[0] == scale[1] < LARGEST / np.float32(127)
@@ -73,21 +69,9 @@ def test_the_scale_of_the_largest_float_is_cut(passes: NativePasses) -> None:
     assert (codes.float() * scale[:, None]).isfinite().all()
 
 
-def test_threads_share_the_rows(passes: NativePasses, threads: int) -> None:
+def test_threads_share_the_rows(passes: Passes, threads: int) -> None:
     weight = np.random.default_rng(0).normal(size=(301, 517)).astype(np.float32)
     codes, scale = passes.quantize_rows(torch.from_numpy(weight))
     expected_codes, expected_scale = expected(weight)
     assert np.array_equal(scale.numpy(), expected_scale)
     assert np.array_equal(codes.numpy(), expected_codes)
-
-
-def test_a_row_without_elements_has_the_smallest_scale(passes: NativePasses) -> None:
-    codes, scale = passes.quantize_rows(torch.empty(3, 0))
-    assert codes.shape == (3, 0)
-    assert scale.tolist() == [float(EPSILON)] * 3
-
-
-def test_only_a_contiguous_matrix_is_taken(passes: NativePasses) -> None:
-    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4)):
-        with pytest.raises(QuantizationError, match="weight is a contiguous matrix"):
-            passes.quantize_rows(weight)

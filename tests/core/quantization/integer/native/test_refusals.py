@@ -1,0 +1,39 @@
+"""What the native passes are not made for, which plain operations would tell by themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.native import NativePasses
+
+
+def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
+    input = torch.zeros(4, 6)
+    with pytest.raises(QuantizationError, match=r"input is a dense float32 .*strides \(12, 2\)"):
+        passes.relu(torch.zeros(4, 12)[:, ::2])
+    with pytest.raises(QuantizationError, match=r"input is a dense float32 .*float64"):
+        passes.quantize(input.double(), 1.0, 0, -128, 127, below=True, above=True)
+    with pytest.raises(QuantizationError, match="got the range 0 to 256"):
+        passes.quantize(input, 1.0, 0, 0, 256, below=True, above=True)
+    with pytest.raises(QuantizationError, match="zero point 9"):
+        passes.quantize(input, 1.0, 9, 0, 7, below=True, above=True)
+    with pytest.raises(QuantizationError, match="codes is a dense uint8 or int8"):
+        passes.dequantize(input, 1.0, 0)
+    with pytest.raises(QuantizationError, match="values are float32 or bfloat16"):
+        passes.dequantize(input.char(), 1.0, 0, torch.float16)
+    with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
+        passes.clear_clipped(input, torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
+        passes.relu_gradient(input, torch.zeros(2, dtype=torch.uint8))
+    with pytest.raises(QuantizationError, match="one element for each row"):
+        passes.dequantize_rows(torch.zeros(4, 6, dtype=torch.int8), torch.ones(6))
+    with pytest.raises(QuantizationError, match="on the CPU"):
+        passes.relu(torch.zeros(3, device="meta"))
+
+
+def test_only_a_contiguous_matrix_is_taken(passes: NativePasses) -> None:
+    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4)):
+        with pytest.raises(QuantizationError, match="weight is a contiguous matrix"):
+            passes.quantize_rows(weight)
