@@ -141,7 +141,7 @@ class IntegerLinear(torch.autograd.Function):
 
 def _owned(output: Tensor) -> Tensor:
     """Return `output` as a tensor of its own: autograd lets nobody change a Function's view."""
-    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+    return output.detach() if output._is_view() else output
 
 
 def _by_weight(rows: list[Tensor], operands: Operands) -> list[Tensor]:
