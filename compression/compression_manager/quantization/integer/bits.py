@@ -1,14 +1,18 @@
-"""Masks as one bit per element."""
+"""Masks as one bit per element, in the order of the elements in memory."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compression_manager.quantization.integer.parts import parts
+
 _BYTE = 8
+# Elements whose bits are one integer of 64 bits.
+_WORD = 64
+# Elements of a vector from which on it pays to search for the few that are marked.
+MANY = 1 << 16
 # The product with this number gathers the lowest bits of eight bytes in the highest byte. It
 # reads bytes of 0 and 1 as one integer whose first byte is the least significant.
 _GATHER = 0x0102040810204080
@@ -35,12 +39,55 @@ def spread_mask(bits: Tensor, count: int) -> Tensor:
     An integer has all bits set where the mask is true, and none where it is not, so that the bits
     of a float32 are kept or cleared by "and", which is faster than choosing by a bool.
     """
-    return _masks_of_bytes(bits.device).index_select(0, bits.to(torch.int32)).view(-1)[:count]
+    on_cpu = bits.device.type == "cpu"
+    masks = _MASKS.index_select(0, bits.to(torch.int32)) if on_cpu else _masks(bits)
+    return masks.view(-1)[:count]
 
 
-@cache
-def _masks_of_bytes(device: torch.device) -> Tensor:
-    """Return the masks of all bytes: int32 (256, 8)."""
-    bytes = torch.arange(256, dtype=torch.int32, device=device)
-    places = torch.arange(_BYTE, dtype=torch.int32, device=device)
-    return -(bytes[:, None] >> places & 1)
+def _masks(bytes: Tensor) -> Tensor:
+    """Return the eight masks of each byte: int32 (n, 8)."""
+    places = torch.arange(_BYTE, dtype=torch.int32, device=bytes.device)
+    return -(bytes.to(torch.int32)[:, None] >> places & 1)
+
+
+# Of all bytes: looking up is faster on a CPU than computing.
+_MASKS = _masks(torch.arange(256))
+
+
+def no_bits(flat: Tensor) -> Tensor:
+    """Return a bit for each element, which is 0: uint8 (ceil(n / 8),)."""
+    return flat.new_zeros(-(-flat.numel() // _BYTE), dtype=torch.uint8)
+
+
+def bytes_of(part: slice) -> slice:
+    """Return the bytes that hold the bits of a part, which begins with a full byte."""
+    return slice(part.start // _BYTE, -(-part.stop // _BYTE))
+
+
+def keep_marked(values: Tensor, bits: Tensor, *, out: Tensor) -> None:
+    """Write each of `values` whose bit is 1 to `out`, and zero for the others; float32 (n,)."""
+    mask = spread_mask(bits, values.numel())
+    torch.bitwise_and(values.view(torch.int32), mask, out=out.view(torch.int32))
+
+
+def clear_marked(values: Tensor, bits: Tensor) -> None:
+    """Zero each of `values` whose bit is 1, in place; float32 (n,)."""
+    if values.device.type == "cpu" and values.numel() >= MANY:
+        words = bits[: values.numel() // _WORD * _BYTE].view(torch.int64)
+        found = words.nonzero().squeeze(1)
+        if len(found) * _WORD < values.numel() // 4:
+            _clear_found(values, bits, found)
+            return
+    for part in parts(values):
+        keep_marked(values[part], bits[bytes_of(part)].bitwise_not(), out=values[part])
+
+
+def _clear_found(values: Tensor, bits: Tensor, found: Tensor) -> None:
+    """Do what `clear_marked` does, where no other full words of bits are set than those found."""
+    whole = values.numel() // _WORD * _WORD
+    words = values[:whole].view(-1, _WORD)
+    cleared = words.index_select(0, found)
+    marked = bits[: whole // _BYTE].view(-1, _BYTE).index_select(0, found)
+    keep_marked(cleared.view(-1), marked.view(-1).bitwise_not_(), out=cleared.view(-1))
+    words.index_copy_(0, found, cleared)
+    keep_marked(values[whole:], bits[whole // _BYTE :].bitwise_not(), out=values[whole:])

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer.bits import pack_mask, spread_mask
+from compression_manager.quantization.integer.bits import (
+    MANY,
+    bytes_of,
+    clear_marked,
+    keep_marked,
+    no_bits,
+    pack_mask,
+)
 from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.parts import part_length, parts, row_parts
 from compression_manager.quantization.integer.passes import ROWS, Passes
 from compression_manager.quantization.memory_format import in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
-# Elements: a mebibyte of float32, which the second-level caches of two cores hold. Full runs.
-_PART = 1 << 18
 # Few elements of a large tensor are clipped as a rule, and only where a code is at an end. Runs of
 # codes are searched for such ends, and only the elements of those that have one are looked at.
-_RUN, _MANY = 256, 1 << 16
-# Bytes of the bits of a run, and elements whose bits are one integer of 64 bits.
-_BYTES, _WORD = _RUN // 8, 64
+_RUN = 256
+# Bytes of the bits of a run.
+_BYTES = _RUN // 8
 
 
 class TorchPasses(Passes):
@@ -44,8 +49,8 @@ class TorchPasses(Passes):
         grid, clips = _Grid(inverse_scale, zero_point, quant_min, quant_max), below or above
         codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
         flat, flat_codes = in_memory_order(input), in_memory_order(codes)
-        space = flat.new_empty(min(_part_length(flat), flat.numel()))
-        for part in _parts(flat):
+        space = flat.new_empty(part_length(flat))
+        for part in parts(flat):
             steps = grid.round(flat[part], out=space[: part.stop - part.start])
             flat_codes[part].copy_(steps.clamp_(quant_min, quant_max) if clips else steps)
         if not clips:
@@ -59,7 +64,7 @@ class TorchPasses(Passes):
         scale, _ = compute_qparams(-largest, largest, ROWS)
         is_finite = weight.device.type == "cpu" and bool(scale.isfinite().all())
         codes = torch.empty_like(weight, dtype=torch.int8)
-        for rows, inverse, done in _row_parts(weight, scale.reciprocal()[:, None], codes):
+        for rows, inverse, done in row_parts(weight, scale.reciprocal()[:, None], codes):
             # Never outside of the range, whose end is the largest value itself.
             steps = (rows * inverse).round_()
             done.copy_(steps if is_finite else steps.nan_to_num_(nan=0.0))
@@ -75,7 +80,7 @@ class TorchPasses(Passes):
         """Return (codes - zero point) * scale."""
         values = torch.empty_like(codes, dtype=torch.float32)
         flat, flat_codes = in_memory_order(values), in_memory_order(codes)
-        for part in _parts(flat):
+        for part in parts(flat):
             flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
         return values.to(dtype)
 
@@ -88,33 +93,25 @@ class TorchPasses(Passes):
 
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """Zero the gradient in place where a bit is set."""
-        flat = in_memory_order(gradient)
-        if gradient.device.type == "cpu" and flat.numel() >= _MANY:
-            words = clipped[: flat.numel() // _WORD * 8].view(torch.int64)
-            found = words.nonzero().squeeze(1)
-            if len(found) * _WORD < flat.numel() // 4:
-                _clear_found(flat, clipped, found)
-                return gradient
-        for part in _parts(flat):
-            _keep(flat[part], clipped[_bytes(part)].bitwise_not(), out=flat[part])
+        clear_marked(in_memory_order(gradient), clipped)
         return gradient
 
     def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return max(input, 0) and the bits of what is not at most zero."""
         output = torch.empty_like(input)
         flat, flat_output = in_memory_order(input), in_memory_order(output)
-        bits = _no_bits(flat)
-        for part in _parts(flat):
+        bits = no_bits(flat)
+        for part in parts(flat):
             passed = torch.clamp_min(flat[part], 0.0, out=flat_output[part])
-            bits[_bytes(part)] = pack_mask(_is_not_zero(passed))
+            bits[bytes_of(part)] = pack_mask(_is_not_zero(passed))
         return output, bits
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """Return the gradient where a bit is set, else zero."""
         passed = torch.empty_like(gradient)
         flat, flat_passed = in_memory_order(gradient), in_memory_order(passed)
-        for part in _parts(flat):
-            _keep(flat[part], positive[_bytes(part)], out=flat_passed[part])
+        for part in parts(flat):
+            keep_marked(flat[part], positive[bytes_of(part)], out=flat_passed[part])
         return passed
 
     def multiply(
@@ -162,16 +159,15 @@ class TorchPasses(Passes):
         bias: Tensor | None,
     ) -> Tensor:
         """Return the product; summed in float64, which is exact, on CPUs without VNNI."""
-        offsets: Tensor | int = 0
         if _has_integer_product(codes.device):
-            # Flipping the highest bit subtracts 128.
-            sums = torch._int_mm((codes ^ 128).view(torch.int8), weight.t())
-            offsets = (zero_point - 128) * weight.sum(1, dtype=torch.int32)
+            sums, offsets = _integer_sums(codes, weight, zero_point)
+            output = sums.view(torch.float32)  # which takes the place of the sums
         else:
-            sums = (codes.double() - zero_point) @ weight.double().t()
-        output = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
-        for part, done in _row_parts(sums, output):
-            done.copy_(part.sub_(offsets)).mul_(scale)
+            sums, offsets = (codes.double() - zero_point) @ weight.double().t(), None
+            output = torch.empty(sums.shape)
+        for part, done in row_parts(sums, output):
+            numbers = part if offsets is None else part.sub_(offsets)
+            torch.mul(numbers.to(torch.float32), scale, out=done)
             if bias is not None:
                 done.add_(bias)
         return output
@@ -206,11 +202,11 @@ class _Grid(NamedTuple):
 
     def find_clipped(self, flat: Tensor, codes: Tensor, *, below: bool, above: bool) -> Tensor:
         """Return the bits of `flat`, whose clipped integers are `codes`; both (n,)."""
-        if flat.device.type == "cpu" and flat.numel() >= _MANY:
+        if flat.device.type == "cpu" and flat.numel() >= MANY:
             found = self._runs_at_an_end(codes, below=below, above=above)
             if len(found) * _RUN < flat.numel() // 4:
                 return self._pack_found(flat, found)
-        return torch.cat([self.pack_clipped(flat[part]) for part in _parts(flat)])
+        return torch.cat([self.pack_clipped(flat[part]) for part in parts(flat)])
 
     def _runs_at_an_end(self, codes: Tensor, *, below: bool, above: bool) -> Tensor:
         """Return the numbers of the full runs in which a code is the smallest, or the largest.
@@ -227,7 +223,7 @@ class _Grid(NamedTuple):
 
     def _pack_found(self, flat: Tensor, found: Tensor) -> Tensor:
         """Return the bits of `flat` of which these full runs, and no others, can have any."""
-        bits = _no_bits(flat)
+        bits = no_bits(flat)
         whole = len(flat) // _RUN * _RUN
         clipped = self.pack_clipped(flat[:whole].view(-1, _RUN).index_select(0, found))
         bits[: whole // 8].view(-1, _BYTES).index_copy_(0, found, clipped.view(-1, _BYTES))
@@ -235,56 +231,17 @@ class _Grid(NamedTuple):
         return bits
 
 
-def _clear_found(flat: Tensor, bits: Tensor, found: Tensor) -> None:
-    """Zero elements whose bit is 1, of which these full words of bits, and no others, have any."""
-    whole = flat.numel() // _WORD * _WORD
-    elements = flat[:whole].view(-1, _WORD)
-    cleared = elements.index_select(0, found)
-    marked = bits[: whole // 8].view(-1, _WORD // 8).index_select(0, found)
-    _keep(cleared.view(-1), marked.view(-1).bitwise_not_(), out=cleared.view(-1))
-    elements.index_copy_(0, found, cleared)
-    _keep(flat[whole:], bits[whole // 8 :].bitwise_not(), out=flat[whole:])
-
-
-def _no_bits(flat: Tensor) -> Tensor:
-    """Return a bit for each element, which is 0."""
-    return flat.new_zeros(-(-flat.numel() // 8), dtype=torch.uint8)
-
-
 def _is_not_zero(values: Tensor) -> Tensor:
     """Return whether each value is not zero, as one that is no number is; faster than "!="."""
     return values.to(torch.bool)
 
 
-def _keep(values: Tensor, bits: Tensor, *, out: Tensor) -> None:
-    """Write each of `values` whose bit is 1 to `out`, and zero for the others."""
-    mask = spread_mask(bits, values.numel())
-    torch.bitwise_and(values.view(torch.int32), mask, out=out.view(torch.int32))
-
-
-def _parts(flat: Tensor) -> Iterator[slice]:
-    """Yield parts of a vector that stay in cache from one operation to the next.
-
-    Memory is slower than the operations, so that each of them would wait for it anew.
-    """
-    count, length = flat.numel(), _part_length(flat)
-    for start in range(0, max(count, 1), length):
-        yield slice(start, min(start + length, count))
-
-
-def _part_length(flat: Tensor) -> int:
-    return _PART if flat.device.type == "cpu" else max(flat.numel(), 1)
-
-
-def _row_parts(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield rows of each that stay in cache, as `_parts` does; whole on an accelerator."""
-    count = max(_part_length(matrix) // max(matrix.shape[1], 1), 1)
-    return zip(matrix.split(count), *(other.split(count) for other in others), strict=True)
-
-
-def _bytes(part: slice) -> slice:
-    """Return the bytes that hold the bits of the elements of a part."""
-    return slice(part.start // 8, -(-part.stop // 8))
+def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Return int32 sums and, for each column, what is to be subtracted for the zero point."""
+    if codes.device.type != "cpu":  # where only signed integers are taken
+        # Flipping the highest bit subtracts 128.
+        codes, zero_point = (codes ^ 128).view(torch.int8), zero_point - 128
+    return torch._int_mm(codes, weight.t()), zero_point * weight.sum(1, dtype=torch.int32)
 
 
 def _exact(codes: Tensor, zero_point: int) -> Tensor:
