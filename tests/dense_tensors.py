@@ -56,6 +56,11 @@ def code_tensors(draw: st.DrawFn, *dtypes: type, minimum_axes: int = 0) -> Tenso
     return arranged(values.astype(limits.dtype), sizes, order)
 
 
+def values_like(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the values of codes."""
+    return torch.empty_like(codes, dtype=dtype)
+
+
 def memory(tensor: Tensor) -> np.ndarray:
     """The elements in the order of memory."""
     return tensor.as_strided((tensor.numel(),), (1,)).numpy()

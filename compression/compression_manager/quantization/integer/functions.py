@@ -22,6 +22,7 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.scratch import scratch_like
 
 
 @dataclass(eq=False, slots=True)
@@ -65,15 +66,18 @@ class Operands:
         return cls(IntegerInput(*tensors[:4]), weight, ctx.passes, ctx.backward)
 
     def float_input(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the real numbers of the input's integers."""
+        """Return the real numbers of the input's integers, until this is called again."""
         codes, scale, zero_point = self.input.codes, self.input.scale, self.input.zero_point
+        out = scratch_like(codes, dtype, "input")
         if scale.device.type == "cpu":
-            return self.passes.dequantize(codes, float(scale), int(zero_point), dtype)
-        return self.passes.dequantize(codes, scale, zero_point, dtype)
+            return self.passes.dequantize(codes, float(scale), int(zero_point), out)
+        return self.passes.dequantize(codes, scale, zero_point, out)
 
     def float_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the real numbers of the weight's integers."""
-        return self.passes.dequantize_rows(self.weight.codes, self.weight.scale, dtype)
+        """Return the real numbers of the weight's integers, until this is called again."""
+        codes = self.weight.codes
+        out = scratch_like(codes, dtype, "weight")
+        return self.passes.dequantize_rows(codes, self.weight.scale, out)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the input from that of its quantized values."""

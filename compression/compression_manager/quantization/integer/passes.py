@@ -90,33 +90,26 @@ class Passes(ABC):
         codes: Tensor,
         scale: float | Tensor,
         zero_point: int | Tensor,
-        dtype: torch.dtype = torch.float32,
+        out: Tensor,
     ) -> Tensor:
-        """Return (codes - zero_point) * scale, a float32 product.
+        """Write (codes - zero_point) * scale, a float32 product, to `out`, and return it.
 
         Args:
             codes: uint8 or int8, dense, any shape.
             scale: a float32 number; a tensor on an accelerator.
             zero_point: integer of real zero.
-            dtype: float32, or bfloat16, to which the product is then rounded, half to even.
-
-        Returns:
-            `dtype`, shape and strides of `codes`.
+            out: float32, or bfloat16, to which the product is then rounded, half to even; shape
+                and strides of `codes`.
         """
 
     @abstractmethod
-    def dequantize_rows(
-        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Return codes * scale, a float32 product, with one scale for each index of the first axis.
+    def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """Write codes * scale, with one scale for each index of the first axis, and return `out`.
 
         Args:
             codes: int8 (rows, *), dense.
             scale: float32 (rows,).
-            dtype: float32, or bfloat16, to which the product is then rounded, half to even.
-
-        Returns:
-            `dtype`, shape and strides of `codes`.
+            out: as for `dequantize`.
         """
 
     @abstractmethod

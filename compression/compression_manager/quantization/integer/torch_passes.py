@@ -75,21 +75,21 @@ class TorchPasses(Passes):
         codes: Tensor,
         scale: float | Tensor,
         zero_point: int | Tensor,
-        dtype: torch.dtype = torch.float32,
+        out: Tensor,
     ) -> Tensor:
-        """Return (codes - zero point) * scale."""
-        values = torch.empty_like(codes, dtype=torch.float32)
+        """Write (codes - zero point) * scale."""
+        values = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
         flat, flat_codes = in_memory_order(values), in_memory_order(codes)
         for part in parts(flat):
             flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
-        return values.to(dtype)
+        return out if values is out else out.copy_(values)
 
-    def dequantize_rows(
-        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Return codes * scale of their row."""
+    def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+        """Write codes * scale of their row."""
         column = scale.reshape(-1, *[1] * (codes.dim() - 1))
-        return codes.to(torch.float32).mul_(column).to(dtype)
+        if out.dtype == torch.float32:
+            return out.copy_(codes).mul_(column)
+        return out.copy_(codes.to(torch.float32).mul_(column))
 
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """Zero the gradient in place where a bit is set."""

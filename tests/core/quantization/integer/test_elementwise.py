@@ -11,7 +11,15 @@ from torch import Tensor
 
 from compression_manager.quantization import quantize
 from compression_manager.quantization.integer.passes import Passes
-from dense_tensors import bits, code_tensors, float_tensors, memory, rounded_to_bfloat16, same
+from dense_tensors import (
+    bits,
+    code_tensors,
+    float_tensors,
+    memory,
+    rounded_to_bfloat16,
+    same,
+    values_like,
+)
 
 RANGES = [(0, 255), (0, 127), (-128, 127), (-127, 127), (-8, 7), (0, 15)]
 # More than threads and plain operations take at once, and no multiple of anything.
@@ -77,7 +85,7 @@ def test_threads_share_the_quantization_of_a_long_tensor(
 def test_channels_last_keeps_its_strides(passes: Passes) -> None:
     input = torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
     codes, _ = passes.quantize(input, 10.0, 0, -128, 127, below=True, above=True)
-    output = passes.dequantize(codes, 0.1, 0)
+    output = passes.dequantize(codes, 0.1, 0, values_like(codes))
     assert codes.is_contiguous(memory_format=torch.channels_last)
     assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -92,7 +100,7 @@ def test_dequantized_values_are_rounded_once(
     passes: Passes, codes: Tensor, scale: float, zero_point: int
 ) -> None:
     single = np.float32(scale)
-    output = passes.dequantize(codes, float(single), zero_point)
+    output = passes.dequantize(codes, float(single), zero_point, values_like(codes))
     exact = (memory(codes).astype(np.float64) - zero_point) * np.float64(single)
     assert output.stride() == codes.stride()
     assert same(memory(output), exact.astype(np.float32))
@@ -105,7 +113,7 @@ def test_each_row_has_its_own_scale_in_any_memory_format(
 ) -> None:
     generator = np.random.default_rng(seed)
     scale = generator.random(codes.shape[0], dtype=np.float32)
-    output = passes.dequantize_rows(codes, torch.from_numpy(scale))
+    output = passes.dequantize_rows(codes, torch.from_numpy(scale), values_like(codes))
     shape = (-1, *[1] * (codes.dim() - 1))
     assert output.stride() == codes.stride()
     assert same(output.numpy(), codes.numpy().astype(np.float32) * scale.reshape(shape))
@@ -121,8 +129,9 @@ def test_bfloat16_values_are_the_rounded_ones_of_float32(
     passes: Passes, codes: Tensor, scale: float, zero_point: int
 ) -> None:
     single = float(np.float32(scale))
-    output = passes.dequantize(codes, single, zero_point, torch.bfloat16)
-    expected = rounded_to_bfloat16(memory(passes.dequantize(codes, single, zero_point)))
+    output = passes.dequantize(codes, single, zero_point, values_like(codes, torch.bfloat16))
+    unrounded = passes.dequantize(codes, single, zero_point, values_like(codes))
+    expected = rounded_to_bfloat16(memory(unrounded))
     assert output.dtype == torch.bfloat16
     assert output.stride() == codes.stride()
     assert same(memory(output.float()), expected)
@@ -134,8 +143,9 @@ def test_bfloat16_rows_are_the_rounded_ones_of_float32(
     passes: Passes, codes: Tensor, seed: int
 ) -> None:
     scale = torch.from_numpy(np.random.default_rng(seed).random(codes.shape[0], dtype=np.float32))
-    output = passes.dequantize_rows(codes, scale, torch.bfloat16)
-    expected = rounded_to_bfloat16(memory(passes.dequantize_rows(codes, scale)))
+    output = passes.dequantize_rows(codes, scale, values_like(codes, torch.bfloat16))
+    unrounded = passes.dequantize_rows(codes, scale, values_like(codes))
+    expected = rounded_to_bfloat16(memory(unrounded))
     assert output.dtype == torch.bfloat16
     assert output.stride() == codes.stride()
     assert same(memory(output.float()), expected)
@@ -144,18 +154,22 @@ def test_bfloat16_rows_are_the_rounded_ones_of_float32(
 def test_bfloat16_values_are_rounded_half_to_even(passes: Passes) -> None:
     codes = torch.tensor([1, 3, 5], dtype=torch.int8)
     scale = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1.0])
-    assert passes.dequantize(codes, 1.0, -256, torch.bfloat16).tolist() == [256.0, 260.0, 260.0]
-    rows = passes.dequantize_rows(torch.ones_like(codes), scale, torch.bfloat16)
+    out = values_like(codes, torch.bfloat16)
+    assert passes.dequantize(codes, 1.0, -256, out).tolist() == [256.0, 260.0, 260.0]
+    rows = passes.dequantize_rows(torch.ones_like(codes), scale, out)
     assert rows.tolist() == [1.0, 1 + 2**-6, 1.0]
 
 
 def test_bfloat16_values_that_are_not_finite(passes: Passes) -> None:
     codes = torch.tensor([-1, 0, 1], dtype=torch.int8)
-    infinite = passes.dequantize(codes, 3.4e38, -1, torch.bfloat16)
+    out = values_like(codes, torch.bfloat16)
+    infinite = passes.dequantize(codes, 3.4e38, -1, out)
     assert infinite.tolist() == [0.0, float("inf"), float("inf")]
-    assert passes.dequantize(codes, float("nan"), 0, torch.bfloat16).isnan().all()
+    assert passes.dequantize(codes, float("nan"), 0, out).isnan().all()
     scale = torch.tensor([float("inf"), float("nan"), 1.0])
-    rows = passes.dequantize_rows(codes[:, None], scale, torch.bfloat16).flatten()
+    rows = passes.dequantize_rows(
+        codes[:, None], scale, values_like(codes[:, None], torch.bfloat16)
+    ).flatten()
     assert rows[0] == float("-inf")
     assert rows[1].isnan()
     assert rows[2] == 1
@@ -217,6 +231,10 @@ def test_threads_share_every_pass_over_a_long_tensor(passes: Passes, threads: in
         expected = torch.where(torch.from_numpy(chosen), 0, gradient)
         assert torch.equal(passes.clear_clipped(gradient, mask), expected)
     codes = torch.randint(-128, 128, (3, LONG), dtype=torch.int8)
-    assert torch.equal(passes.dequantize(codes, 0.5, 3), (codes.float() - 3) * 0.5)
+    assert torch.equal(
+        passes.dequantize(codes, 0.5, 3, values_like(codes)), (codes.float() - 3) * 0.5
+    )
     scale = torch.rand(3)
-    assert torch.equal(passes.dequantize_rows(codes, scale), codes * scale[:, None])
+    assert torch.equal(
+        passes.dequantize_rows(codes, scale, values_like(codes)), codes * scale[:, None]
+    )

@@ -36,6 +36,19 @@ def check_range(zero_point: int, quant_min: int, quant_max: int) -> None:
         )
 
 
+def check_values(values: Tensor, codes: Tensor) -> None:
+    """Raise QuantizationError unless `values` lie in memory as the codes that they stand for."""
+    if values.dtype not in (torch.float32, torch.bfloat16) or not values.is_cpu:
+        raise QuantizationError(
+            f"values are float32 or bfloat16 on the CPU, got {described(values)}."
+        )
+    if values.shape != codes.shape or values.stride() != codes.stride():
+        raise QuantizationError(
+            f"values have the shape and strides of their codes, got {described(values)} for "
+            f"{described(codes)}."
+        )
+
+
 def check_mask(mask: Tensor, elements: Tensor) -> None:
     """Raise QuantizationError unless `mask` has a bit for each of the elements."""
     check("the mask", mask, torch.uint8)

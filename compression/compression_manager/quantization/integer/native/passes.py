@@ -15,6 +15,7 @@ from compression_manager.quantization.integer.native.checks import (
     check_integers,
     check_mask,
     check_range,
+    check_values,
     check_vector,
     described,
     mask_bytes,
@@ -97,25 +98,23 @@ class NativePasses(Passes):
         codes: Tensor,
         scale: float | Tensor,
         zero_point: int | Tensor,
-        dtype: torch.dtype = torch.float32,
+        out: Tensor,
     ) -> Tensor:
         """See `Passes.dequantize`."""
         check("codes", codes, *CODES)
-        output = _empty_values(codes, dtype)
+        check_values(out, codes)
         self._functions.dequantize_elements(
             codes.data_ptr(),
             codes.numel(),
             codes.dtype == torch.int8,
             float(scale),
             int(zero_point),
-            dtype == torch.bfloat16,
-            output.data_ptr(),
+            out.dtype == torch.bfloat16,
+            out.data_ptr(),
         )
-        return output
+        return out
 
-    def dequantize_rows(
-        self, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """See `Passes.dequantize_rows`."""
         check("codes", codes, torch.int8)
         check("scale", scale, torch.float32)
@@ -124,7 +123,7 @@ class NativePasses(Passes):
                 f"scale has one element for each row of codes, got {described(scale)} for "
                 f"{described(codes)}."
             )
-        output = _empty_values(codes, dtype)
+        check_values(out, codes)
         if codes.numel() > 0:
             rows = codes.shape[0]
             # A row's neighbors in memory are its own elements up to the stride of the rows.
@@ -135,10 +134,10 @@ class NativePasses(Passes):
                 run,
                 rows,
                 scale.data_ptr(),
-                dtype == torch.bfloat16,
-                output.data_ptr(),
+                out.dtype == torch.bfloat16,
+                out.data_ptr(),
             )
-        return output
+        return out
 
     def clear_clipped(self, gradient: Tensor, clipped: Tensor) -> Tensor:
         """See `Passes.clear_clipped`."""
@@ -264,12 +263,6 @@ class NativePasses(Passes):
         )
         _require_none(problem)
         return output
-
-
-def _empty_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise QuantizationError(f"values are float32 or bfloat16, got {dtype}.")
-    return torch.empty_like(codes, dtype=dtype)
 
 
 def _require_none(problem: bytes | None) -> None:

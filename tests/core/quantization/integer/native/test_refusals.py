@@ -20,15 +20,17 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
     with pytest.raises(QuantizationError, match="zero point 9"):
         passes.quantize(input, 1.0, 9, 0, 7, below=True, above=True)
     with pytest.raises(QuantizationError, match="codes is a dense uint8 or int8"):
-        passes.dequantize(input, 1.0, 0)
+        passes.dequantize(input, 1.0, 0, torch.empty(4, 6))
     with pytest.raises(QuantizationError, match="values are float32 or bfloat16"):
-        passes.dequantize(input.char(), 1.0, 0, torch.float16)
+        passes.dequantize(input.char(), 1.0, 0, input.half())
+    with pytest.raises(QuantizationError, match="values have the shape and strides of their codes"):
+        passes.dequantize(input.char(), 1.0, 0, torch.empty(6, 4).t())
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
         passes.clear_clipped(input, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
         passes.relu_gradient(input, torch.zeros(2, dtype=torch.uint8))
     with pytest.raises(QuantizationError, match="one element for each row"):
-        passes.dequantize_rows(torch.zeros(4, 6, dtype=torch.int8), torch.ones(6))
+        passes.dequantize_rows(input.char(), torch.ones(6), torch.empty(4, 6))
     with pytest.raises(QuantizationError, match="on the CPU"):
         passes.relu(torch.zeros(3, device="meta"))
 
