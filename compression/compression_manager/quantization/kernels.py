@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression_manager.quantization.autograd import apply
+from compression_manager.quantization.autograd import apply_to_parts
 from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
 from compression_manager.quantization.scheme import storage_dtype
 
@@ -60,15 +60,19 @@ def fake_quantize(
     dtype = compute_dtype(input, quant_min, quant_max)
     grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
     if torch.is_grad_enabled() and input.requires_grad:
-        return apply(_StraightThrough, input, *grid, quant_min, quant_max, pass_clipped_gradient)
+        arguments = input, *grid, quant_min, quant_max, pass_clipped_gradient
+        return apply_to_parts(_StraightThrough, *arguments)[0]
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
     return _rounded(_values(code, grid), input.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
+    """Values and what was clipped; also under the transforms of torch.func."""
+
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         inverse_scale: Tensor,
         scale: Tensor,
@@ -76,18 +80,25 @@ class _StraightThrough(torch.autograd.Function):
         quant_min: int,
         quant_max: int,
         pass_clipped_gradient: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         grid = Grid(inverse_scale, scale, zero_point)
         unclipped = _steps(input, grid).add_(zero_point)
         if pass_clipped_gradient:
-            code = unclipped.clamp_(quant_min, quant_max)
+            code, clipped = unclipped.clamp_(quant_min, quant_max), None
         else:
             code = unclipped.clamp(quant_min, quant_max)
-            ctx.save_for_backward(unclipped != code)
-        return _rounded(_values(code, grid), input.dtype)
+            clipped = unclipped != code
+        return _rounded(_values(code, grid), input.dtype), clipped
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        clipped = output[1]
+        if clipped is not None:
+            ctx.mark_non_differentiable(clipped)
+            ctx.save_for_backward(clipped)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         # Read once: activation checkpointing unpacks each saved tensor a single time.
         saved = ctx.saved_tensors
         if saved:

@@ -73,6 +73,8 @@ def why_reference() -> str | None:
     """Return why layers are to call the functions of `arithmetic` now; None if they need not."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "it is compiled or traced, which sees through fake quantization only"
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms it, which sees through fake quantization only"
     return "the operations are being recorded" if _reference else None
 
 

@@ -1,0 +1,65 @@
+"""Quantized layers under the transforms of torch.func."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.relu import BitMaskReLU
+from integer_layers import quantized
+
+# torch has no rule for a batch of `clamp_`, and says that it goes row by row.
+pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+FORWARD = ["fake", "auto", "integer"]
+
+
+def _model(forward: str) -> tuple[nn.Sequential, Tensor]:
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 8)
+    # A narrower range than the inputs', so that some elements are clipped.
+    first = quantized(nn.Linear(8, 12), inputs * 0.7, forward)
+    second = quantized(nn.Linear(12, 3), first(inputs).relu(), forward)
+    return nn.Sequential(first, BitMaskReLU(), second).eval(), inputs
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+def test_a_mapped_model_gives_what_it_gives_row_by_row(forward: str) -> None:
+    model, inputs = _model(forward)
+    outputs = torch.func.vmap(model)(inputs)
+    decision = last_decision(model[0].parts()[""])
+    if forward == "fake":
+        assert decision is None
+    else:
+        assert decision is not None
+        assert decision.reason.startswith("torch.func transforms it")
+    expected = torch.stack([model(row) for row in inputs])
+    assert (outputs - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+def test_gradients_of_each_sample_are_those_of_a_batch_of_one(forward: str) -> None:
+    model, inputs = _model(forward)
+    values = {name: value.detach() for name, value in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, (parameters, buffers), (row[None],))
+        return output.square().sum()
+
+    gradients = torch.func.vmap(torch.func.grad(loss), (None, 0))(values, inputs)
+    for index, row in enumerate(inputs):
+        model.zero_grad()
+        model(row[None]).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name][index], parameter.grad)
+
+
+def test_gradients_of_inputs_are_cleared_where_they_were_clipped() -> None:
+    model, inputs = _model("auto")
+    gradients = torch.func.grad(lambda values: model(values).sum())(inputs)
+    leaf = inputs.clone().requires_grad_()
+    model(leaf).sum().backward()
+    assert bool((gradients == 0).any())
+    torch.testing.assert_close(gradients, leaf.grad)
