@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression_manager.quantization.autograd import apply_to_parts
+from compression_manager.quantization.autograd import apply, apply_to_parts
 from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
 from compression_manager.quantization.scheme import storage_dtype
 
@@ -61,34 +61,36 @@ def fake_quantize(
     grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
     if torch.is_grad_enabled() and input.requires_grad:
         arguments = input, *grid, quant_min, quant_max, pass_clipped_gradient
-        return apply_to_parts(_StraightThrough, *arguments)[0]
+        if torch._C._are_functorch_transforms_active():
+            return apply_to_parts(_TransformedStraightThrough, *arguments)[0]
+        return apply(_StraightThrough, *arguments)
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
     return _rounded(_values(code, grid), input.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Values and what was clipped; also under the transforms of torch.func."""
+    """Of (input, *grid, quant_min, quant_max, pass_clipped_gradient)."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        values, clipped = _values_and_clipped(*arguments)
+        if clipped is not None:
+            ctx.save_for_backward(clipped)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _unclipped(ctx, gradient), *[None] * 6
+
+
+class _TransformedStraightThrough(torch.autograd.Function):
+    """The same for torch.func; calling it takes longer than quantizing a small tensor."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        inverse_scale: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        pass_clipped_gradient: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        grid = Grid(inverse_scale, scale, zero_point)
-        unclipped = _steps(input, grid).add_(zero_point)
-        if pass_clipped_gradient:
-            code, clipped = unclipped.clamp_(quant_min, quant_max), None
-        else:
-            code = unclipped.clamp(quant_min, quant_max)
-            clipped = unclipped != code
-        return _rounded(_values(code, grid), input.dtype), clipped
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        return _values_and_clipped(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor | None]) -> None:
@@ -98,13 +100,35 @@ class _StraightThrough(torch.autograd.Function):
             ctx.save_for_backward(clipped)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        # Read once: activation checkpointing unpacks each saved tensor a single time.
-        saved = ctx.saved_tensors
-        if saved:
-            # Not a product: zero times an infinite gradient would be NaN.
-            grad_output = torch.where(saved[0], 0.0, grad_output)
-        return grad_output, None, None, None, None, None, None
+    def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _unclipped(ctx, gradient), *[None] * 6
+
+
+def _values_and_clipped(
+    input: Tensor,
+    inverse_scale: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    pass_clipped_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the values of the integers, and which elements have no gradient; None if all have."""
+    grid = Grid(inverse_scale, scale, zero_point)
+    unclipped = _steps(input, grid).add_(zero_point)
+    if pass_clipped_gradient:
+        code, clipped = unclipped.clamp_(quant_min, quant_max), None
+    else:
+        code = unclipped.clamp(quant_min, quant_max)
+        clipped = unclipped != code
+    return _rounded(_values(code, grid), input.dtype), clipped
+
+
+def _unclipped(ctx: Any, gradient: Tensor) -> Tensor:
+    # Read once: activation checkpointing unpacks each saved tensor a single time.
+    saved = ctx.saved_tensors
+    # Not a product: zero times an infinite gradient would be NaN.
+    return torch.where(saved[0], 0.0, gradient) if saved else gradient
 
 
 def is_clipped(
