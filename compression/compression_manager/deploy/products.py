@@ -28,7 +28,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.rule import Size, decide
-from compression_manager.quantization.integer.selection import active_passes
+from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.recent import version_of
 
@@ -53,7 +53,8 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         operand = _integers_of(layer, input)
     if operand is None:
         return None
-    return products.linear(operand, _weight_of(layer), layer.bias, active_passes(), packs=True)
+    passes = passes_for(input.device)
+    return products.linear(operand, _weight_of(layer), layer.bias, passes, packs=True)
 
 
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
@@ -89,7 +90,7 @@ def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
     scheme, values = layer.spec.input, dense(input)
     assert scheme is not None  # or there were no operands
     scale, zero_point = layer.input_scale, layer.input_zero_point
-    return quantize_input(values, scale, zero_point, scheme, active_passes())
+    return quantize_input(values, scale, zero_point, scheme, passes_for(input.device))
 
 
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:

@@ -69,6 +69,11 @@ def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
     return used
 
 
+def passes_for(device: torch.device) -> Passes:
+    """Return what computes passes on `device`: native ones take the CPU's memory only."""
+    return active_passes() if device.type == "cpu" else TORCH
+
+
 def why_reference() -> str | None:
     """Return why layers are to call the functions of `arithmetic` now; None if they need not."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:

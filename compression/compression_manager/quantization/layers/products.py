@@ -31,10 +31,9 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.products import convolution_kernel, linear_kernel
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
-from compression_manager.quantization.integer.selection import TORCH, active_passes
+from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
@@ -72,7 +71,7 @@ def _kernels(layer: QuantizedLayer) -> str:
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return convolution_kernel()
     device = next(layer.parameters()).device
-    passes = _passes_for(device)
+    passes = passes_for(device)
     training, stays = (linear_kernel(device, passes, packs=packs) for packs in (False, True))
     return training if training == stays else f"{training}; once converted {stays}"
 
@@ -182,7 +181,7 @@ def _integers(part: Part, input: Tensor, decision: Decision) -> IntegerInput | N
     if decision.path == "fake":
         return None
     assert isinstance(part.input_quantizer, ObservedFakeQuantizer)  # or there were a reason
-    return integer_input(part.input_quantizer, dense(input), _passes_for(input.device))
+    return integer_input(part.input_quantizer, dense(input), passes_for(input.device))
 
 
 def _operands(
@@ -190,7 +189,7 @@ def _operands(
 ) -> Operands:
     weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
     assert isinstance(quantizer, ObservedFakeQuantizer)  # or there were no integers
-    passes = _passes_for(weight.device)
+    passes = passes_for(weight.device)
     return Operands(
         integers,
         integer_weight(quantizer, weight, passes),
@@ -199,10 +198,6 @@ def _operands(
         integers=decision.path == "integer",
         packs=not quantizer.training,
     )
-
-
-def _passes_for(device: torch.device) -> Passes:
-    return active_passes() if device.type == "cpu" else TORCH
 
 
 def _why_no_operands(part: Part) -> str | None:

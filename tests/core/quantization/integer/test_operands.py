@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.integer.operands import forget_weights
-from compression_manager.quantization.integer.selection import use_passes
+from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 from integer_layers import quantized, run
 
@@ -156,3 +156,8 @@ def test_inference_mode(counting: Counting) -> None:
         assert torch.equal(layers[0](fresh), expected)
         fresh.mul_(0.5)
         assert not torch.equal(layers[0](fresh), expected)
+
+
+def test_only_the_memory_of_the_cpu_is_left_to_other_passes(counting: Counting) -> None:
+    assert passes_for(torch.device("cpu")) is counting
+    assert passes_for(torch.device("cuda")) is TORCH
