@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from compression_manager.errors import QuantizationError
 
@@ -62,3 +63,8 @@ class _Refused(torch.autograd.Function):
 def runs_backward() -> bool:
     """Return whether a backward pass is under way, as in a forward pass that it repeats."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def transforms_run() -> bool:
+    """Return whether torch.func transforms, or forward mode differentiates, what is computed."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression_manager.quantization.autograd import apply, apply_to_parts
+from compression_manager.quantization.autograd import apply, apply_to_parts, transforms_run
 from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
 from compression_manager.quantization.scheme import storage_dtype
 
@@ -59,10 +59,10 @@ def fake_quantize(
     """Return the values of the integers of `input`, differentiable."""
     dtype = compute_dtype(input, quant_min, quant_max)
     grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
+    arguments = input, *grid, quant_min, quant_max, pass_clipped_gradient
+    if transforms_run():  # in which tensors do not say whether a gradient is wanted
+        return apply_to_parts(_TransformedStraightThrough, *arguments)[0]
     if torch.is_grad_enabled() and input.requires_grad:
-        arguments = input, *grid, quant_min, quant_max, pass_clipped_gradient
-        if torch._C._are_functorch_transforms_active():
-            return apply_to_parts(_TransformedStraightThrough, *arguments)[0]
         return apply(_StraightThrough, *arguments)
     code = _steps(input, grid).add_(grid.zero_point).clamp_(quant_min, quant_max)
     return _rounded(_values(code, grid), input.dtype)
@@ -84,7 +84,11 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _TransformedStraightThrough(torch.autograd.Function):
-    """The same for torch.func; calling it takes longer than quantizing a small tensor."""
+    """The same for torch.func and forward mode.
+
+    A function of its own: what has a rule for them takes longer to call than to quantize a small
+    tensor.
+    """
 
     generate_vmap_rule = True
 
@@ -98,10 +102,15 @@ class _TransformedStraightThrough(torch.autograd.Function):
         if clipped is not None:
             ctx.mark_non_differentiable(clipped)
             ctx.save_for_backward(clipped)
+            ctx.save_for_forward(clipped)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         return _unclipped(ctx, gradient), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None]:
+        return _unclipped(ctx, tangent), None
 
 
 def _values_and_clipped(
@@ -116,11 +125,8 @@ def _values_and_clipped(
     """Return the values of the integers, and which elements have no gradient; None if all have."""
     grid = Grid(inverse_scale, scale, zero_point)
     unclipped = _steps(input, grid).add_(zero_point)
-    if pass_clipped_gradient:
-        code, clipped = unclipped.clamp_(quant_min, quant_max), None
-    else:
-        code = unclipped.clamp(quant_min, quant_max)
-        clipped = unclipped != code
+    code = unclipped.clamp(quant_min, quant_max)
+    clipped = None if pass_clipped_gradient else unclipped != code
     return _rounded(_values(code, grid), input.dtype), clipped
 
 

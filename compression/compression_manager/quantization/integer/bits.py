@@ -44,14 +44,14 @@ def spread_mask(bits: Tensor, count: int) -> Tensor:
     return masks.view(-1)[:count]
 
 
-def _masks(bytes: Tensor) -> Tensor:
+def _masks(packed: Tensor) -> Tensor:
     """Return the eight masks of each byte: int32 (n, 8)."""
-    places = torch.arange(_BYTE, dtype=torch.int32, device=bytes.device)
-    return -(bytes.to(torch.int32)[:, None] >> places & 1)
+    places = torch.arange(_BYTE, dtype=torch.int32, device=packed.device)
+    return -(packed.to(torch.int32)[:, None] >> places & 1)
 
 
 # Of all bytes: looking up is faster on a CPU than computing.
-_MASKS = _masks(torch.arange(256))
+_MASKS = _masks(torch.arange(256, device="cpu"))
 
 
 def no_bits(flat: Tensor) -> Tensor:
@@ -83,7 +83,10 @@ def clear_marked(values: Tensor, bits: Tensor) -> None:
 
 
 def _clear_found(values: Tensor, bits: Tensor, found: Tensor) -> None:
-    """Do what `clear_marked` does, where no other full words of bits are set than those found."""
+    """Do what `clear_marked` does, where of the full words only those found have a bit.
+
+    The elements behind the last full word are always looked at.
+    """
     whole = values.numel() // _WORD * _WORD
     words = values[:whole].view(-1, _WORD)
     cleared = words.index_select(0, found)

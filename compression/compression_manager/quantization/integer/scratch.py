@@ -41,6 +41,6 @@ def scratch_like(tensor: Tensor, dtype: torch.dtype, use: str) -> Tensor:
     kept = _buffers.kept.get(use)
     if kept is None or kept.nbytes < size:
         with torch.inference_mode(False):  # whose tensors cannot be written to outside of it
-            kept = torch.empty(-(-size // _UNIT) * _UNIT, dtype=torch.uint8)
+            kept = torch.empty(-(-size // _UNIT) * _UNIT, dtype=torch.uint8, device="cpu")
         _buffers.kept[use] = kept
     return kept.view(dtype).as_strided(tensor.shape, tensor.stride())

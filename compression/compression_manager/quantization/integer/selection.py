@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from compression_manager.quantization.autograd import transforms_run
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.passes import NativePasses
@@ -78,7 +79,7 @@ def why_reference() -> str | None:
     """Return why layers are to call the functions of `arithmetic` now; None if they need not."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "it is compiled or traced, which sees through fake quantization only"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_run():
         return "torch.func transforms it, which sees through fake quantization only"
     return "the operations are being recorded" if _reference else None
 

@@ -46,16 +46,16 @@ class TorchPasses(Passes):
         above: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return codes and clipped bits."""
-        grid, clips = _Grid(inverse_scale, zero_point, quant_min, quant_max), below or above
+        rounding, clips = _Rounding(inverse_scale, zero_point, quant_min, quant_max), below or above
         codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
         flat, flat_codes = in_memory_order(input), in_memory_order(codes)
         space = flat.new_empty(part_length(flat))
         for part in parts(flat):
-            steps = grid.round(flat[part], out=space[: part.stop - part.start])
+            steps = rounding.round(flat[part], out=space[: part.stop - part.start])
             flat_codes[part].copy_(steps.clamp_(quant_min, quant_max) if clips else steps)
         if not clips:
             return codes, None
-        return codes, grid.find_clipped(flat, flat_codes, below=below, above=above)
+        return codes, rounding.find_clipped(flat, flat_codes, below=below, above=above)
 
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return codes and scales of symmetric 8-bit rows."""
@@ -164,7 +164,7 @@ class TorchPasses(Passes):
             output = sums.view(torch.float32)  # which takes the place of the sums
         else:
             sums, offsets = (codes.double() - zero_point) @ weight.double().t(), None
-            output = torch.empty(sums.shape)
+            output = torch.empty_like(sums, dtype=torch.float32)
         for part, done in row_parts(sums, output):
             numbers = part if offsets is None else part.sub_(offsets)
             torch.mul(numbers.to(torch.float32), scale, out=done)
@@ -183,7 +183,7 @@ def _has_integer_product(device: torch.device) -> bool:
     return device.type != "cpu" or cpu_features().vnni
 
 
-class _Grid(NamedTuple):
+class _Rounding(NamedTuple):
     """The integers to which real numbers are rounded; attributes as for `Passes.quantize`."""
 
     inverse_scale: float | Tensor
@@ -222,7 +222,10 @@ class _Grid(NamedTuple):
         return at_end.nonzero().squeeze(1)
 
     def _pack_found(self, flat: Tensor, found: Tensor) -> Tensor:
-        """Return the bits of `flat` of which these full runs, and no others, can have any."""
+        """Return the bits of `flat`, of whose full runs no others can have any.
+
+        The elements behind the last full run are always looked at.
+        """
         bits = no_bits(flat)
         whole = len(flat) // _RUN * _RUN
         clipped = self.pack_clipped(flat[:whole].view(-1, _RUN).index_select(0, found))

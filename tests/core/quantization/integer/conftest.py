@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compression_manager.quantization.integer import bits, parts, torch_passes
 from compression_manager.quantization.integer.native import NativePasses, load_library
 from compression_manager.quantization.integer.native.loader import library_path
 from compression_manager.quantization.integer.passes import Passes
@@ -24,13 +25,19 @@ def library_file() -> Path:
     return library_path()
 
 
-@pytest.fixture(scope="session", params=["torch", "native"])
-def passes(request: pytest.FixtureRequest) -> Passes:
-    """One implementation after the other."""
-    if request.param == "torch":
-        return TorchPasses()
-    request.getfixturevalue("library_file")
-    return NativePasses()
+@pytest.fixture(scope="session", params=["torch", "torch in small parts", "native"])
+def passes(request: pytest.FixtureRequest) -> Iterator[Passes]:
+    """One implementation after the other; the plain one also as it treats large tensors."""
+    if request.param == "native":
+        request.getfixturevalue("library_file")
+        yield NativePasses()
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "torch in small parts":
+            patched.setattr(parts, "_PART", 1024)
+            for module in (bits, torch_passes):
+                patched.setattr(module, "MANY", 1024)
+        yield TorchPasses()
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{} threads".format)

@@ -22,7 +22,7 @@ from dense_tensors import (
 )
 
 RANGES = [(0, 255), (0, 127), (-128, 127), (-127, 127), (-8, 7), (0, 15)]
-# More than threads and plain operations take at once, and no multiple of anything.
+# More than a thread takes at once, and no multiple of anything.
 LONG = 3 * 32768 + 77
 
 
@@ -73,13 +73,16 @@ def test_threads_share_the_quantization_of_a_long_tensor(
 ) -> None:
     last = torch.zeros(size)
     last[-1] = 100.0
-    for input, zero_point, looks in (
-        (torch.randn(size) * 4, 128, True),  # half of the elements are outside
-        (torch.randn(size) * 0.7, 128, True),  # few are
-        (torch.randn(size).relu(), 0, False),  # few are, and half are at the other end
-        (last, 128, True),
-    ):
-        check_quantize(passes, input, (np.float32(0.02), zero_point, 0, 255), looks=looks)
+    for low, high in ((0, 255), (-127, 127)):
+        middle = (low + high) // 2
+        for input, zero_point, looks in (
+            (torch.randn(size) * 4, middle, True),  # half of the elements are outside
+            (torch.randn(size) * 0.7, middle, True),  # few are
+            (torch.randn(size).relu(), low, False),  # few are, and half are at the other end
+            (-torch.randn(size).relu(), high, False),
+            (last, middle, True),
+        ):
+            check_quantize(passes, input, (np.float32(0.02), zero_point, low, high), looks=looks)
 
 
 def test_channels_last_keeps_its_strides(passes: Passes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from compression_manager.quantization.integer import scratch
 from compression_manager.quantization.integer.scratch import scratch_like
-from integer_layers import quantized
+from compression_manager.quantization.layers.products import last_decision
+from integer_layers import quantized, run
 
 
 @pytest.fixture(autouse=True)
@@ -71,16 +73,44 @@ def test_what_inference_mode_made_can_be_written_to_outside() -> None:
     scratch_like(_codes(9), torch.float32, "input").fill_(2)
 
 
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 8), (8, 8)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, padding=1), (2, 4, 5, 5)),
+    "pointwise": (lambda: nn.Conv2d(8, 8, 1), (2, 8, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("forward", ["auto", "integer"])
-def test_results_do_not_share_it(forward: str) -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_nothing_that_outlives_a_product_is_in_it(name: str, forward: str, format: Any) -> None:
     torch.manual_seed(0)
-    layers = [quantized(nn.Linear(8, 8), torch.randn(8, 8), forward) for _ in range(2)]
-    inputs = [torch.randn(8, 8).requires_grad_() for _ in layers]
-    outputs = [layer(input) for layer, input in zip(layers, inputs, strict=True)]
-    before = [output.detach().clone() for output in outputs]
-    gradients = torch.autograd.grad(sum(output.square().sum() for output in outputs), inputs)
-    kept = [gradient.clone() for gradient in gradients]
-    for use in ("input", "weight"):
-        scratch_like(_codes(8, 8), torch.float32, use).fill_(torch.nan)
-    assert all(map(torch.equal, outputs, before))
-    assert all(map(torch.equal, gradients, kept))
+    build, shape = LAYERS[name]
+    input = torch.randn(shape)
+    if input.dim() == 4:
+        input = input.contiguous(memory_format=format)
+    layer = quantized(build(), input * 0.7, forward)
+    expected, wanted = run(layer, input)
+    decision = last_decision(layer.parts()[""])
+    assert decision is not None
+    assert decision.path in ("codes", "integer")
+
+    leaf = input.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    output = layer(leaf)
+    _spoil()
+    weights = torch.linspace(-1.0, 1.0, output.numel())
+    (output * weights.reshape(output.shape)).sum().backward()
+    _spoil()
+    assert torch.equal(output, expected)
+    gradients = [leaf.grad, *(parameter.grad for parameter in layer.parameters())]
+    for gradient, other in zip(gradients, wanted, strict=True):
+        assert gradient is not None
+        assert other is not None
+        assert torch.equal(gradient, other)
+
+
+def _spoil() -> None:
+    assert scratch._buffers.kept
+    for kept in scratch._buffers.kept.values():
+        kept.fill_(255)

@@ -10,8 +10,6 @@ from compression_manager.quantization.layers.products import last_decision
 from compression_manager.quantization.layers.relu import BitMaskReLU
 from integer_layers import quantized
 
-# torch has no rule for a batch of `clamp_`, and says that it goes row by row.
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 FORWARD = ["fake", "auto", "integer"]
 
 
@@ -63,3 +61,51 @@ def test_gradients_of_inputs_are_cleared_where_they_were_clipped() -> None:
     model(leaf).sum().backward()
     assert bool((gradients == 0).any())
     torch.testing.assert_close(gradients, leaf.grad)
+
+
+@pytest.mark.parametrize("forward", FORWARD)
+def test_gradients_from_outside_of_a_mapped_model(forward: str) -> None:
+    model, inputs = _model(forward)
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(torch.func.vmap(model)(inputs).square().sum(), parameters)
+    expected = torch.autograd.grad(model(inputs).square().sum(), parameters)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+
+
+def test_gradients_of_several_models_at_once() -> None:
+    models, inputs = [_model("auto")[0] for _ in range(3)], _model("auto")[1]
+    for factor, model in enumerate(models, start=1):
+        for parameter in model.parameters():
+            parameter.data.mul_(factor)
+    stacked, _ = torch.func.stack_module_state(models)  # type: ignore[arg-type]
+    buffers = dict(models[0].named_buffers())
+
+    def output(parameters: dict[str, Tensor]) -> Tensor:
+        result: Tensor = torch.func.functional_call(models[0], (parameters, buffers), (inputs,))
+        return result
+
+    found = torch.autograd.grad(
+        torch.func.vmap(output)(stacked).square().sum(), list(stacked.values())
+    )
+    for index, model in enumerate(models):
+        own = dict(model.named_parameters())
+        expected = torch.autograd.grad(output(own).square().sum(), list(own.values()))
+        for gradient, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(gradient[index], other)
+
+
+# torch itself scripts decompositions when forward mode is first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("forward", FORWARD)
+def test_forward_mode_gives_what_backward_mode_gives(forward: str) -> None:
+    model, inputs = _model(forward)
+    ahead = torch.func.jacfwd(model)(inputs[:2])
+    behind = torch.func.jacrev(model)(inputs[:2])
+    assert bool((ahead != 0).any())
+    torch.testing.assert_close(ahead, behind)
+    tangent = torch.ones(2, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[:2], tangent)
+        _, pushed = torch.autograd.forward_ad.unpack_dual(model(dual))
+    torch.testing.assert_close(pushed, (ahead * tangent).sum((-1, -2)))

@@ -82,9 +82,9 @@ class NativePasses(Passes):
     def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See `Passes.quantize_rows`."""
         check("weight", weight, torch.float32)
-        if weight.dim() != 2 or not weight.is_contiguous():
+        if weight.dim() != 2 or not weight.is_contiguous() or weight.shape[1] == 0:
             raise QuantizationError(
-                f"weight is a contiguous matrix, got {described(weight)}; use .contiguous()."
+                f"weight is a contiguous matrix with columns, got {described(weight)}."
             )
         codes = torch.empty_like(weight, dtype=torch.int8)
         scale = weight.new_empty(weight.shape[0])

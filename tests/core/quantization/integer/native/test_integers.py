@@ -109,6 +109,19 @@ def test_plain_operations_multiply_8_bits_where_that_is_exact(
     check(TorchPasses(), make_factors(32, 64, 48, largest=15), 131, True)
 
 
+def test_the_result_is_float32_whatever_the_default_is(passes: NativePasses) -> None:
+    codes, weight, scale, bias = make_factors(4, 30, 70)
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            for one in (passes, TorchPasses()):
+                output = one.multiply_integers(codes, weight, 9, scale, bias)
+                assert output.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_plain_operations_leave_integers_to_others() -> None:
     assert not TorchPasses().supports_integers()
 

@@ -36,6 +36,6 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
 
 
 def test_only_a_contiguous_matrix_is_taken(passes: NativePasses) -> None:
-    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4)):
+    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4), torch.zeros(3, 0)):
         with pytest.raises(QuantizationError, match="weight is a contiguous matrix"):
             passes.quantize_rows(weight)
