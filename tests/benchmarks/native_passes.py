@@ -84,8 +84,12 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
             same = torch.equal(codes, expected) and codes.stride() == input.stride()
             yield f"quantize {shape} {codes.dtype}", same
             yield f"clipped {shape} {codes.dtype}", torch.equal(bits(clipped, input), outside)
-            half = passes.dequantize(codes, SCALE, zero_point, values_like(codes, torch.bfloat16))
-            values = passes.dequantize(codes, SCALE, zero_point, values_like(codes))
+            half = passes.dequantize(
+                codes, SCALE, zero_point, torch.empty_like(codes, dtype=torch.bfloat16)
+            )
+            values = passes.dequantize(
+                codes, SCALE, zero_point, torch.empty_like(codes, dtype=torch.float32)
+            )
             yield f"dequantize to bfloat16 {shape}", torch.equal(half, values.bfloat16())
             exact = ((codes.double() - zero_point) * to_float32(SCALE)).float()
             yield f"dequantize {shape} {codes.dtype}", torch.equal(values, exact)
@@ -105,9 +109,9 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
     expected_codes, expected_scale = quantize_rows(weight)
     yield "quantize_rows scale", torch.equal(scale, expected_scale)
     yield "quantize_rows codes", torch.equal(codes, expected_codes)
-    rows = passes.dequantize_rows(codes, scale, values_like(codes))
+    rows = passes.dequantize_rows(codes, scale, torch.empty_like(codes, dtype=torch.float32))
     yield "dequantize_rows", torch.equal(rows, codes.float() * scale[:, None])
-    half = passes.dequantize_rows(codes, scale, values_like(codes, torch.bfloat16))
+    half = passes.dequantize_rows(codes, scale, torch.empty_like(codes, dtype=torch.bfloat16))
     yield "dequantize_rows to bfloat16", torch.equal(half, rows.bfloat16())
 
 
@@ -183,7 +187,7 @@ def element_cases(passes: Passes, input: Tensor) -> dict[str, Case]:
     """Return the cases of one tensor, which is inside of the range of the codes."""
     grid = INVERSE_SCALE, ZERO_POINT, LOW, HIGH
     codes, _ = passes.quantize(input, *grid, below=False, above=False)
-    values = values_like(codes)
+    values = torch.empty_like(codes, dtype=torch.float32)
     output, positive = passes.relu(input)
     few = torch.zeros_like(positive)
     few[::1000] = 1
@@ -204,7 +208,7 @@ def element_cases(passes: Passes, input: Tensor) -> dict[str, Case]:
 def row_cases(passes: Passes, weight: Tensor) -> dict[str, Case]:
     """Return the cases of a weight."""
     codes, scale = passes.quantize_rows(weight)
-    values = values_like(codes)
+    values = torch.empty_like(codes, dtype=torch.float32)
     return {
         "quantize_rows": (5, lambda: passes.quantize_rows(weight)),
         "dequantize_rows": (5, lambda: passes.dequantize_rows(codes, scale, values)),
@@ -347,15 +351,9 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def values_like(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return memory for the values of codes."""
-    return torch.empty_like(codes, dtype=dtype)
-
-
 def bits(mask: Tensor | None, elements: Tensor) -> Tensor:
     """Return a packed mask as booleans."""
-    if mask is None:
-        return torch.zeros(elements.numel(), dtype=torch.bool)
+    assert mask is not None  # as it was asked for
     return (mask[:, None] >> torch.arange(8) & 1).bool().flatten()[: elements.numel()]
 
 

@@ -54,9 +54,14 @@ def _masks(packed: Tensor) -> Tensor:
 _MASKS = _masks(torch.arange(256, device="cpu"))
 
 
+def mask_bytes(elements: Tensor) -> int:
+    """Return how many bytes hold a bit for each of the elements."""
+    return -(-elements.numel() // _BYTE)
+
+
 def no_bits(flat: Tensor) -> Tensor:
     """Return a bit for each element, which is 0: uint8 (ceil(n / 8),)."""
-    return flat.new_zeros(-(-flat.numel() // _BYTE), dtype=torch.uint8)
+    return flat.new_zeros(mask_bytes(flat), dtype=torch.uint8)
 
 
 def bytes_of(part: slice) -> slice:

@@ -111,16 +111,14 @@ class IntegerLinear(torch.autograd.Function):
         count = len(inputs)
         biases = [None] if bias is None else _parts(bias, count)
         if operands.integers:
-            return tuple(
-                _owned(
-                    products.linear(
-                        operands.input, part, addend, operands.passes, packs=operands.packs
-                    )
-                )
+            outputs = [
+                products.linear(operands.input, part, addend, operands.passes, packs=operands.packs)
                 for part, addend in zip(operands.weight.parts(count), cycle(biases))
-            )
-        values, weights = operands.float_input(), _parts(operands.float_weight(), count)
-        return tuple(_owned(F.linear(values, *pair)) for pair in zip(weights, cycle(biases)))
+            ]
+        else:
+            values, weights = operands.float_input(), _parts(operands.float_weight(), count)
+            outputs = [F.linear(values, *pair) for pair in zip(weights, cycle(biases))]
+        return tuple(map(_owned, outputs))
 
     @staticmethod
     @differentiable_once

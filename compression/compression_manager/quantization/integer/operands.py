@@ -212,11 +212,8 @@ def quantize_on_accelerator(
     Scales stay tensors, and clipped bits are kept even if there are none. One value that is not a
     number makes the scale so, and with it the whole result.
     """
-    limits = _limits_of(scheme)
-    inverse_scale = scale.reciprocal()
-    codes, clipped = TORCH.quantize(
-        input, inverse_scale, zero_point, *limits, below=True, above=True
-    )
+    grid = scale.reciprocal(), zero_point, scheme.quant_min, scheme.quant_max
+    codes, clipped = TORCH.quantize(input, *grid, below=True, above=True)
     finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)
     return IntegerInput(codes, finite_scale, zero_point.clone(), clipped)
 

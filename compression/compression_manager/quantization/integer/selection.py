@@ -80,7 +80,7 @@ def why_reference() -> str | None:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "it is compiled or traced, which sees through fake quantization only"
     if transforms_run():
-        return "torch.func transforms it, which sees through fake quantization only"
+        return "torch.func or forward mode runs, which see through fake quantization only"
     return "the operations are being recorded" if _reference else None
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.bits import mask_bytes
 from compression_manager.quantization.integer.passes import MAX_SUMMED
 
 CODES = (torch.uint8, torch.int8)
@@ -125,8 +126,3 @@ def described(tensor: Tensor) -> str:
     """Return type, shape, strides and device of a tensor, for messages."""
     strides = f" with strides {tensor.stride()}" if tensor.layout == torch.strided else ""
     return f"{tensor.dtype} {tuple(tensor.shape)}{strides} on {tensor.device}"
-
-
-def mask_bytes(elements: Tensor) -> int:
-    """Return how many bytes hold a bit for each of the elements."""
-    return (elements.numel() + 7) // 8

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.bits import mask_bytes
 from compression_manager.quantization.integer.native.checks import (
     CODES,
     check,
@@ -18,7 +19,6 @@ from compression_manager.quantization.integer.native.checks import (
     check_values,
     check_vector,
     described,
-    mask_bytes,
 )
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
