@@ -36,13 +36,11 @@ float symmetric_scale(float magnitude) {
   return scale < smallest ? smallest : scale > largest ? largest : scale;
 }
 
-void quantize_row(const float* row, int64_t columns, float inverse_scale, int8_t* codes) {
+// No clamp: the scale is that of the row's largest element, which is 127 steps away from zero.
+void quantize_row(
+    const float* __restrict row, int64_t columns, float inverse_scale, int8_t* __restrict codes) {
   for (int64_t i = 0; i < columns; ++i) {
-    const float rounded = std::nearbyint(row[i] * inverse_scale);
-    const float number = rounded == rounded ? rounded : 0.0f;
-    const float above = number > -LARGEST_CODE ? number : -LARGEST_CODE;
-    const float code = above < LARGEST_CODE ? above : LARGEST_CODE;
-    codes[i] = static_cast<int8_t>(static_cast<int32_t>(code));
+    codes[i] = static_cast<int8_t>(static_cast<int32_t>(std::nearbyint(row[i] * inverse_scale)));
   }
 }
 
@@ -70,8 +68,12 @@ EXPORT void quantize_rows(
   at::parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* values = weight + row * columns;
-      scales[row] = symmetric_scale(largest_magnitude(values, columns));
-      quantize_row(values, columns, 1.0f / scales[row], codes + row * columns);
+      const float scale = scales[row] = symmetric_scale(largest_magnitude(values, columns));
+      if (std::isnan(scale)) {
+        std::memset(codes + row * columns, 0, columns);
+      } else {
+        quantize_row(values, columns, 1.0f / scale, codes + row * columns);
+      }
     }
   });
 }
