@@ -9,10 +9,13 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+# Whether torch was built with it.
+_IS_AVAILABLE = dist.is_available()
+
 
 def is_distributed() -> bool:
     """Return whether there is a process group, so that the model may be wrapped in DDP."""
-    return dist.is_available() and dist.is_initialized()
+    return _IS_AVAILABLE and dist.is_initialized()
 
 
 def has_other_ranks() -> bool:

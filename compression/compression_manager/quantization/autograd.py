@@ -35,9 +35,11 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
 
     @wraps(backward)
     def once(ctx: Any, *gradients: Tensor) -> Gradients:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled() or not any(item.requires_grad for item in gradients):
+        if not any(item.requires_grad for item in gradients):
             return results
         leaves = [None if item is None else item.detach().requires_grad_() for item in results]
         return cast(Gradients, cast(Any, _Refused).apply(*leaves))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ class Float32Buffers(nn.Module):
 
     Moving to another device works as usual.
     """
+
+    def _buffer(self, name: str) -> Tensor:
+        """Return a buffer, for what small layers do in every step.
+
+        An attribute of that name is looked for in the class and all its bases first, which takes as
+        long as an operator.
+        """
+        return cast(Tensor, self._buffers[name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # nn.Module replaces its buffers here; a later cast back would have lost the digits.

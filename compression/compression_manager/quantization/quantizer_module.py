@@ -204,7 +204,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
                 return self._take_numbers(*limits)
             else:
                 self._follow_observer()
-        return float(self.scale), int(self.zero_point)
+        return float(self._buffer("scale")), int(self._buffer("zero_point"))
 
     def _follows(self) -> bool:
         return self._phase.observing and self.training and not runs_backward()
@@ -263,8 +263,8 @@ class ObservedFakeQuantizer(FakeQuantizer):
 
     def _take_numbers(self, minimum: float, maximum: float) -> tuple[float, int]:
         scale, zero_point = scalars.affine_qparams(minimum, maximum, self.scheme)
-        self.scale.fill_(scale)
-        self.zero_point.fill_(zero_point)
+        self._buffer("scale").fill_(scale)
+        self._buffer("zero_point").fill_(zero_point)
         return scale, zero_point
 
 

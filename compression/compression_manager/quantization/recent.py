@@ -45,11 +45,11 @@ def remembered(tensor: Tensor) -> dict[object, Any]:
     if tensor.is_inference():
         return {}
     key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
-    alive = [entry for entry in _recent.entries if entry.is_alive()]
-    for entry in alive:
-        if entry.key == key:
+    for entry in _recent.entries:
+        if entry.key == key and entry.is_alive():
             return entry.values
     added = _Entry(tensor, key)
+    alive = [entry for entry in _recent.entries if entry.is_alive()]
     _recent.entries = deque([*alive, added], maxlen=_KEPT)
     return added.values
 

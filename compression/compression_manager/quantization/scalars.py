@@ -12,7 +12,7 @@ import struct
 import torch
 from torch import Tensor
 
-from compression_manager.quantization.parameters import MAX_LEVEL, MIN_SCALE
+from compression_manager.quantization.parameters import MIN_SCALE
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _FLOAT32 = struct.Struct("f")
@@ -57,18 +57,18 @@ def moving_average(kept: float, batch: float, constant: float) -> float:
 
 
 def affine_qparams(minimum: float, maximum: float, scheme: QuantizationScheme) -> tuple[float, int]:
-    """Return what `compute_qparams` does for one finite range and an affine scheme of 8 bits.
+    """Return what `compute_qparams` does for one range and an affine scheme of 8 bits.
 
     Args:
         minimum: a float32 number.
-        maximum: a float32 number, not below.
+        maximum: a float32 number, not below; both `fit`, so that no integer stands for more than
+            float32's maximum, which would cut the scale.
         scheme: affine, with at most 8 bits.
     """
     low, high = min(minimum, 0.0), max(maximum, 0.0)
     half_extent = float32(float32(high * 0.5) - float32(low * 0.5))
-    scale = float32(half_extent / ((scheme.quant_max - scheme.quant_min) / 2))
+    quant_min, quant_max = scheme.quant_min, scheme.quant_max
+    scale = float32(half_extent / ((quant_max - quant_min) / 2))
     scale = max(scale, MIN_SCALE)
-    zero_point = scheme.quant_min - round(float32(low / scale))
-    zero_point = min(max(zero_point, scheme.quant_min), scheme.quant_max)
-    farthest = max(scheme.quant_max - zero_point, zero_point - scheme.quant_min)
-    return min(scale, float32(MAX_LEVEL / farthest)), zero_point
+    zero_point = quant_min - round(float32(low / scale))
+    return scale, min(max(zero_point, quant_min), quant_max)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +103,8 @@ class QuantizationScheme:
                 "granularity 'token' needs dynamic=True: tokens come and go, so that no range can "
                 "be kept for each."
             )
+        # torch.compile takes what is cached already, and cannot trace the first look.
+        _ = self.quant_min, self.quant_max
 
     def _settle(self, name: str, granularity: str, *, default: int) -> None:
         """Give an option of one granularity its default, and refuse it with all others."""
@@ -116,7 +119,7 @@ class QuantizationScheme:
                 f"leave it out or use granularity '{granularity}'."
             )
 
-    @property
+    @cached_property
     def quant_min(self) -> int:
         """Smallest integer; a narrow range leaves out the one value without a counterpart."""
         if self.symmetric and self.bits == 1:
@@ -124,7 +127,7 @@ class QuantizationScheme:
         lowest = -(1 << (self.bits - 1)) if self.signed else 0
         return lowest + int(self._is_narrow)
 
-    @property
+    @cached_property
     def quant_max(self) -> int:
         """Largest integer: 2^(bits - 1) - 1 if signed, else 2^bits - 1."""
         if self.symmetric and self.bits == 1:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compression_manager import deploy
 from compression_manager.deploy import ConvertedLayer
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.integer import scratch
 from quantization_reference import trained
 from toy_transformers import Conv1D
 
@@ -200,8 +201,10 @@ def test_bytes_are_within_two_percent_of_the_ideal(
 
 
 @pytest.fixture
-def appeared() -> Iterator[Callable[[set[int]], list[Tensor]]]:
+def appeared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[set[int]], list[Tensor]]]:
     """Returns the float tensors with one of these numbers of elements that the test has made."""
+    # What the layers of all models write to, one after the other, belongs to none of them.
+    monkeypatch.setattr(scratch, "_LARGEST", 0)
     gc.freeze()  # what other tests left is neither listed nor searched for garbage
 
     def find(sizes: set[int]) -> list[Tensor]:

@@ -18,7 +18,9 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.observers import RangeObserver
 
-NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32)
+# What `fit` accepts.
+LARGEST = float(np.nextafter(np.finfo(np.float32).max / np.float32(4), np.float32(0)))
+NUMBERS = st.floats(-LARGEST, LARGEST, width=32)
 SCHEMES = [
     QuantizationScheme(bits=8, symmetric=False, signed=False),
     QuantizationScheme(bits=8, symmetric=False),
@@ -31,6 +33,7 @@ SCHEMES = [
 def test_scales_are_those_of_tensors(one: float, other: float, scheme: QuantizationScheme) -> None:
     low, high = min(one, other), max(one, other)
     assert scalars.serve(scheme)
+    assert scalars.fit(low, high)
     scale, zero_point = scalars.affine_qparams(low, high, scheme)
     expected = choose_qparams(torch.tensor(low), torch.tensor(high), scheme)
     assert scale == expected[0].item()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class CpuFeatures:
+class CpuFeatures(NamedTuple):
     """The instructions that decide which arithmetic a layer computes with.
 
     Attributes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -22,7 +23,7 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.scratch import scratch_like
+from compression_manager.quantization.integer.scratch import values_of
 
 
 @dataclass(eq=False, slots=True)
@@ -68,16 +69,20 @@ class Operands:
     def float_input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers of the input's integers, until this is called again."""
         codes, scale, zero_point = self.input.codes, self.input.scale, self.input.zero_point
-        out = scratch_like(codes, dtype, "input")
-        if scale.device.type == "cpu":
-            return self.passes.dequantize(codes, float(scale), int(zero_point), out)
-        return self.passes.dequantize(codes, scale, zero_point, out)
+
+        def write(out: Tensor) -> None:
+            if scale.is_cpu:
+                self.passes.dequantize(codes, float(scale), int(zero_point), out)
+            else:
+                self.passes.dequantize(codes, scale, zero_point, out)
+
+        return values_of(codes, dtype, "input", write)
 
     def float_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the real numbers of the weight's integers, until this is called again."""
-        codes = self.weight.codes
-        out = scratch_like(codes, dtype, "weight")
-        return self.passes.dequantize_rows(codes, self.weight.scale, out)
+        codes, scale = self.weight.codes, self.weight.scale
+        write = partial(self.passes.dequantize_rows, codes, scale)
+        return values_of(codes, dtype, "weight", write)
 
     def input_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient of the input from that of its quantized values."""

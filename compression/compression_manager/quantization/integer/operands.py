@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from compression_manager.quantization import arithmetic, kernels, scalars
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.scratch import claim, hold
 from compression_manager.quantization.integer.selection import TORCH
 from compression_manager.quantization.memory_format import dense, in_memory_order
 from compression_manager.quantization.observers.extremes import (
@@ -74,13 +74,6 @@ class IntegerWeight:
         return [IntegerWeight(codes, scale, None) for codes, scale in pairs]
 
 
-@cache
-def _limits_of(scheme: QuantizationScheme) -> tuple[int, int]:
-    """Return the smallest and the largest integer of `scheme`."""
-    return scheme.quant_min, scheme.quant_max
-
-
-@cache
 def why_no_integer_input(scheme: QuantizationScheme) -> str | None:
     """Return why activations of `scheme` are no operands, or None if they are."""
     if scheme.dynamic or scheme.granularity != "tensor":
@@ -88,12 +81,11 @@ def why_no_integer_input(scheme: QuantizationScheme) -> str | None:
     return f"its input has {scheme.bits} bits" if scheme.bits > _BITS else None
 
 
-@cache
 def why_no_integer_weight(scheme: QuantizationScheme) -> str | None:
     """Return why weights of `scheme` are no operands, or None if they are."""
     if scheme.bits > _BITS:
         return f"its weight has {scheme.bits} bits"
-    if not scheme.symmetric or scheme.storage_dtype != torch.int8:
+    if not scheme.symmetric or scheme.quant_min >= 0:
         return "its weight is not symmetric around zero"
     if scheme.granularity not in ("tensor", "channel") or scheme.axis not in (None, 0):
         return "its weight has scales within an output channel"
@@ -164,10 +156,11 @@ def _quantize(
         step: scale.
         offset: zero point.
     """
-    key = (passes.name, step, offset, scheme)
+    grid = step, offset, scheme.quant_min, scheme.quant_max
+    key = passes.name, grid
     found = known.get(key)
     if found is None:
-        found = known[key] = _quantize_finite(input, known[_ENDS], step, offset, scheme, passes)
+        found = known[key] = _quantize_finite(input, known[_ENDS], *grid, passes)
     result: IntegerInput = found
     return result
 
@@ -177,23 +170,32 @@ def _quantize_finite(
     ends: tuple[float, float],
     step: float,
     offset: int,
-    scheme: QuantizationScheme,
+    quant_min: int,
+    quant_max: int,
     passes: Passes,
 ) -> IntegerInput:
-    inverse, (quant_min, quant_max) = scalars.float32(1.0 / step), _limits_of(scheme)
-    first, last = (_steps(end, inverse) + offset for end in ends)
-    outside = {"below": first < quant_min, "above": last > quant_max}
-    codes, clipped = passes.quantize(input, inverse, offset, quant_min, quant_max, **outside)
-    # The buffers of the quantizer follow the next batch in place.
-    scale = torch.tensor(step, dtype=torch.float32)
-    return IntegerInput(codes, scale, torch.tensor(offset, dtype=torch.int32), clipped)
+    inverse = scalars.float32(1.0 / step)
+    codes, clipped = passes.quantize(
+        input,
+        inverse,
+        offset,
+        quant_min,
+        quant_max,
+        below=_steps(ends[0], inverse) + offset < quant_min,
+        above=_steps(ends[1], inverse) + offset > quant_max,
+    )
+    # Tensors of their own, because the buffers of the quantizer follow the next batch in place.
+    scale = torch.scalar_tensor(step, dtype=torch.float32, device=input.device)
+    zero_point = torch.scalar_tensor(offset, dtype=torch.int32, device=input.device)
+    return IntegerInput(codes, scale, zero_point, clipped)
 
 
 def _finite_ends(input: Tensor, known: dict[object, Any]) -> tuple[float, float] | None:
     """Return the smallest and the largest value, unless one is not finite."""
     ends: tuple[float, float] | None = known.get(_ENDS)
     if ends is None:
-        low, high = torch.aminmax(in_memory_order(input))
+        # aminmax copies a channels_last tensor, but not a vector of its elements.
+        low, high = torch.aminmax(input if input.is_contiguous() else in_memory_order(input))
         ends = known[_ENDS] = float(low), float(high)
     return ends if math.isfinite(ends[0]) and math.isfinite(ends[1]) else None
 
@@ -226,13 +228,15 @@ _weights: WeakKeyDictionary[ObservedFakeQuantizer, tuple[object, IntegerWeight]]
 
 
 def integer_weight(
-    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, *, values: bool = False
 ) -> IntegerWeight:
     """Return the integers of `weight`, computed anew only if it changed.
 
     Args:
         quantizer: quantizes already, with a scheme that `why_no_integer_weight` accepts.
         weight: float32, (rows, ...).
+        values: whether the real numbers of the integers are asked for next, so that they may be
+            computed along with them.
     """
     base = weight if weight._base is None else weight._base
     state = (
@@ -242,7 +246,7 @@ def integer_weight(
     known = _weights.get(quantizer)
     if known is not None and known[0] == state:
         return known[1]
-    computed = _quantize_weight(quantizer, weight.detach(), passes)
+    computed = _quantize_weight(quantizer, weight.detach(), passes, values)
     _weights[quantizer] = state, computed
     return computed
 
@@ -252,7 +256,7 @@ def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
     return (
         type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
         and quantizer.scheme.granularity == "channel"
-        and _limits_of(quantizer.scheme) == (-127, 127)
+        and (quantizer.scheme.quant_min, quantizer.scheme.quant_max) == (-127, 127)
     )
 
 
@@ -267,16 +271,18 @@ def forget_weights() -> None:
 
 
 def _quantize_weight(
-    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, values: bool
 ) -> IntegerWeight:
-    scheme, observer = quantizer.scheme, quantizer.observer
-    rows = weight.shape[0]
     if quantizes_rows(quantizer) and weight.numel():
         # The range of such an observer is the weight's own, so that nothing is outside of it.
         weight = dense(weight)
-        codes, scale = passes.quantize_rows(in_memory_order(weight).view(rows, -1))
-        return IntegerWeight(codes.as_strided(weight.shape, weight.stride()), scale, None)
-    scale, zero_point = compute_qparams(*observer.compute_range(weight), scheme)
+        memory = claim(weight, torch.float32, "weight") if values else None
+        codes, scale = passes.quantize_rows(weight, memory)
+        if memory is not None:
+            hold("weight", codes, torch.float32)
+        return IntegerWeight(codes, scale, None)
+    scheme, rows = quantizer.scheme, weight.shape[0]
+    scale, zero_point = compute_qparams(*quantizer.observer.compute_range(weight), scheme)
     numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
     weight = dense(weight)
     codes = arithmetic.quantize(weight, *numbers)

@@ -70,17 +70,19 @@ class Passes(ABC):
         """
 
     @abstractmethod
-    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the 8-bit integers of each row and their scales: symmetric, narrow range.
 
         scale = max(max|row| / 127, float32's epsilon), cut and made NaN as in `compute_qparams`;
         codes = clamp(round_half_even(weight * (1 / scale)), -127, 127). No element is clipped.
 
         Args:
-            weight: float32 (rows, columns), contiguous, of at least one column.
+            weight: float32 (rows, *), contiguous or channels_last, of at least one element.
+            values: float32, shape and strides of `weight`, to which codes * scale is written as by
+                `dequantize_rows`; None if that is not needed yet.
 
         Returns:
-            codes: int8 (rows, columns), contiguous; 0 in a row that is not finite.
+            codes: int8, shape and strides of `weight`; 0 in a row that is not finite.
             scale: float32 (rows,); NaN for a row that is not finite.
         """
 

@@ -39,6 +39,9 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
+_INTEGER = Decision("integer")
+
+
 class Size(NamedTuple):
     """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
 
@@ -67,10 +70,13 @@ def decide(
     if reason is not None:
         return Decision("fake", reason)
     reason = why_no_integers(options, input.device, size, training)
-    if reason is None:
-        return Decision("integer")
+    return _INTEGER if reason is None else _without_integers(reason, input.is_cpu)
+
+
+@lru_cache
+def _without_integers(reason: str, is_cpu: bool) -> Decision:
     # On an accelerator the passes around float32 products are many small kernels.
-    return Decision("codes" if input.device.type == "cpu" else "fake", reason)
+    return Decision("codes" if is_cpu else "fake", reason)
 
 
 def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:

@@ -57,17 +57,21 @@ class TorchPasses(Passes):
             return codes, None
         return codes, rounding.find_clipped(flat, flat_codes, below=below, above=above)
 
-    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return codes and scales of symmetric 8-bit rows."""
+        codes = torch.empty_like(weight, dtype=torch.int8)
+        matrix = in_memory_order(weight).view(weight.shape[0], -1)
         # The ends of rows are found by vector instructions, their norm is not.
-        largest = torch.maximum(weight.amax(1), -weight.amin(1))
+        largest = torch.maximum(matrix.amax(1), -matrix.amin(1))
         scale, _ = compute_qparams(-largest, largest, ROWS)
         is_finite = weight.device.type == "cpu" and bool(scale.isfinite().all())
-        codes = torch.empty_like(weight, dtype=torch.int8)
-        for rows, inverse, done in row_parts(weight, scale.reciprocal()[:, None], codes):
+        code_rows = in_memory_order(codes).view_as(matrix)
+        for rows, inverse, done in row_parts(matrix, scale.reciprocal()[:, None], code_rows):
             # Never outside of the range, whose end is the largest value itself.
             steps = (rows * inverse).round_()
             done.copy_(steps if is_finite else steps.nan_to_num_(nan=0.0))
+        if values is not None:
+            self.dequantize_rows(codes, scale, values)
         return codes, scale
 
     def dequantize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
@@ -139,7 +139,10 @@ class SinglePartLayer(QuantizedLayer):
 
     def part(self) -> Part:
         """Return the only part of the layer."""
-        return Part(*self.operands_of(self)[""], self.weight_quantizer, self.input_quantizer)
+        modules = cast(dict[str, Any], self._modules)  # found sooner than as attributes
+        return Part(
+            *self.operands_of(self)[""], modules["weight_quantizer"], modules["input_quantizer"]
+        )
 
     def quantized_weight(self) -> Tensor:
         """Return the fake-quantized weight, output channels first; dtype of `weight`."""

@@ -192,7 +192,7 @@ def _operands(
     passes = passes_for(weight.device)
     return Operands(
         integers,
-        integer_weight(quantizer, weight, passes),
+        integer_weight(quantizer, weight, passes, values=decision.path == "codes"),
         passes,
         backward_of(options, weight.device, passes),
         integers=decision.path == "integer",

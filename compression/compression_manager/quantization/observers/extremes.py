@@ -18,14 +18,14 @@ class _EndsObserver(RangeObserver):
 
     def _numbers(self, low: float, high: float) -> tuple[float, float] | None:
         """Return the range so far; None unless that and a batch's ends are to be numbers."""
-        if self._spans_ranks() or not scalars.fit(low, high):
+        if not scalars.fit(low, high) or self._spans_ranks():
             return None
-        return scalars.read(self.minimum, self.maximum)
+        return scalars.read(self._buffer("minimum"), self._buffer("maximum"))
 
     def _keep(self, low: float, high: float, batches: int) -> tuple[float, float]:
-        self.minimum.fill_(low)
-        self.maximum.fill_(high)
-        self.batches_observed.fill_(batches)
+        self._buffer("minimum").fill_(low)
+        self._buffer("maximum").fill_(high)
+        self._buffer("batches_observed").fill_(batches)
         return low, high
 
 
@@ -38,7 +38,7 @@ class MinMaxObserver(_EndsObserver):
         kept = self._numbers(low, high) if type(self) is MinMaxObserver else None
         if kept is None:
             return None
-        count = int(self.batches_observed)
+        count = int(self._buffer("batches_observed"))
         if count > 0:
             low, high = min(kept[0], low), max(kept[1], high)
         return self._keep(low, high, count + 1)
@@ -99,7 +99,7 @@ class MovingAverageObserver(_EndsObserver):
         kept = self._numbers(low, high) if type(self) is MovingAverageObserver else None
         if kept is None:
             return None
-        count = int(self.batches_observed)
+        count = int(self._buffer("batches_observed"))
         if count == 0:
             self.first_minimum.fill_(low)
             self.first_maximum.fill_(high)

@@ -14,22 +14,30 @@ from torch import Tensor, nn
 from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
-from integer_layers import quantized, run
+from integer_layers import pretended, quantized, run
 
 
 class Counting(TorchPasses):
     """Counts what is quantized."""
 
     def __init__(self) -> None:
-        self.inputs = self.weights = 0
+        self.inputs = self.weights = self.input_values = self.weight_values = 0
 
     def quantize(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         self.inputs += 1
         return super().quantize(*args, **options)
 
-    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.weights += 1
-        return super().quantize_rows(weight)
+        return super().quantize_rows(weight, values)
+
+    def dequantize(self, *args: Any) -> Tensor:
+        self.input_values += 1
+        return super().dequantize(*args)
+
+    def dequantize_rows(self, *args: Any) -> Tensor:
+        self.weight_values += 1
+        return super().dequantize_rows(*args)
 
 
 def _layers(count: int, range_of: Tensor) -> list[nn.Module]:
@@ -52,6 +60,20 @@ def test_one_input_of_several_layers_is_quantized_once(counting: Counting) -> No
     for layer, expected in zip(layers, alone, strict=True):
         assert torch.equal(layer(input), expected)
     assert counting.inputs == 1
+
+
+def test_float32_products_share_the_values_of_one_input(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    input = torch.randn(6, 8, requires_grad=True)
+    layers = _layers(3, input.detach())
+    with pretended(monkeypatch, vnni=False, amx=False):
+        outputs = [layer(input) for layer in layers]
+        # Those of a weight are written along with its integers.
+        assert (counting.input_values, counting.weight_values) == (1, 3)
+        sum(output.sum() for output in outputs).backward()
+    assert counting.input_values == 1
+    assert counting.weight_values == 5  # that of the last layer is there still
 
 
 def test_other_scales_mean_other_integers(counting: Counting) -> None:

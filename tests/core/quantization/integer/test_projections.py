@@ -72,9 +72,9 @@ def _count_weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     passes = type(selection.active_passes())
     original = passes.quantize_rows
 
-    def count(self: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def count(self: Any, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         seen.append(weight)
-        return original(self, weight)
+        return original(self, weight, values)
 
     monkeypatch.setattr(passes, "quantize_rows", count)
     return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ EPSILON = np.float32(2.0**-23)
 
 @st.composite
 def weights(draw: st.DrawFn) -> np.ndarray:
-    rows, columns = draw(st.integers(0, 12)), draw(st.integers(1, 150))
+    rows, columns = draw(st.integers(1, 12)), draw(st.integers(1, 150))
     generator = np.random.default_rng(draw(st.integers(0, 2**32)))
     weight = generator.normal(size=(rows, columns)).astype(np.float32)
     weight *= np.float32(10.0) ** generator.integers(-9, 30, size=(rows, 1)).astype(np.float32)
@@ -59,6 +60,40 @@ def test_rows_have_the_parameters_of_a_weight_quantizer(passes: Passes, weight: 
     assert same(scale.numpy(), reference.numpy())
     expected_codes = quantize(tensor, reference, zero_point, -127, 127, axis=0)
     assert torch.equal(codes, expected_codes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(weight=weights())
+def test_values_are_written_along_with_the_integers(passes: Passes, weight: np.ndarray) -> None:
+    tensor = torch.from_numpy(weight)
+    values = torch.full_like(tensor, 7.0)
+    codes, scale = passes.quantize_rows(tensor, values)
+    expected_codes, expected_scale = expected(weight)
+    assert same(scale.numpy(), expected_scale)
+    assert np.array_equal(codes.numpy(), expected_codes)
+    assert same(values.numpy(), codes.numpy().astype(np.float32) * scale.numpy()[:, None])
+
+
+@pytest.mark.parametrize(
+    ("shape", "format"),
+    [
+        ((5,), torch.contiguous_format),
+        ((6, 3, 4), torch.contiguous_format),
+        ((6, 3, 4, 2), torch.channels_last),
+        ((6, 3, 2, 4, 2), torch.channels_last_3d),
+    ],
+)
+def test_rows_of_any_shape_keep_their_memory_format(
+    passes: Passes, shape: tuple[int, ...], format: torch.memory_format
+) -> None:
+    weight = torch.randn(shape).contiguous(memory_format=format)
+    values = torch.empty_like(weight)
+    codes, scale = passes.quantize_rows(weight, values)
+    assert codes.stride() == weight.stride()
+    expected_codes, expected_scale = expected(weight.reshape(shape[0], -1).numpy())
+    assert np.array_equal(scale.numpy(), expected_scale)
+    assert np.array_equal(codes.reshape(shape[0], -1).numpy(), expected_codes)
+    assert torch.equal(values, codes * scale.view(-1, *[1] * (len(shape) - 1)))
 
 
 def test_the_scale_of_the_largest_float_is_cut(passes: Passes) -> None:

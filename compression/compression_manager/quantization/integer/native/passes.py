@@ -23,6 +23,7 @@ from compression_manager.quantization.integer.native.checks import (
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
 from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.memory_format import is_dense
 
 
 class NativePasses(Passes):
@@ -79,17 +80,26 @@ class NativePasses(Passes):
         )
         return codes, clipped
 
-    def quantize_rows(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Passes.quantize_rows`."""
         check("weight", weight, torch.float32)
-        if weight.dim() != 2 or not weight.is_contiguous() or weight.shape[1] == 0:
+        if weight.dim() == 0 or weight.numel() == 0 or not is_dense(weight):
             raise QuantizationError(
-                f"weight is a contiguous matrix with columns, got {described(weight)}."
+                "weight has rows of at least one element, contiguous or channels_last, got "
+                f"{described(weight)}."
             )
-        codes = torch.empty_like(weight, dtype=torch.int8)
-        scale = weight.new_empty(weight.shape[0])
+        codes, rows = torch.empty_like(weight, dtype=torch.int8), weight.shape[0]
+        scale = weight.new_empty(rows)
+        if values is not None:
+            check("values", values, torch.float32)
+            check_values(values, codes)
         self._functions.quantize_rows(
-            weight.data_ptr(), *weight.shape, codes.data_ptr(), scale.data_ptr()
+            weight.data_ptr(),
+            rows,
+            weight.numel() // rows,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            _address(values),
         )
         return codes, scale
 

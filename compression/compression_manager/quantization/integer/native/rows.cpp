@@ -45,15 +45,20 @@ void quantize_row(
 }
 
 template <typename Value>
+void dequantize_row(
+    const int8_t* __restrict codes, int64_t count, float scale, Value* __restrict output) {
+  for (int64_t i = 0; i < count; ++i) {
+    store(static_cast<float>(codes[i]) * scale, output + i);
+  }
+}
+
+template <typename Value>
 void dequantize(
     const int8_t* codes, int64_t runs, int64_t run, int64_t rows, const float* scales,
     Value* output) {
   at::parallel_for(0, runs, rows_per_thread(run), [=](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
-      const float scale = scales[index % rows];
-      for (int64_t i = index * run; i < (index + 1) * run; ++i) {
-        store(static_cast<float>(codes[i]) * scale, output + i);
-      }
+      dequantize_row(codes + index * run, run, scales[index % rows], output + index * run);
     }
   });
 }
@@ -63,8 +68,10 @@ void dequantize(
 
 using namespace native;
 
+// `numbers`, which the codes stand for, may be null.
 EXPORT void quantize_rows(
-    const float* weight, int64_t rows, int64_t columns, int8_t* codes, float* scales) {
+    const float* weight, int64_t rows, int64_t columns, int8_t* codes, float* scales,
+    float* numbers) {
   at::parallel_for(0, rows, rows_per_thread(columns), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* values = weight + row * columns;
@@ -73,6 +80,9 @@ EXPORT void quantize_rows(
         std::memset(codes + row * columns, 0, columns);
       } else {
         quantize_row(values, columns, 1.0f / scale, codes + row * columns);
+      }
+      if (numbers != nullptr) {
+        dequantize_row(codes + row * columns, columns, scale, numbers + row * columns);
       }
     }
   });

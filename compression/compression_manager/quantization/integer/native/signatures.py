@@ -19,7 +19,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "clear_marked": (None, [_pointer, _size, _pointer]),
     "relu_elements": (None, [_pointer, _size, _pointer, _pointer]),
     "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),
-    "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer]),
+    "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer, _pointer]),
     "dequantize_rows": (None, [_pointer, _size, _size, _size, _pointer, _bool, _pointer]),
     "supports_bfloat16": (_bool, []),
     "multiply_codes": (

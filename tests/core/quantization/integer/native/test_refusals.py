@@ -35,7 +35,14 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
         passes.relu(torch.zeros(3, device="meta"))
 
 
-def test_only_a_contiguous_matrix_is_taken(passes: NativePasses) -> None:
-    for weight in (torch.zeros(6, 4).t(), torch.zeros(2, 3, 4), torch.zeros(3, 0)):
-        with pytest.raises(QuantizationError, match="weight is a contiguous matrix"):
+def test_only_weights_whose_rows_follow_one_another_are_taken(passes: NativePasses) -> None:
+    for weight in (torch.zeros(6, 4).t(), torch.zeros(()), torch.zeros(3, 0), torch.zeros(0, 3)):
+        with pytest.raises(QuantizationError, match="weight has rows of at least one element"):
             passes.quantize_rows(weight)
+
+
+def test_values_of_rows_lie_as_their_weight_does(passes: NativePasses) -> None:
+    with pytest.raises(QuantizationError, match="values have the shape and strides"):
+        passes.quantize_rows(torch.ones(6, 4), torch.empty(4, 6))
+    with pytest.raises(QuantizationError, match="values is a dense float32 tensor"):
+        passes.quantize_rows(torch.ones(6, 4), torch.empty(6, 4, dtype=torch.bfloat16))
