@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _members(owner: type) -> list[str]:
     parts = []
     for name, value in _public_members(owner):
         parts += [f"#### {owner.__name__}.{name}\n"]
-        if isinstance(value, property):
+        if isinstance(value, (property, cached_property)):
             parts += ["*property*\n", _docstring(value)]
         else:
             parts += [_signature(name, value), _docstring(value)]
@@ -148,7 +149,8 @@ def _public_members(owner: type) -> Iterator[tuple[str, Any]]:
         if base in (Plugin, PluginConfig) and owner is not base:
             continue
         for name, value in vars(base).items():
-            is_member = isinstance(value, (property, classmethod)) or inspect.isfunction(value)
+            kinds = (property, cached_property, classmethod)
+            is_member = isinstance(value, kinds) or inspect.isfunction(value)
             is_hook = hasattr(value, "compression_manager_impl")  # on the page of hooks
             if is_member and not is_hook and name[0] != "_" and name not in seen:
                 seen.add(name)

@@ -39,6 +39,11 @@ def test_every_public_name_has_a_docstring() -> None:
                 assert value.__doc__, f"{module_name}.{name}"
 
 
+@pytest.mark.parametrize("name", ["quant_min", "storage_dtype"])
+def test_properties_are_members_whether_cached_or_not(name: str) -> None:
+    assert f"#### QuantizationScheme.{name}\n\n*property*" in _generator().pages()["api.md"]
+
+
 def test_every_option_has_help() -> None:
     page = _generator().options_page()
     rows = [line for line in page.splitlines() if line.startswith("| `")]

@@ -194,8 +194,7 @@ def _finite_ends(input: Tensor, known: dict[object, Any]) -> tuple[float, float]
     """Return the smallest and the largest value, unless one is not finite."""
     ends: tuple[float, float] | None = known.get(_ENDS)
     if ends is None:
-        # aminmax copies a channels_last tensor, but not a vector of its elements.
-        low, high = torch.aminmax(input if input.is_contiguous() else in_memory_order(input))
+        low, high = torch.aminmax(in_memory_order(input))
         ends = known[_ENDS] = float(low), float(high)
     return ends if math.isfinite(ends[0]) and math.isfinite(ends[1]) else None
 
@@ -279,7 +278,7 @@ def _quantize_weight(
         memory = claim(weight, torch.float32, "weight") if values else None
         codes, scale = passes.quantize_rows(weight, memory)
         if memory is not None:
-            hold("weight", codes, torch.float32)
+            hold("weight", codes, memory)
         return IntegerWeight(codes, scale, None)
     scheme, rows = quantizer.scheme, weight.shape[0]
     scale, zero_point = compute_qparams(*quantizer.observer.compute_range(weight), scheme)

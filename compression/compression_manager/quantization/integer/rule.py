@@ -39,9 +39,6 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-_INTEGER = Decision("integer")
-
-
 class Size(NamedTuple):
     """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
 
@@ -70,13 +67,10 @@ def decide(
     if reason is not None:
         return Decision("fake", reason)
     reason = why_no_integers(options, input.device, size, training)
-    return _INTEGER if reason is None else _without_integers(reason, input.is_cpu)
-
-
-@lru_cache
-def _without_integers(reason: str, is_cpu: bool) -> Decision:
+    if reason is None:
+        return Decision("integer")
     # On an accelerator the passes around float32 products are many small kernels.
-    return Decision("codes" if is_cpu else "fake", reason)
+    return Decision("codes" if input.is_cpu else "fake", reason)
 
 
 def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:

@@ -29,13 +29,13 @@ class _Buffers(threading.local):
     Attributes:
         kept: use -> memory.
         shaped: the tensors in it, which take longer to make than small ones to fill.
-        held: use -> the integers whose real numbers are in that memory, and their type.
+        held: use -> the integers whose real numbers are in that memory, and these.
     """
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
         self.shaped: dict[_Key, Tensor] = {}
-        self.held: dict[str, tuple[TensorWeakRef, torch.dtype]] = {}
+        self.held: dict[str, tuple[TensorWeakRef, Tensor]] = {}
 
 
 _buffers = _Buffers()
@@ -54,13 +54,13 @@ def values_of(
             not called where they still are from before.
     """
     held = _buffers.held.get(use)
-    if held is not None and held[1] == dtype and held[0]() is codes:
-        return _buffers.shaped[use, dtype, codes.shape, codes.stride()]
+    if held is not None and held[1].dtype == dtype and held[0]() is codes:
+        return held[1]
     memory = claim(codes, dtype, use)
     values = torch.empty_like(codes, dtype=dtype) if memory is None else memory
     write(values)
     if memory is not None:
-        hold(use, codes, dtype)
+        hold(use, codes, memory)
     return values
 
 
@@ -87,9 +87,9 @@ def claim(tensor: Tensor, dtype: torch.dtype, use: str) -> Tensor | None:
     return made
 
 
-def hold(use: str, codes: Tensor, dtype: torch.dtype) -> None:
-    """Say that the memory that was claimed last for `use` has the real numbers of `codes` now."""
-    _buffers.held[use] = TensorWeakRef(codes), dtype
+def hold(use: str, codes: Tensor, values: Tensor) -> None:
+    """Say that `values`, which was claimed last for `use`, has the real numbers of `codes` now."""
+    _buffers.held[use] = TensorWeakRef(codes), values
 
 
 def _memory(use: str, size: int) -> Tensor:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.checks import require_integer, require_type
-from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, NotExportableError
 from compression_manager.model_call import call_model, quiet_evaluation, without_labels
 from compression_manager.quantization import (
     QuantizationScheme,
-    Quantizer,
     choose_qparams,
     fake_quantize,
 )
@@ -27,6 +25,7 @@ from compression_plugins.distillation.teachers.distortion import (
     measure_distortion,
 )
 from compression_plugins.distillation.teachers.exporting import export_program
+from compression_plugins.distillation.teachers.int8_weights import with_int8_weights
 from compression_plugins.distillation.teachers.logit_grid import (
     OWNER,
     can_read,
@@ -288,12 +287,6 @@ def _raise_not_exportable() -> None:
         "export; make one with a fixed range (dynamic=False, scale=...). Its warning names the "
         "scale that holds a batch."
     )
-
-
-def with_int8_weights(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in eval mode whose weights are stored as int8, per channel."""
-    scheme = QuantizationScheme(bits=8, granularity="channel")
-    return Quantizer(scheme).quantize_weights(copy_model(model, keep_user_hooks=True))
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ from compression_manager.checks import require_choice, require_type
 from compression_manager.deploy.copying import copy_model
 from compression_manager.model_call import tensors_in
 from compression_manager.plugin import option
-from compression_plugins.distillation.teachers.quantized import with_int8_weights
+from compression_plugins.distillation.teachers.int8_weights import with_int8_weights
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 

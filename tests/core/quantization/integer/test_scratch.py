@@ -138,9 +138,18 @@ def test_who_claims_memory_ends_what_it_held() -> None:
     writes.values(codes)
     assert writes.count == 2
     made = _claimed(4, 5).fill_(7.0)
-    hold("input", codes, torch.float32)
+    hold("input", codes, made)
     assert writes.values(codes) is made
     assert writes.count == 2
+
+
+def test_values_outlive_shapes_that_others_made_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_MANY", 1)
+    writes, codes = Writes(), _codes(9)
+    held = writes.values(codes)
+    _claimed(5, use="weight")
+    assert writes.values(codes) is held
+    assert writes.count == 1
 
 
 def test_new_integers_at_an_old_address_have_values_of_their_own() -> None:
