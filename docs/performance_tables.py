@@ -180,7 +180,7 @@ def limits_block(machines: Machines) -> list[str]:
             continue
         bfloat16 = documents["roofline"]["peaks"]["bfloat16"]
         found = documents["roofline"]["peaks"] | {"bfloat16x3": bfloat16 / 3}
-        has_vnni = documents["training_step"]["machine"]["features"]["VNNI"]
+        features = documents["training_step"]["machine"]["features"]
         for model, work in documents["roofline"]["work"].items():
             measured = [
                 item
@@ -193,7 +193,7 @@ def limits_block(machines: Machines) -> list[str]:
             lines += [f"{name}, {model}, in milliseconds:", ""]
             lines += _head([*headings, "sum", "measured", "limited by"])
             for item in measured:
-                forward, backward = _types(item["variant"], has_vnni=has_vnni)
+                forward, backward = _types(item["variant"], features)
                 least = least_milliseconds(work, found, forward, backward)
                 rest = {**least, "quantizing and the rest": item["milliseconds"] - _sum(least)}
                 limit = max(rest, key=lambda part: rest[part])
@@ -222,12 +222,14 @@ def _sum(parts: dict[str, float]) -> float:
     return sum(parts.values())
 
 
-def _types(variant: str, *, has_vnni: bool) -> tuple[str, str]:
+def _types(variant: str, features: dict[str, bool]) -> tuple[str, str]:
     """Return the types of the forward and of the backward products of a variant."""
     if variant in ("bfloat16", "bfloat16x3"):
         return "int8", variant
-    in_float = variant == "float32" or variant.endswith("fake") or not has_vnni
-    return ("float32" if in_float else "int8"), "float32"
+    has_own = variant.endswith("native") and features["AVX2"] and not features["AVX512"]
+    is_fake = variant == "float32" or variant.endswith("fake")
+    on_integers = not is_fake and (features["VNNI"] or has_own)
+    return ("int8" if on_integers else "float32"), "float32"
 
 
 def _ratio(item: Document) -> str:

@@ -22,10 +22,10 @@ from torch import nn
 
 from compression_manager import prepare_compression
 from compression_manager.quantization.integer import rule
-from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.geometry import Size
 from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.rule import Size
+from compression_manager.quantization.integer.selection import active_passes
 from compression_plugins import QATConfig
 from measuring import machine
 from measuring.report import RESULTS, row, write_json
@@ -34,7 +34,7 @@ from measuring.timing import Spread, interleaved, milliseconds, ratios
 Kind = Literal["linear", "convolution"]
 
 TOLERANCE = 1.05
-ROWS = (64, 128, 256, 512, 2048)
+ROWS = (32, 64, 128, 256, 512, 2048)
 SIDES = ((64, 64), (256, 256), (1024, 256), (256, 1024), (512, 8))
 # Channels in and out, and the side of square images, of which there are four.
 CONVOLUTIONS = ((4, 64, 32), (16, 16, 16), (64, 64, 8), (64, 64, 32), (128, 256, 16))
@@ -75,15 +75,14 @@ class Result:
 
 
 @contextmanager
-def _without_vnni() -> Iterator[None]:
-    """Let the rule believe that integers cannot be multiplied here."""
-    real = rule.cpu_features
-    features = CpuFeatures(vnni=False, amx=real().amx)
-    rule.cpu_features = lambda: features
+def _in_float32() -> Iterator[None]:
+    """Let the rule believe that integers never pay."""
+    real = rule.why_no_integers
+    rule.why_no_integers = lambda *arguments: "its float32 products are measured"
     try:
         yield
     finally:
-        rule.cpu_features = real
+        rule.why_no_integers = real
 
 
 def _turn(layer: nn.Module, input: torch.Tensor, forward: str) -> Callable[[], None]:
@@ -121,17 +120,19 @@ def measure(kind: Kind, shape: Sequence[int], rounds: int, seconds: float) -> Re
     torch.manual_seed(0)
     build, input, size = _layer(kind, shape)
     on_integers = _turn(build(), input, "integer")
-    with _without_vnni():
+    with _in_float32():
         in_float32 = _turn(build(), input, "auto")
 
     def without(number: int) -> None:
-        with _without_vnni():
+        with _in_float32():
             in_float32()
 
     arms = {"integer": lambda number: on_integers(), "float32": without}
     durations = interleaved(arms, rounds, warm_up=3, seconds=seconds)
     spread = Spread.of(ratios(durations["integer"], durations["float32"]))
-    reason = rule.why_no_integers(ProductOptions("auto"), input.device, size, training=True)
+    reason = rule.why_no_integers(
+        ProductOptions("auto"), input.device, size, active_passes(), training=True
+    )
     lost = spread.median if reason is None else 1 / spread.median
     cannot_tell = spread.low <= 1.0 <= spread.high
     return Result(

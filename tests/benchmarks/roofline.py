@@ -3,8 +3,9 @@
     make bench-roofline
 
 Bandwidth from a copy and a triad of tensors far larger than the caches; peaks from products of
-large square matrices. The least time of a step is then its products at the peak of their type plus
-all other operators' bytes at the bandwidth. What lies in the caches comes faster than that.
+large square matrices, those of integers by the kernel that layers call. The least time of a step is
+then its products at the peak of their type plus all other operators' bytes at the bandwidth. What
+lies in the caches comes faster than that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from compression_manager.quantization.integer.selection import active_passes, prepare_native
 from measuring import machine
 from measuring.models import WORKLOADS, Workload
 from measuring.report import RESULTS, write_json
@@ -33,14 +35,12 @@ def peaks(megabytes: int = 256, side: int = 1024, rounds: int = 7) -> dict[str, 
     a, b, c = (torch.ones(length) for _ in range(3))
     left, right = torch.randn(side, side), torch.randn(side, side)
     low_left, low_right = left.bfloat16(), right.bfloat16()
-    codes = torch.randint(0, 127, (side, side), dtype=torch.int8)
-    others = torch.randint(-127, 127, (side, side), dtype=torch.int8)
     arms: dict[str, tuple[Callable[[], object], float]] = {
         "copy": (lambda: a.copy_(b), 2 * a.nbytes),
         "triad": (lambda: torch.add(b, c, alpha=3.0, out=a), 3 * a.nbytes),
         "float32": (lambda: left @ right, 2 * side**3),
         "bfloat16": (lambda: low_left @ low_right, 2 * side**3),
-        "int8": (lambda: torch._int_mm(codes, others), 2 * side**3),
+        "int8": (_integer_product(side), 2 * side**3),
     }
     calls = {name: lambda number, call=call: call() for name, (call, _) in arms.items()}
     durations = interleaved(calls, rounds, warm_up=2, seconds=30, label="peaks")
@@ -48,6 +48,17 @@ def peaks(megabytes: int = 256, side: int = 1024, rounds: int = 7) -> dict[str, 
         name: amount / min(duration.passed for duration in durations[name]) / 1e9
         for name, (_, amount) in arms.items()
     }
+
+
+def _integer_product(side: int) -> Callable[[], object]:
+    prepare_native()
+    passes = active_passes()
+    weight = torch.randint(-127, 127, (side, side), dtype=torch.int8)
+    if not passes.supports_integers():
+        codes = torch.randint(0, 127, (side, side), dtype=torch.int8)
+        return lambda: torch._int_mm(codes, weight)
+    unsigned, scale = torch.randint(0, 255, (side, side), dtype=torch.uint8), torch.ones(side)
+    return lambda: passes.multiply_integers(unsigned, weight, 0, scale, None)
 
 
 def work_of(workload: Workload) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import pytest
 import integer_rule
 from compression_manager.quantization.integer import rule
 from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.selection import TORCH, use_passes
 from compression_manager.quantization.layers import products
+from integer_layers import pretended
 from measuring.timing import Duration
 
 
@@ -37,14 +39,14 @@ def test_both_paths_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return decision
 
     monkeypatch.setattr(products, "decide", watched)
-    before = rule.cpu_features
+    before = rule.why_no_integers
     for kind, shape in (("linear", (8, 16, 4)), ("convolution", (2, 4, 5))):
         paths.clear()
         result = integer_rule.measure(kind, shape, 3, 1.0)
         assert set(paths) == {"integer", "codes"}
         assert result.ratio > 0
     assert result.size == (100, 18, 4, 1)
-    assert rule.cpu_features is before
+    assert rule.why_no_integers is before
 
 
 @pytest.mark.parametrize(
@@ -63,9 +65,8 @@ def test_verdicts(
     integer: float, spread: float, vnni: bool, is_right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(integer_rule, "interleaved", _timed(integer, spread))
-    features = rule.CpuFeatures(vnni=vnni, amx=False)
-    monkeypatch.setattr(rule, "cpu_features", lambda: features)
-    result = integer_rule.measure("linear", (512, 64, 64), 4, 1.0)
+    with pretended(monkeypatch, vnni=vnni, amx=False), use_passes(TORCH):
+        result = integer_rule.measure("linear", (512, 64, 64), 4, 1.0)
     assert result.chosen == ("integer" if vnni else "float32")
     assert result.is_right == is_right
     loss = integer if vnni else 1 / integer

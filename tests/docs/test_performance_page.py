@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FEATURES = {"AVX2": True, "VNNI": True, "AMX-bf16": False}
+FEATURES = {"AVX2": True, "AVX512": True, "VNNI": True, "AMX-bf16": False}
 MACHINE = {
     "processor": "Test",
     "cpu_count": 2,
@@ -50,7 +50,7 @@ def test_results_are_copied_and_written(script, tmp_path, monkeypatch, capsys):
     script.main(["--machine", "amx", "--results", str(results)])
     assert [path.name for path in (recorded / "amx").iterdir()] == ["hooks.json"]
     text = page.read_text()
-    assert "- **amx**: Test, 2 cores, 2 threads used; has AVX2, VNNI" in text
+    assert "- **amx**: Test, 2 cores, 2 threads used; has AVX2, AVX512, VNNI" in text
     assert "0 plugins 17.0 (16.0 to 18.0; by CPU 16.5)" in text
     assert "- Convert, in milliseconds: 10 layers 3, 100 layers 40; exponent 1.10" in text
 
@@ -75,8 +75,17 @@ def test_the_limit_is_the_largest_part(script):
     assert "| float32 | 100 | 200 | 100 | 400 | 500 | backward products |" in lines
     assert "| native | 10 | 200 | 100 | 310 | 425 | backward products |" in lines
     types = sys.modules["performance_tables"]._types
-    assert types("bfloat16", has_vnni=True) == ("int8", "bfloat16")
-    assert types("auto-native", has_vnni=False) == ("float32", "float32")
+    assert types("bfloat16", FEATURES) == ("int8", "bfloat16")
+    old = {"AVX2": True, "AVX512": False, "VNNI": False}
+    for variant, features, forward in (
+        ("auto-torch", FEATURES, "int8"),
+        ("auto-native", old, "int8"),
+        ("distilled-native", old, "int8"),
+        ("auto-torch", old, "float32"),
+        ("auto-native", old | {"AVX512": True}, "float32"),
+        ("distilled-fake", FEATURES, "float32"),
+    ):
+        assert types(variant, features) == (forward, "float32")
 
 
 def training(ratio: float) -> dict[str, Any]:

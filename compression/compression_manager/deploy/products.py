@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.geometry import (
+    Size,
     convolution_size,
     geometry_of,
     linear_size,
@@ -27,7 +28,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
-from compression_manager.quantization.integer.rule import Size, decide
+from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.recent import version_of
@@ -66,7 +67,9 @@ def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         operand = _integers_of(layer, input)
     if operand is None:
         return None
-    return products.convolve(operand, _weight_of(layer), layer.bias, geometry_of(layer), packs=True)
+    weight, passes = _weight_of(layer), passes_for(input.device)
+    geometry = geometry_of(layer)
+    return products.convolve(operand, weight, layer.bias, geometry, passes, packs=True)
 
 
 def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], Size]) -> bool:
@@ -75,7 +78,9 @@ def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], 
         return False
     if not _has_operands(layer):
         return False
-    return decide(layer.product_options, input, None, size(), training=False).path == "integer"
+    passes = passes_for(input.device)
+    decision = decide(layer.product_options, input, None, size(), passes, training=False)
+    return decision.path == "integer"
 
 
 def _has_operands(layer: ConvertedLayer) -> bool:

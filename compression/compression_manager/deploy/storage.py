@@ -28,6 +28,8 @@ from compression_manager.errors import (
     suggest,
 )
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.selection import prepare_native
 from compression_manager.quantization.layers import quantized_class
 from compression_manager.state import atomic_directory, verify_directory
 
@@ -75,6 +77,9 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
 def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     """Change a fresh float model into the converted one that was saved.
 
+    On a CPU without VNNI this makes the native kernels ready, which are built if there are none
+    yet; without a compiler, slower ones compute the same numbers.
+
     Args:
         directory: what `manager.save_converted` wrote.
         float_model: a model of the same architecture; its weights are replaced.
@@ -85,11 +90,15 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     Raises:
         CheckpointError: there is no converted model, it is corrupt, or an earlier version saved it.
         CheckpointMismatchError: it belongs to another architecture; the model is unchanged.
+        ConfigError: `float_model` is no module, or the environment variable
+            COMPRESSION_MANAGER_NATIVE is neither 0 nor 1.
     """
     if not isinstance(float_model, nn.Module):
         raise ConfigError(
             f"deploy.load takes a torch.nn.Module to change, got {type(float_model).__name__}."
         )
+    if not cpu_features().vnni:
+        prepare_native()
     manifest = verify_directory(
         as_path("deploy.load", directory), format_name=FORMAT_NAME, version=FORMAT_VERSION
     )

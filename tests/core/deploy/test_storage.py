@@ -1,6 +1,7 @@
 """`save_converted` and `deploy.load`: exact, verified, and independent of the training plugins."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from torch import nn
 
 import toys
 from compression_manager import deploy
+from compression_manager.deploy import storage
 from compression_manager.deploy.storage import FORMAT_NAME, FORMAT_VERSION
 from compression_manager.errors import (
     CheckpointCorruptError,
@@ -20,6 +22,7 @@ from compression_manager.errors import (
     ConfigError,
     QuantizationError,
 )
+from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.state import atomic_directory
 from quantization_reference import prepared, trained
 
@@ -160,7 +163,8 @@ LOADER = """
 """
 
 
-def test_a_fresh_interpreter_needs_no_training_plugins(tmp_path):
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_a_fresh_interpreter_computes_the_same_without_training_plugins(tmp_path, native):
     converted, _, images = saved("conv", tmp_path / "int8")
     safetensors.torch.save_file({"images": images}, tmp_path / "inputs")
     script = f"import sys; sys.path[:0] = {sys.path!r}\n" + textwrap.dedent(LOADER)
@@ -168,7 +172,11 @@ def test_a_fresh_interpreter_needs_no_training_plugins(tmp_path):
         [sys.executable, "-c", script, tmp_path / "int8", tmp_path / "inputs", tmp_path / "out"],
         check=True,
         timeout=120,
-        env={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),
+            "PATH": os.environ["PATH"],  # where a compiler is found
+            "COMPRESSION_MANAGER_NATIVE": native,
+        },
     )
     output = safetensors.torch.load_file(tmp_path / "out")["output"]
     assert torch.equal(output, converted(images))
@@ -290,3 +298,14 @@ def test_what_an_earlier_version_saved_is_refused_and_can_be_replaced(tmp_path):
 def test_what_is_no_module_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"takes a torch\.nn\.Module to change, got dict"):
         deploy.load(tmp_path, {})
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+def test_loading_makes_native_kernels_ready_where_others_are_slow(tmp_path, monkeypatch, vnni):
+    saved("conv", tmp_path / "int8")
+    asked = []
+    features = CpuFeatures(vnni=vnni, amx=False)
+    monkeypatch.setattr(storage, "cpu_features", lambda: features)
+    monkeypatch.setattr(storage, "prepare_native", lambda: asked.append(True))
+    deploy.load(tmp_path / "int8", MODELS["conv"][0]())
+    assert asked == ([] if vnni else [True])

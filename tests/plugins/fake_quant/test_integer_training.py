@@ -15,7 +15,7 @@ from compression_manager import ConfigError, prepare_compression
 from compression_manager.quantization.integer import products, torch_passes
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.products import linear_kernel
-from compression_manager.quantization.integer.selection import active_passes
+from compression_manager.quantization.integer.selection import TORCH, active_passes, use_passes
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.layers.products import last_decision
 from compression_manager.quantization.layers.relu import BitMaskReLU
@@ -226,11 +226,12 @@ def test_the_report_names_the_kernels(vnni: bool, monkeypatch: pytest.MonkeyPatc
     features = CpuFeatures(vnni=vnni, amx=False)
     for module in (products, torch_passes):
         monkeypatch.setattr(module, "cpu_features", lambda: features)
-    described = [layer.arithmetic for layer in manager.report().layers if layer.quantized]
+    with use_passes(TORCH):
+        described = [layer.arithmetic for layer in manager.report().layers if layer.quantized]
     convolutions, linear = described[:2], described[2]
     assert all(("onednn.qconv_pointwise" in item) == vnni for item in convolutions)
     assert ("torch._int_mm" in linear and "once converted onednn.qlinear" in linear) == vnni
-    assert all("exact float64 sums" in item for item in described) != vnni
+    assert all("float32 products, summed exactly" in item for item in described) != vnni
 
 
 def test_integer_kernels_slower_than_float_are_named() -> None:

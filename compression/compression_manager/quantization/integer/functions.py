@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compression_manager.quantization.autograd import differentiable_once
 from compression_manager.quantization.integer import products
-from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.quantization.integer.geometry import Geometry, convolution
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
@@ -201,9 +201,14 @@ class IntegerConvolution(torch.autograd.Function):
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else list(bias.shape)
         if operands.integers:
             return products.convolve(
-                operands.input, operands.weight, bias, geometry, packs=operands.packs
+                operands.input,
+                operands.weight,
+                bias,
+                geometry,
+                operands.passes,
+                packs=operands.packs,
             )
-        return products.convolution(operands.float_input(), operands.float_weight(), bias, geometry)
+        return convolution(operands.float_input(), operands.float_weight(), bias, geometry)
 
     @staticmethod
     @differentiable_once

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization.integer.rule import Size
+
+class Size(NamedTuple):
+    """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
+
+    rows: int
+    summed: int
+    columns: int
+    groups: int = 1
 
 
 class Geometry(NamedTuple):
@@ -17,6 +26,15 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+
+    def places(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Return the size of the result of an input and a kernel of these sizes."""
+        return tuple(
+            (length + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
+            for length, extent, stride, padding, dilation in zip(
+                size, kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
 
 
 def linear_size(input: Tensor, weight_shape: tuple[int, ...]) -> Size:
@@ -53,11 +71,15 @@ def geometry_of(layer: nn.Module) -> Geometry:
 def convolution_size(layer: nn.Module, input: Tensor) -> Size:
     """Return the size of the matrix product that the convolution of `input` amounts to."""
     convolution, geometry = cast(nn.Conv2d, layer), geometry_of(layer)
-    kernel = convolution.kernel_size
-    rows = input.shape[0]
-    for axis in range(len(kernel)):
-        reach = geometry.dilation[axis] * (kernel[axis] - 1) + 1
-        padded = input.shape[2 + axis] + 2 * geometry.padding[axis]
-        rows *= (padded - reach) // geometry.stride[axis] + 1
-    summed = convolution.in_channels // geometry.groups * math.prod(kernel)
-    return Size(rows, summed, convolution.out_channels, geometry.groups)
+    places = geometry.places(input.shape[2:], convolution.kernel_size)
+    summed = convolution.in_channels // geometry.groups * math.prod(convolution.kernel_size)
+    return Size(
+        input.shape[0] * math.prod(places), summed, convolution.out_channels, geometry.groups
+    )
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Return what `F.conv1d`, `F.conv2d` or `F.conv3d` does, by the number of dimensions."""
+    stride, padding, dilation, groups = geometry
+    nothing = [0] * len(stride)
+    return torch.convolution(input, weight, bias, stride, padding, dilation, False, nothing, groups)

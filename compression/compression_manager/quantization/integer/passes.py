@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.scheme import QuantizationScheme
 
 # What `quantize_rows` quantizes to: -127 to 127, with one scale for each row.
@@ -200,11 +201,11 @@ class Passes(ABC):
 
     @abstractmethod
     def supports_integers(self) -> bool:
-        """Return whether `multiply_integers` is the fastest integer product here."""
+        """Return whether this has the fastest products of integers on this CPU, and fast ones."""
 
     @abstractmethod
     def integer_kernel(self, device: torch.device) -> str:
-        """Return what `multiply_integers` multiplies with on `device`, for the user to read."""
+        """Return what multiplies integers on `device`, for the user to read."""
 
     @abstractmethod
     def multiply_integers(
@@ -229,4 +230,28 @@ class Passes(ABC):
 
         Returns:
             float32 (M, N), contiguous.
+        """
+
+    @abstractmethod
+    def convolve_integers(
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:
+        """Return the convolution of codes - zero_point and weight, rounded as a product is.
+
+        Args:
+            codes: uint8 (N, C, *spatial), dense, of one to three spatial dimensions.
+            weight: int8 (out channels, C / groups, *kernel).
+            zero_point: integer of real zero in `codes`, from 0 to 255; padding is of real zeros.
+            scale: float32 (out channels,), as for `multiply_integers`.
+            bias: float32 (out channels,), or None.
+            geometry: of one group, unless these are plain torch operations.
+
+        Returns:
+            float32 (N, out channels, *spatial'), in the memory format of `codes`.
         """

@@ -1,7 +1,8 @@
 """Products of integers with 32-bit sums, as real numbers.
 
 On a CPU with VNNI oneDNN's kernels compute them, through operators that torch keeps for
-Inductor's own use; on other CPUs float64, whose sums of such products are exact.
+Inductor's own use, or native ones; on other CPUs native kernels, or those of float32 with sums that
+float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -38,9 +39,16 @@ def linear_kernel(device: torch.device, passes: Passes, *, packs: bool) -> str:
     return _multiplier(passes).integer_kernel(device)
 
 
-def convolution_kernel() -> str:
-    """Return which kernel `convolve` calls, and what it does beside the product."""
-    return f"onednn.qconv_pointwise; {_FUSED}" if cpu_features().vnni else "exact float64 sums"
+def convolution_kernel(passes: Passes, groups: int) -> str:
+    """Return which kernel `convolve` calls, and what it does beside the product.
+
+    Args:
+        passes: as for `convolve`.
+        groups: of channels.
+    """
+    if cpu_features().vnni:
+        return f"onednn.qconv_pointwise; {_FUSED}"
+    return _convolver(passes, groups).integer_kernel(torch.device("cpu"))
 
 
 def linear(
@@ -79,6 +87,7 @@ def convolve(
     weight: IntegerWeight,
     bias: Tensor | None,
     geometry: Geometry,
+    passes: Passes,
     *,
     packs: bool,
 ) -> Tensor:
@@ -89,6 +98,7 @@ def convolve(
         weight: codes (out channels, C / groups, *kernel).
         bias: float32 (out channels,), or None.
         geometry: zero padding is that of real zeros.
+        passes: what computes on the CPU.
         packs: as for `linear`.
 
     Returns:
@@ -96,19 +106,10 @@ def convolve(
     """
     if cpu_features().vnni:
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
-    difference = input.codes.double() - input.zero_point
-    sums = convolution(difference, weight.codes.double(), None, geometry)
-    column = (-1, *[1] * len(geometry.stride))
-    scale = input.scale * weight.scale.reshape(column)
-    output = formatted_like(sums.to(torch.float32), input.codes).mul_(scale)
-    return output if bias is None else output.add_(bias.reshape(column))
-
-
-def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Return what `F.conv1d`, `F.conv2d` or `F.conv3d` does, by the number of dimensions."""
-    stride, padding, dilation, groups = geometry
-    nothing = [0] * len(stride)
-    return torch.convolution(input, weight, bias, stride, padding, dilation, False, nothing, groups)
+    codes, zero_point = _unsigned(input.codes, input.zero_point)
+    scale = input.scale * weight.scale
+    convolver = _convolver(passes, geometry.groups)
+    return convolver.convolve_integers(codes, weight.codes, int(zero_point), scale, bias, geometry)
 
 
 def _takes_packed(device: torch.device, packs: bool) -> bool:
@@ -117,6 +118,10 @@ def _takes_packed(device: torch.device, packs: bool) -> bool:
 
 def _multiplier(passes: Passes) -> Passes:
     return passes if passes.supports_integers() else TORCH
+
+
+def _convolver(passes: Passes, groups: int) -> Passes:
+    return _multiplier(passes) if groups == 1 else TORCH
 
 
 def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from compression_manager.quantization.integer.cpu_features import CpuFeatures, cpu_features
+from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.geometry import Size
 from compression_manager.quantization.integer.options import PIECES, Backward, ProductOptions
 from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
 from compression_manager.quantization.integer.selection import why_reference
@@ -18,6 +19,8 @@ Path = Literal["integer", "codes", "fake"]
 
 # Below, in training, what surrounds an integer product costs more than the product saves.
 MIN_ROWS = 256
+# Without VNNI: weights are not brought into oneDNN's order.
+MIN_ROWS_WITHOUT = 128
 MIN_SUMMED = 64
 MIN_COLUMNS = 16
 
@@ -39,17 +42,14 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-class Size(NamedTuple):
-    """The size of a product: (rows, summed) times (summed, columns), in `groups` of columns."""
-
-    rows: int
-    summed: int
-    columns: int
-    groups: int = 1
-
-
 def decide(
-    options: ProductOptions, input: Tensor, weight: Tensor | None, size: Size, *, training: bool
+    options: ProductOptions,
+    input: Tensor,
+    weight: Tensor | None,
+    size: Size,
+    passes: Passes,
+    *,
+    training: bool,
 ) -> Decision:
     """Return the path of a product whose operands have integers.
 
@@ -60,13 +60,14 @@ def decide(
         input: the input of the layer.
         weight: its float weight; None in a deployed layer, which has none.
         size: of the product.
+        passes: what computes on the input's device.
         training: the mode of the layer. Not whether gradients are wanted, because activation
             checkpointing may run a forward pass without them first.
     """
     reason = _why_no_codes(options, input, weight)
     if reason is not None:
         return Decision("fake", reason)
-    reason = why_no_integers(options, input.device, size, training)
+    reason = why_no_integers(options, input.device, size, passes, training)
     if reason is None:
         return Decision("integer")
     # On an accelerator the passes around float32 products are many small kernels.
@@ -86,15 +87,16 @@ def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None)
             return f"it computes on {type(operand).__name__}"
         if operand.dtype != torch.float32:
             return f"it computes in {operand.dtype}"
-    if torch.is_autocast_enabled(input.device.type):
+    device = "cpu" if input.is_cpu else input.device.type
+    if torch.is_autocast_enabled(device):
         return "autocast chooses the type of the products"
-    if input.device.type not in ("cpu", "cuda"):
-        return f"it computes on {input.device.type}"
+    if device not in ("cpu", "cuda"):
+        return f"it computes on {device}"
     return "its input is empty" if input.numel() == 0 else None
 
 
 def why_no_integers(
-    options: ProductOptions, device: torch.device, size: Size, training: bool
+    options: ProductOptions, device: torch.device, size: Size, passes: Passes, training: bool
 ) -> str | None:
     """Return why a product is not computed on integers; None if it is.
 
@@ -102,7 +104,10 @@ def why_no_integers(
         options: what the user chose.
         device: the CPU or a CUDA device.
         size: of the product.
-        training: whether the layer is trained; in evaluation integers pay at any size.
+        passes: what computes on that device.
+        training: whether the layer is trained. In evaluation weights stay as they are, so that
+            integers pay at any size; where they do not, float32 kernels sum them as exactly, so
+            that a model computes the same in every process.
     """
     if size.summed > MAX_SUMMED:
         return f"32-bit sums hold {MAX_SUMMED} products, not {size.summed}"
@@ -110,19 +115,20 @@ def why_no_integers(
         return _why_not_on_cuda(options, size)
     if options.forward == "integer":
         return None
-    return _why_not_on_cpu(cpu_features(), size, training)
-
-
-@lru_cache
-def _why_not_on_cpu(features: CpuFeatures, size: Size, training: bool) -> str | None:
-    if not features.vnni:
-        return f"this CPU has {features}"
     if size.groups > 1:
         return f"{size.groups} groups of channels leave little to multiply"
     if not training:
         return None
+    features = cpu_features()
+    if not (features.vnni or passes.supports_integers()):
+        return f"the {passes.name} kernels need VNNI to gain; this CPU has {features}"
+    return _why_too_small(size, MIN_ROWS if features.vnni else MIN_ROWS_WITHOUT)
+
+
+@lru_cache
+def _why_too_small(size: Size, least_rows: int) -> str | None:
     for name, value, least in (
-        ("rows", size.rows, MIN_ROWS),
+        ("rows", size.rows, least_rows),
         ("products in a sum", size.summed, MIN_SUMMED),
         ("output channels", size.columns, MIN_COLUMNS),
     ):

@@ -54,7 +54,7 @@ def use_passes(passes: Passes) -> Iterator[None]:
 
 
 def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
-    """Return what decides how products round: options, CPU, and who computes in bfloat16."""
+    """Return what decides how products round: options, CPU, and who multiplies if that matters."""
     if options.forward == "fake":
         return {"forward": "fake"}
     features = cpu_features()
@@ -65,7 +65,7 @@ def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
         "vnni": int(features.vnni),
         "amx": int(features.amx),
     }
-    if options.backward != "float32":
+    if options.backward != "float32" or not features.vnni:
         used["passes"] = active_passes().name
     return used
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.bits import (
     MANY,
     bytes_of,
@@ -17,9 +18,10 @@ from compression_manager.quantization.integer.bits import (
     pack_mask,
 )
 from compression_manager.quantization.integer.cpu_features import cpu_features
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.parts import part_length, parts, row_parts
 from compression_manager.quantization.integer.passes import ROWS, Passes
-from compression_manager.quantization.memory_format import in_memory_order
+from compression_manager.quantization.memory_format import formatted_like, in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
 
 # Few elements of a large tensor are clipped as a rule, and only where a code is at an end. Runs of
@@ -152,7 +154,7 @@ class TorchPasses(Passes):
         """Return the name of the operator."""
         if _has_integer_product(device):
             return "torch._int_mm; scales and bias in a second pass"
-        return "exact float64 sums"
+        return "float32 products, summed exactly"
 
     def multiply_integers(
         self,
@@ -162,19 +164,34 @@ class TorchPasses(Passes):
         scale: Tensor,
         bias: Tensor | None,
     ) -> Tensor:
-        """Return the product; summed in float64, which is exact, on CPUs without VNNI."""
+        """Return the product; of float32 kernels on CPUs without VNNI, but as exact."""
         if _has_integer_product(codes.device):
             sums, offsets = _integer_sums(codes, weight, zero_point)
             output = sums.view(torch.float32)  # which takes the place of the sums
         else:
-            sums, offsets = (codes.double() - zero_point) @ weight.double().t(), None
-            output = torch.empty_like(sums, dtype=torch.float32)
+            sums, offsets = exact.product(codes, int(zero_point), weight), None
+            output = sums
         for part, done in row_parts(sums, output):
             numbers = part if offsets is None else part.sub_(offsets)
             torch.mul(numbers.to(torch.float32), scale, out=done)
             if bias is not None:
                 done.add_(bias)
         return output
+
+    def convolve_integers(
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:
+        """Return the convolution; of float32 kernels, but exact."""
+        sums = exact.convolve(codes, zero_point, weight, geometry)
+        column = (-1, *[1] * len(geometry.stride))
+        output = formatted_like(sums, codes).mul_(scale.reshape(column))
+        return output if bias is None else output.add_(bias.reshape(column))
 
     def _check_pieces(self, pieces: int) -> None:
         if not self.supports_pieces(pieces):

@@ -31,6 +31,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.products import convolution_kernel, linear_kernel
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
@@ -68,10 +69,10 @@ def describe_arithmetic(layer: QuantizedLayer) -> str:
 
 def _kernels(layer: QuantizedLayer) -> str:
     """Return which kernel multiplies in training, and which where the weight stays as it is."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return convolution_kernel()
     device = next(layer.parameters()).device
     passes = passes_for(device)
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return convolution_kernel(passes, layer.groups)
     training, stays = (linear_kernel(device, passes, packs=packs) for packs in (False, True))
     return training if training == stays else f"{training}; once converted {stays}"
 
@@ -86,8 +87,10 @@ def computes_integers(layer: QuantizedLayer) -> bool:
 
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
-    decision = _decide(part, options, input)
-    return _multiply(part, options, input, decision, _integers(part, input, decision))
+    passes = passes_for(input.device)
+    decision = _decide(part, options, input, passes)
+    integers = _integers(part, input, decision, passes)
+    return _multiply(part, options, input, decision, integers, passes)
 
 
 def project(
@@ -101,17 +104,19 @@ def project(
         options: how the layer multiplies.
         input: (*, in features).
     """
-    decisions = [_decide(part, options, input) for part in parts]
+    passes = passes_for(input.device)
+    decisions = [_decide(part, options, input, passes) for part in parts]
     found = [
-        _integers(part, input, decision) for part, decision in zip(parts, decisions, strict=True)
+        _integers(part, input, decision, passes)
+        for part, decision in zip(parts, decisions, strict=True)
     ]
     first = found[0]
     if first is None or any(its is not first for its in found) or not _are_joined(parts):
         return tuple(
-            _multiply(part, options, input, decision, its)
+            _multiply(part, options, input, decision, its, passes)
             for part, decision, its in zip(parts, decisions, found, strict=True)
         )
-    operands = _operands(joint, options, decisions[0], first)
+    operands = _operands(joint, options, decisions[0], first, passes)
     inputs = [input] * len(parts)
     return apply_to_parts(IntegerLinear, joint.weight, joint.bias, operands, *inputs)
 
@@ -134,28 +139,34 @@ def _multiply(
     input: Tensor,
     decision: Decision,
     integers: IntegerInput | None,
+    passes: Passes,
 ) -> Tensor:
     weight, bias = cast(Tensor, part.weight), part.bias
     if integers is None:
         return F.linear(_fake_input(part, input), _fake_weight(part), bias)
-    operands = _operands(part, options, decision, integers)
+    operands = _operands(part, options, decision, integers, passes)
     return apply_to_parts(IntegerLinear, weight, bias, operands, input)[0]
 
 
 def convolve(layer: nn.Conv2d, part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return the convolution of the quantized operands of `part`; shapes as the float layer."""
     weight, bias = cast(Tensor, part.weight), part.bias
-    decision = _decide(part, options, input, layer)
-    integers = _integers(part, input, decision)
+    passes = passes_for(input.device)
+    decision = _decide(part, options, input, passes, layer)
+    integers = _integers(part, input, decision, passes)
     if integers is None:
         compute = cast(Callable[..., Tensor], layer._conv_forward)
         return compute(_fake_input(part, input), _fake_weight(part), bias)
-    operands = _operands(part, options, decision, integers)
+    operands = _operands(part, options, decision, integers, passes)
     return apply(IntegerConvolution, input, weight, bias, operands, geometry_of(layer))
 
 
 def _decide(
-    part: Part, options: ProductOptions, input: Tensor, convolution: nn.Conv2d | None = None
+    part: Part,
+    options: ProductOptions,
+    input: Tensor,
+    passes: Passes,
+    convolution: nn.Conv2d | None = None,
 ) -> Decision:
     """Return how the product of `part` is computed, and remember it for the report."""
     if options.forward == "fake" or torch.compiler.is_compiling():
@@ -171,25 +182,28 @@ def _decide(
             if convolution is None
             else convolution_size(convolution, input)
         )
-        decision = decide(options, input, weight, size, training=quantizer.training)
+        decision = decide(options, input, weight, size, passes, training=quantizer.training)
     _decisions[quantizer] = decision
     return decision
 
 
-def _integers(part: Part, input: Tensor, decision: Decision) -> IntegerInput | None:
+def _integers(part: Part, input: Tensor, decision: Decision, passes: Passes) -> IntegerInput | None:
     """Return the integers of the input; None if the functions of `arithmetic` are to compute."""
     if decision.path == "fake":
         return None
     assert isinstance(part.input_quantizer, ObservedFakeQuantizer)  # or there were a reason
-    return integer_input(part.input_quantizer, dense(input), passes_for(input.device))
+    return integer_input(part.input_quantizer, dense(input), passes)
 
 
 def _operands(
-    part: Part, options: ProductOptions, decision: Decision, integers: IntegerInput
+    part: Part,
+    options: ProductOptions,
+    decision: Decision,
+    integers: IntegerInput,
+    passes: Passes,
 ) -> Operands:
     weight, quantizer = cast(Tensor, part.weight), _weight_quantizer(part)
     assert isinstance(quantizer, ObservedFakeQuantizer)  # or there were no integers
-    passes = passes_for(weight.device)
     return Operands(
         integers,
         integer_weight(quantizer, weight, passes, values=decision.path == "codes"),

@@ -6,15 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compression_manager.quantization.integer import products, torch_passes
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.selection import TORCH
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 
 CPU = torch.device("cpu")
+GEOMETRY = Geometry((1, 1), (0, 0), (1, 1), 1)
+EXACT = "float32 products, summed exactly"
 
 
 class Recorded(TorchDispatchMode):
@@ -52,7 +56,7 @@ def test_of_linear_layers(vnni: bool, packs: bool) -> None:
         products.linear(*_operands(), None, TORCH, packs=packs)
     kernel = products.linear_kernel(CPU, TORCH, packs=packs).partition(";")[0]
     if not vnni:
-        assert kernel == "exact float64 sums"
+        assert kernel == EXACT
         assert "aten.mm" in recorded.names
         assert not any("_int" in name or "onednn" in name for name in recorded.names)
         return
@@ -61,26 +65,45 @@ def test_of_linear_layers(vnni: bool, packs: bool) -> None:
 
 
 def test_of_convolutions(vnni: bool) -> None:
-    geometry = products.Geometry((1, 1), (0, 0), (1, 1), 1)
     with Recorded() as recorded:
-        products.convolve(*_operands(5, 5), None, geometry, packs=False)
-    kernel = products.convolution_kernel().partition(";")[0]
+        products.convolve(*_operands(5, 5), None, GEOMETRY, TORCH, packs=False)
+    kernel = products.convolution_kernel(TORCH, 1).partition(";")[0]
     if vnni:
         assert kernel == "onednn.qconv_pointwise"
         assert kernel in recorded.names
     else:
-        assert kernel == "exact float64 sums"
+        assert kernel == EXACT
         assert "aten.convolution" in recorded.names
 
 
+class Fast(TorchPasses):
+    """Passes with fast products, which remember that they were asked for them."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def supports_integers(self) -> bool:
+        return True
+
+    def integer_kernel(self, device: torch.device) -> str:
+        return f"fast on {device}"
+
+    def convolve_integers(self, *arguments: Any) -> Tensor:
+        self.asked.append("convolve_integers")
+        return super().convolve_integers(*arguments)
+
+
 def test_passes_that_multiply_fast_name_their_own_kernel() -> None:
-    class Fast(TorchPasses):
-        def supports_integers(self) -> bool:
-            return True
-
-        def integer_kernel(self, device: torch.device) -> str:
-            return f"fast on {device}"
-
     assert products.linear_kernel(CPU, Fast(), packs=False) == "fast on cpu"
     cuda = products.linear_kernel(torch.device("cuda"), TORCH, packs=False)
     assert cuda.partition(";")[0] == "torch._int_mm"
+
+
+def test_passes_that_multiply_fast_convolve_one_group_where_onednn_does_not(vnni: bool) -> None:
+    fast = Fast()
+    kernel = products.convolution_kernel(fast, 1)
+    assert (kernel == "fast on cpu") != vnni
+    products.convolve(*_operands(5, 5), None, GEOMETRY, fast, packs=False)
+    assert fast.asked == ([] if vnni else ["convolve_integers"])
+    if not vnni:
+        assert products.convolution_kernel(fast, 2) == EXACT

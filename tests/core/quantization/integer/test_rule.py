@@ -9,23 +9,49 @@ import torch
 from torch import nn
 
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.geometry import Size
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.rule import MAX_SUMMED, Size, decide, why_no_integers
+from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
+from compression_manager.quantization.integer.rule import decide, why_no_integers
+from compression_manager.quantization.integer.selection import TORCH
+from compression_manager.quantization.integer.torch_passes import TorchPasses
 from integer_layers import pretended
 
 LARGE = Size(rows=512, summed=512, columns=512)
 CPU = torch.device("cpu")
 
 
-def _reason(monkeypatch: Any, size: Size, *, vnni: bool = True, **options: Any) -> str | None:
-    training = options.pop("training", True)
+class Fast(TorchPasses):
+    """Passes that multiply integers fast on any CPU."""
+
+    def supports_integers(self) -> bool:
+        return True
+
+
+def _reason(
+    monkeypatch: Any,
+    size: Size,
+    *,
+    vnni: bool = True,
+    passes: Passes = TORCH,
+    forward: Any = "auto",
+    training: bool = True,
+) -> str | None:
     with pretended(monkeypatch, vnni=vnni, amx=False):
-        return why_no_integers(ProductOptions(options.pop("forward", "auto")), CPU, size, training)
+        return why_no_integers(ProductOptions(forward), CPU, size, passes, training)
 
 
 def test_large_products_are_integer_where_the_cpu_has_the_instructions(monkeypatch: Any) -> None:
     assert _reason(monkeypatch, LARGE) is None
-    assert _reason(monkeypatch, LARGE, vnni=False) == "this CPU has neither VNNI nor AMX"
+    reason = "the torch kernels need VNNI to gain; this CPU has neither VNNI nor AMX"
+    assert _reason(monkeypatch, LARGE, vnni=False) == reason
+
+
+def test_kernels_that_do_without_the_instructions_gain_with_fewer_rows(monkeypatch: Any) -> None:
+    for rows, reason in ((128, None), (127, "127 rows are too few to gain; 128 are needed")):
+        size = Size(rows, 512, 512)
+        assert _reason(monkeypatch, size, vnni=False, passes=Fast()) == reason
+        assert _reason(monkeypatch, size) is not None
 
 
 @pytest.mark.parametrize(
@@ -42,8 +68,12 @@ def test_small_products_are_not_in_training(monkeypatch: Any, size: Size, reason
     assert _reason(monkeypatch, size, forward="integer") is None
 
 
-def test_small_products_are_integer_in_evaluation(monkeypatch: Any) -> None:
-    assert _reason(monkeypatch, Size(1, 27, 10), training=False) is None
+@pytest.mark.parametrize("vnni", [False, True])
+def test_all_products_are_integer_in_evaluation_but_groups(monkeypatch: Any, vnni: bool) -> None:
+    for size in (Size(1, 27, 10), LARGE):
+        assert _reason(monkeypatch, size, vnni=vnni, training=False) is None
+    groups = _reason(monkeypatch, Size(512, 9, 64, 64), vnni=vnni, training=False)
+    assert groups == "64 groups of channels leave little to multiply"
 
 
 def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
@@ -55,13 +85,15 @@ def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
 
 def test_cuda_multiplies_matrices_of_certain_sizes() -> None:
     device, options = torch.device("cuda"), ProductOptions("integer")
-    assert why_no_integers(options, device, LARGE, True) is None
-    assert "17 rows" in (why_no_integers(options, device, Size(16, 512, 512), True) or "")
-    assert "multiples of 8" in (why_no_integers(options, device, Size(512, 500, 512), True) or "")
+    assert why_no_integers(options, device, LARGE, TORCH, True) is None
+    assert "17 rows" in (why_no_integers(options, device, Size(16, 512, 512), TORCH, True) or "")
+    assert "multiples of 8" in (
+        why_no_integers(options, device, Size(512, 500, 512), TORCH, True) or ""
+    )
 
 
 def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
-    reason = why_no_integers(ProductOptions("auto"), torch.device("cuda"), LARGE, True)
+    reason = why_no_integers(ProductOptions("auto"), torch.device("cuda"), LARGE, TORCH, True)
     assert reason == 'on CUDA integers are multiplied with forward="integer" only'
 
 
@@ -76,7 +108,8 @@ def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
 )
 def test_other_tensors_take_fake_quantization(change: Any, reason: str | None) -> None:
     input, weight = change(torch.randn(4, 8), torch.randn(3, 8))
-    decision = decide(ProductOptions("integer"), input, weight, Size(4, 8, 3), training=True)
+    options, size = ProductOptions("integer"), Size(4, 8, 3)
+    decision = decide(options, input, weight, size, TORCH, training=True)
     assert decision.path == ("integer" if reason is None else "fake")
     assert (reason or "") in decision.reason
 
@@ -88,6 +121,7 @@ def test_autocast_chooses_by_itself() -> None:
             torch.randn(4, 8),
             torch.randn(3, 8),
             Size(4, 8, 3),
+            TORCH,
             training=True,
         )
     assert (decision.path, decision.reason) == (

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import mask_bytes
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.passes import MAX_SUMMED
 
 CODES = (torch.uint8, torch.int8)
@@ -105,13 +106,45 @@ def check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
     check_zero_point(zero_point, codes.dtype)
 
 
+def check_convolution(codes: Tensor, weight: Tensor, zero_point: int, geometry: Geometry) -> None:
+    """Raise QuantizationError unless the operands of a convolution of integers fit together."""
+    check("codes", codes, torch.uint8)
+    check("weight", weight, torch.int8)
+    axes = len(geometry.stride)
+    if {codes.dim(), weight.dim()} != {2 + axes} or axes > 3 or geometry.groups != 1:
+        raise QuantizationError(
+            "codes and weight have one to three spatial dimensions, as many as the geometry, and "
+            f"one group; got {described(codes)}, {described(weight)} and {geometry}."
+        )
+    if codes.shape[1] != weight.shape[1]:
+        raise QuantizationError(
+            f"codes and weight have as many channels, got {described(codes)} and "
+            f"{described(weight)}."
+        )
+    if 0 in (*codes.shape, *weight.shape) or min(geometry.padding) < 0:
+        raise QuantizationError(
+            f"no size is 0 and no padding negative, got {described(codes)}, {described(weight)} "
+            f"and {geometry}."
+        )
+    if min(geometry.places(codes.shape[2:], weight.shape[2:])) < 1:
+        raise QuantizationError(
+            f"the kernel is larger than the padded input: {described(codes)}, {described(weight)} "
+            f"and {geometry}."
+        )
+    summed = weight[0].numel()
+    if summed > MAX_SUMMED:
+        raise QuantizationError(
+            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {summed}."
+        )
+    check_zero_point(zero_point, codes.dtype)
+
+
 def check_zero_point(zero_point: int, dtype: torch.dtype) -> None:
     """Raise QuantizationError unless `zero_point` is an integer of the dtype."""
-    limits = torch.iinfo(dtype)
-    if not limits.min <= zero_point <= limits.max:
+    least, most = (0, 255) if dtype == torch.uint8 else (-128, 127)
+    if not least <= zero_point <= most:
         raise QuantizationError(
-            f"the zero point of {dtype} lies between {limits.min} and {limits.max}, got "
-            f"{zero_point}."
+            f"the zero point of {dtype} lies between {least} and {most}, got {zero_point}."
         )
 
 

@@ -1,10 +1,10 @@
 // Products of 8-bit integers, summed exactly in 32 bits and turned into real numbers in one pass.
 //
-// The weight is packed into panels of 64 columns in which the four terms that one instruction
+// With AMX the weight is packed into panels of 64 columns in which the four terms that one instruction
 // multiplies lie side by side. Each thread takes blocks of rows of the codes, which are read where
 // they are, and multiplies a block by one panel after the other into a tile of integers, which
 // becomes floats while it is in the cache.
-#include "panels.h"
+#include "widened.h"
 
 namespace native {
 namespace {
@@ -39,7 +39,7 @@ struct Packed {
   Buffer<uint32_t> row_sums; // of the weight, modulo 2^32; as many as the panels have columns
 };
 
-bool is_fast() {
+bool has_amx() {
 #ifdef CPUBLAS_BRGEMM_U8I8I32
   // The kernels for unsigned codes need AMX, although those of signed ones would do without.
   return cpublas::could_pack(at::kByte);
@@ -93,35 +93,14 @@ Packed pack(const Product& product) {
 }
 
 // Adds to `sums` (or sets them) the product of `rows` rows of codes and a panel.
-void multiply_panel_plainly(
+void multiply_panel(
     int64_t rows, int64_t depth, const uint8_t* codes, int64_t stride, const int8_t* panel,
     int32_t* sums, bool add) {
-  for (int64_t row = 0; row < rows; ++row, codes += stride, sums += PANEL) {
-    if (!add) {
-      std::fill_n(sums, PANEL, 0);
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      const int8_t* terms = panel + k / UNIT * UNIT * PANEL + k % UNIT;
-      const int32_t code = codes[k];
-      for (int64_t i = 0; i < PANEL; ++i) {
-        sums[i] += code * terms[UNIT * i];
-      }
-    }
-  }
-}
-
-void multiply_panel(
-    bool fast, int64_t rows, int64_t depth, const uint8_t* codes, int64_t stride,
-    const int8_t* panel, int32_t* sums, bool add) {
 #ifdef CPUBLAS_BRGEMM_U8I8I32
-  if (fast) {
-    cpublas::brgemm(
-        rows, PANEL, depth, stride, PANEL, PANEL, add, codes,
-        reinterpret_cast<const signed char*>(panel), sums);
-    return;
-  }
+  cpublas::brgemm(
+      rows, PANEL, depth, stride, PANEL, PANEL, add, codes,
+      reinterpret_cast<const signed char*>(panel), sums);
 #endif
-  multiply_panel_plainly(rows, depth, codes, stride, panel, sums, add);
 }
 
 // Writes the sums of a block and a panel as real numbers.
@@ -164,8 +143,7 @@ void copy_rest(const Product& product, int64_t row, int64_t count, int64_t k, ui
   }
 }
 
-void multiply(const Product& product, const Packed& packed) {
-  const bool fast = is_fast();
+void multiply_tiles(const Product& product, const Packed& packed) {
   const int64_t block = rows_of_block(product.rows, MOST_ROWS);
   const int64_t whole = product.depth / TERMS * TERMS;
   at::parallel_for(0, divide_up(product.rows, block), 1, [&](int64_t begin, int64_t end) {
@@ -179,20 +157,40 @@ void multiply(const Product& product, const Packed& packed) {
         const int8_t* panel = packed.panels.get() + first * product.padded_depth();
         for (int64_t k = 0; k < whole; k += DEPTH) {
           multiply_panel(
-              fast, count, std::min(DEPTH, whole - k), codes + k, product.depth,
-              panel + k * PANEL, sums.get(), k > 0);
+              count, std::min(DEPTH, whole - k), codes + k, product.depth, panel + k * PANEL,
+              sums.get(), k > 0);
         }
         if (whole < product.depth) {
           multiply_panel(
-              fast, count, TERMS, rest.get(), TERMS, panel + whole * PANEL, sums.get(), whole > 0);
+              count, TERMS, rest.get(), TERMS, panel + whole * PANEL, sums.get(), whole > 0);
         }
         write(product, packed.row_sums.get(), sums.get(), row, count, first);
       }
     }
-    if (fast) {
-      cpublas::brgemm_release();
-    }
+    cpublas::brgemm_release();
   });
+}
+
+// Without AMX.
+void multiply_rows(const Product& product) {
+  const int64_t padded = round_up(product.depth, PAIR);
+  const Output output{product.scale, product.bias, product.rows, product.columns, 1};
+  const auto make_reader = [&](int64_t block) {
+    return [&, numbers = allocate<int16_t>(block * padded)](
+               int64_t row, int64_t count, Rows& rows) mutable {
+      for (int64_t i = 0; i < count; ++i) {
+        int16_t* target = numbers.get() + i * padded;
+        target[padded - 1] = 0; // which no code is for if the depth is odd
+        widen(
+            product.codes + (row + i) * product.depth, product.depth,
+            static_cast<int16_t>(product.zero_point), target);
+        rows.numbers[i] = target;
+        rows.values[i] = product.output + (row + i) * product.columns;
+      }
+    };
+  };
+  const Buffer<int8_t> packed = pack_pairs(product.weight, product.columns, product.depth);
+  multiply_widened(output, Taps{{0}, padded}, packed.get(), make_reader);
 }
 
 } // namespace
@@ -200,10 +198,14 @@ void multiply(const Product& product, const Packed& packed) {
 
 using namespace native;
 
-// Whether the processor has AMX and torch may use it, so that `multiply_integers` is worth its
-// while.
+// Whether `multiply_integers` uses AMX.
+EXPORT bool multiplies_with_amx() {
+  return has_amx();
+}
+
+// Whether `multiply_integers` is worth its while.
 EXPORT bool supports_integers() {
-  return is_fast();
+  return has_amx() || widened_is_fast();
 }
 
 // Returns what went wrong, or null. `bias` may be null; no size is 0, and no true sum of
@@ -222,6 +224,6 @@ EXPORT const char* multiply_integers(
     const Product product{
         codes, weight, static_cast<uint32_t>(zero_point), scale, bias, rows, columns, depth,
         output};
-    multiply(product, pack(product));
+    has_amx() ? multiply_tiles(product, pack(product)) : multiply_rows(product);
   });
 }

@@ -9,16 +9,22 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import mask_bytes
+from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.native.checks import (
     CODES,
     check,
     check_factors,
-    check_integers,
     check_mask,
     check_range,
     check_values,
     check_vector,
     described,
+)
+from compression_manager.quantization.integer.native.integers import (
+    address,
+    convolve,
+    multiply,
+    require_none,
 )
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
@@ -40,6 +46,8 @@ class NativePasses(Passes):
         if library.functions is None:
             raise QuantizationError(f"no native passes: {library.reason}.")
         self._functions = declared(library.functions)
+        self._supports_integers = bool(self._functions.supports_integers())
+        self._instructions = "AMX" if self._functions.multiplies_with_amx() else "AVX2"
 
     def __reduce__(self) -> tuple[type[NativePasses], tuple[()]]:
         """Have a copy load the library again: addresses mean nothing in another process."""
@@ -99,7 +107,7 @@ class NativePasses(Passes):
             weight.numel() // rows,
             codes.data_ptr(),
             scale.data_ptr(),
-            _address(values),
+            address(values),
         )
         return codes, scale
 
@@ -218,7 +226,7 @@ class NativePasses(Passes):
         problem = self._functions.multiply_codes(
             left.data_ptr(),
             transposed,
-            _address(scale),
+            address(scale),
             factor,
             right.data_ptr(),
             right.dtype == torch.int8,
@@ -229,16 +237,16 @@ class NativePasses(Passes):
             pieces,
             output.data_ptr(),
         )
-        _require_none(problem)
+        require_none(problem)
         return output
 
     def supports_integers(self) -> bool:
-        """Return whether `multiply_integers` uses AMX; without it plain loops are very slow."""
-        return bool(self._functions.supports_integers())
+        """Return whether there are fast instructions that oneDNN makes no or less use of."""
+        return self._supports_integers
 
     def integer_kernel(self, device: torch.device) -> str:
         """See `Passes.integer_kernel`."""
-        return "the native AMX product; scales, zero point and bias fused"
+        return f"the native {self._instructions} product; scales, zero point and bias fused"
 
     def multiply_integers(
         self,
@@ -249,40 +257,19 @@ class NativePasses(Passes):
         bias: Tensor | None,
     ) -> Tensor:
         """See `Passes.multiply_integers`; codes and weight are contiguous."""
-        zero_point = int(zero_point)
-        check_integers(codes, weight, zero_point)
-        rows, depth = codes.shape
-        columns = weight.shape[0]
-        check_vector("scale", scale, columns)
-        if bias is not None:
-            check_vector("bias", bias, columns)
-        if 0 in (rows, columns, depth):
-            nothing = scale.new_zeros(rows, columns).mul_(scale)
-            return nothing if bias is None else nothing.add_(bias)
-        output = scale.new_empty(rows, columns)
-        problem = self._functions.multiply_integers(
-            codes.data_ptr(),
-            weight.data_ptr(),
-            zero_point,
-            scale.data_ptr(),
-            _address(bias),
-            rows,
-            columns,
-            depth,
-            output.data_ptr(),
-        )
-        _require_none(problem)
-        return output
+        return multiply(self._functions, codes, weight, int(zero_point), scale, bias)
 
-
-def _require_none(problem: bytes | None) -> None:
-    """Raise QuantizationError if a product says what went wrong."""
-    if problem is not None:
-        raise QuantizationError(f"a native product failed: {problem.decode()}")
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    def convolve_integers(
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:
+        """See `Passes.convolve_integers`; fastest where codes and weight are channels_last."""
+        return convolve(self._functions, codes, weight, zero_point, scale, bias, geometry)
 
 
 def _empty_mask(elements: Tensor) -> Tensor:

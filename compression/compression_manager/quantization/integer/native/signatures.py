@@ -30,9 +30,17 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         ],
     ),
     "supports_integers": (_bool, []),
+    "multiplies_with_amx": (_bool, []),
     "multiply_integers": (
         ctypes.c_char_p,
         [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],
+    ),
+    "convolve_integers": (
+        ctypes.c_char_p,
+        [
+            *[_pointer, _bool, _pointer, _integer, _pointer, _pointer],
+            *[_size, _size, _size, ctypes.POINTER(_size), _pointer],
+        ],
     ),
 }
 

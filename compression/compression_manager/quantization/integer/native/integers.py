@@ -1,0 +1,132 @@
+"""Products of integers by the C++ functions."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.quantization.integer.native.checks import (
+    check_convolution,
+    check_integers,
+    check_vector,
+)
+
+# The C++ functions know this many spatial dimensions.
+_AXES = 3
+
+
+def multiply(
+    functions: ctypes.CDLL,
+    codes: Tensor,
+    weight: Tensor,
+    zero_point: int,
+    scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Return what `Passes.multiply_integers` does."""
+    check_integers(codes, weight, zero_point)
+    rows, depth = codes.shape
+    columns = weight.shape[0]
+    _check_addends(scale, bias, columns)
+    if 0 in (rows, columns, depth):
+        nothing = scale.new_zeros(rows, columns).mul_(scale)
+        return nothing if bias is None else nothing.add_(bias)
+    output = scale.new_empty(rows, columns)
+    problem = functions.multiply_integers(
+        codes.data_ptr(),
+        weight.data_ptr(),
+        zero_point,
+        scale.data_ptr(),
+        address(bias),
+        rows,
+        columns,
+        depth,
+        output.data_ptr(),
+    )
+    require_none(problem)
+    return output
+
+
+def convolve(
+    functions: ctypes.CDLL,
+    codes: Tensor,
+    weight: Tensor,
+    zero_point: int,
+    scale: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    """Return what `Passes.convolve_integers` does."""
+    check_convolution(codes, weight, zero_point, geometry)
+    (count, channels), size = codes.shape[:2], codes.shape[2:]
+    columns, kernel = weight.shape[0], weight.shape[2:]
+    _check_addends(scale, bias, columns)
+    places = geometry.places(size, kernel)
+    channels_last = not codes.is_contiguous()
+    order = tuple(range(2 + len(size)))
+    if channels_last:
+        order = (0, *order[2:], 1)
+    output = torch.empty_permuted((count, columns, *places), order, dtype=torch.float32)
+    matrix = _in_pairs(weight)
+    problem = functions.convolve_integers(
+        codes.data_ptr(),
+        channels_last,
+        matrix.data_ptr(),
+        zero_point,
+        scale.data_ptr(),
+        address(bias),
+        count,
+        channels,
+        columns,
+        _numbers(size, kernel, geometry),
+        output.data_ptr(),
+    )
+    require_none(problem)
+    return output
+
+
+def _in_pairs(weight: Tensor) -> Tensor:
+    """Return (out channels, *kernel, C), with C rounded up to an even number."""
+    matrix = weight.movedim(1, -1)
+    return (F.pad(matrix, (0, 1)) if matrix.shape[-1] % 2 else matrix).contiguous()
+
+
+def _numbers(
+    size: torch.Size, kernel: torch.Size, geometry: Geometry
+) -> ctypes.Array[ctypes.c_int64]:
+    """Return the C++ struct of a geometry, with ones on the axes that there are not."""
+    missing = _AXES - len(size)
+    rows = [
+        [*[nothing] * missing, *numbers]
+        for nothing, numbers in (
+            (1, size),
+            (1, kernel),
+            (1, geometry.stride),
+            (0, geometry.padding),
+            (1, geometry.dilation),
+        )
+    ]
+    flat = [number for row in rows for number in row]
+    return (ctypes.c_int64 * len(flat))(*flat)
+
+
+def _check_addends(scale: Tensor, bias: Tensor | None, columns: int) -> None:
+    check_vector("scale", scale, columns)
+    if bias is not None:
+        check_vector("bias", bias, columns)
+
+
+def require_none(problem: bytes | None) -> None:
+    """Raise QuantizationError if a product says what went wrong."""
+    if problem is not None:
+        raise QuantizationError(f"a native product failed: {problem.decode()}")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Return where a tensor lies, for C++; None for none."""
+    return None if tensor is None else tensor.data_ptr()
