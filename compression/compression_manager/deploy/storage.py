@@ -97,8 +97,6 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"deploy.load takes a torch.nn.Module to change, got {type(float_model).__name__}."
         )
-    if not cpu_features().vnni:
-        prepare_native()
     manifest = verify_directory(
         as_path("deploy.load", directory), format_name=FORMAT_NAME, version=FORMAT_VERSION
     )
@@ -124,6 +122,8 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     disable_fused_paths(conversion.model)
     conversion.model.load_state_dict(tensors)
     _share_tied_weights(conversion, tied)
+    if not cpu_features().vnni:
+        prepare_native()
     return conversion.model.eval()
 
 

@@ -120,9 +120,9 @@ class QATConfig(PluginConfig):
     forward: Forward = field(
         default="auto",
         metadata=option(
-            "Arithmetic of the products in forward: 'auto' (integers where the machine multiplies "
-            "them exactly and fast), 'integer' (wherever they are exact) or 'fake' (fake "
-            "quantization, which can be differentiated twice)."
+            "Arithmetic of the products in forward: 'auto' (integers in evaluation, and in "
+            "training where the machine multiplies them fast), 'integer' (wherever they are "
+            "exact) or 'fake' (fake quantization, which can be differentiated twice)."
         ),
     )
     backward: Backward = field(

@@ -173,8 +173,8 @@ def test_a_fresh_interpreter_computes_the_same_without_training_plugins(tmp_path
         check=True,
         timeout=120,
         env={
+            **os.environ,
             "OMP_NUM_THREADS": str(torch.get_num_threads()),
-            "PATH": os.environ["PATH"],  # where a compiler is found
             "COMPRESSION_MANAGER_NATIVE": native,
         },
     )

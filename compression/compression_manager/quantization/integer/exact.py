@@ -45,13 +45,17 @@ def convolve(codes: Tensor, zero_point: int, weight: Tensor, geometry: Geometry)
     terms = weight[0, 0].numel()
     channels = weight.shape[1] if geometry.groups > 1 else MOST_TERMS // terms
     # Without oneDNN torch may take kernels that transform their operands, which rounds.
-    if channels == 0 or channels * terms > MOST_TERMS or not torch.backends.mkldnn.enabled:
+    if channels == 0 or channels * terms > MOST_TERMS or not _has_onednn():
         return _total([_convolved(codes, zero_point, weight, geometry, torch.float64)])
     # Those of all groups stay together.
     pieces = zip(codes.split(channels * geometry.groups, 1), weight.split(channels, 1), strict=True)
     return _total(
         [_convolved(some, zero_point, kernels, geometry, torch.float32) for some, kernels in pieces]
     )
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _convolved(

@@ -51,6 +51,8 @@ def why_no_geometry(layer: nn.Module, input: Tensor) -> str | None:
         input: its input.
     """
     convolution = cast(nn.Conv2d, layer)
+    if not input.is_cpu:
+        return "convolutions of integers are computed on the CPU only"
     if input.dim() != 2 + len(convolution.kernel_size):
         return "its input has no batch dimension"
     if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):

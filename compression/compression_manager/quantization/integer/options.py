@@ -19,8 +19,8 @@ class ProductOptions:
     """How quantization-aware layers multiply.
 
     Attributes:
-        forward: "integer" wherever integers can be multiplied exactly; "auto" where that is fast
-            as well; "fake" never, but with the functions of `arithmetic`, which can be
+        forward: "integer" wherever integers can be multiplied exactly; "auto" in evaluation, and
+            in training where that is fast as well; "fake" never, but with the functions of `arithmetic`, which can be
             differentiated twice.
         backward: type of the products that give the gradients.
     """

@@ -245,7 +245,8 @@ class Passes(ABC):
         """Return the convolution of codes - zero_point and weight, rounded as a product is.
 
         Args:
-            codes: uint8 (N, C, *spatial), dense, of one to three spatial dimensions.
+            codes: uint8 (N, C, *spatial), contiguous or with the channels last, of one to three
+                spatial dimensions.
             weight: int8 (out channels, C / groups, *kernel).
             zero_point: integer of real zero in `codes`, from 0 to 255; padding is of real zeros.
             scale: float32 (out channels,), as for `multiply_integers`.
@@ -254,4 +255,7 @@ class Passes(ABC):
 
         Returns:
             float32 (N, out channels, *spatial'), in the memory format of `codes`.
+
+        Raises:
+            QuantizationError: the operands do not fit together, or there are several groups.
         """

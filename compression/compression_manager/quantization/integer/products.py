@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
@@ -72,7 +73,9 @@ def linear(
     Returns:
         float32 (*, out features).
     """
-    matrix = input.codes.reshape(-1, input.codes.shape[-1])
+    # Images whose channels lie together may have such a shape that this is no copy.
+    matrix = input.codes.reshape(-1, input.codes.shape[-1]).contiguous()
+    _check_terms(matrix.shape[1], weight.codes.shape[1])
     codes, zero_point = _unsigned(matrix, input.zero_point)
     if _takes_packed(matrix.device, packs):
         output = _packed_linear(codes, zero_point, input, weight, bias)
@@ -104,12 +107,18 @@ def convolve(
     Returns:
         float32 (N, out channels, *spatial'), in the memory format of the input.
     """
+    _check_terms(input.codes.shape[1], weight.codes.shape[1] * geometry.groups)
     if cpu_features().vnni:
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     codes, zero_point = _unsigned(input.codes, input.zero_point)
     scale = input.scale * weight.scale
     convolver = _convolver(passes, geometry.groups)
     return convolver.convolve_integers(codes, weight.codes, int(zero_point), scale, bias, geometry)
+
+
+def _check_terms(found: int, expected: int) -> None:
+    if found != expected:
+        raise QuantizationError(f"the layer takes {expected} features or channels, got {found}.")
 
 
 def _takes_packed(device: torch.device, packs: bool) -> bool:
@@ -147,7 +156,7 @@ def _packed_linear(
         zero_point,
         weight.packed,
         weight.scale,
-        torch.zeros(weight.scale.shape, dtype=torch.int32),
+        torch.zeros_like(weight.scale, dtype=torch.int32),
         bias,
         *_FLOAT32_OUTPUT,
     )
@@ -181,7 +190,7 @@ def _onednn_convolve(
         zero_point,
         packed,
         weight.scale,
-        torch.zeros(weight.scale.shape, dtype=torch.int32),
+        torch.zeros_like(weight.scale, dtype=torch.int32),
         bias,
         *geometry,
         *_FLOAT32_OUTPUT,

@@ -53,7 +53,8 @@ def decide(
 ) -> Decision:
     """Return the path of a product whose operands have integers.
 
-    A rule on shapes, dtypes and the machine alone, so that equal runs compute equally.
+    A rule on shapes, dtypes, the machine and whether it has the native kernels, so that equal runs
+    compute equally.
 
     Args:
         options: what the user chose.

@@ -65,7 +65,9 @@ def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
         "vnni": int(features.vnni),
         "amx": int(features.amx),
     }
-    if options.backward != "float32" or not features.vnni:
+    if not features.vnni:
+        used["native integers"] = int(active_passes().supports_integers())
+    if options.backward != "float32":
         used["passes"] = active_passes().name
     return used
 

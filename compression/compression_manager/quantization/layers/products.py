@@ -41,12 +41,24 @@ from compression_manager.quantization.quantizer_module import FakeQuantizer, Obs
 
 _FAKE = Decision("fake")
 
-_decisions: WeakKeyDictionary[FakeQuantizer, Decision] = WeakKeyDictionary()
+_Decisions = WeakKeyDictionary[FakeQuantizer, Decision]
+
+# Those of the last forward pass in each mode.
+_in_training: _Decisions = WeakKeyDictionary()
+_in_evaluation: _Decisions = WeakKeyDictionary()
 
 
 def last_decision(part: Part) -> Decision | None:
-    """Return how the product of `part` was computed last; None before its first call."""
-    return None if part.weight_quantizer is None else _decisions.get(part.weight_quantizer)
+    """Return how the product of `part` was computed last in its mode, or in the other if in none.
+
+    None before its first call.
+    """
+    quantizer = part.weight_quantizer
+    if quantizer is None:
+        return None
+    ordered = (_in_training, _in_evaluation)
+    first, second = ordered if quantizer.training else reversed(ordered)
+    return first.get(quantizer) or second.get(quantizer)
 
 
 _WORDS = {
@@ -57,10 +69,20 @@ _WORDS = {
 
 
 def describe_arithmetic(layer: QuantizedLayer) -> str:
-    """Return how the products of `layer` were computed last: by which kernel, or why by none."""
+    """Return how the products of `layer` were computed last: by which kernel, or why by none.
+
+    Those of evaluation are told where training computes otherwise.
+    """
+    trained, evaluated = (_described(layer, known) for known in (_in_training, _in_evaluation))
+    if not trained or not evaluated or trained == evaluated:
+        return trained or evaluated
+    return f"{trained}; in evaluation {evaluated}"
+
+
+def _described(layer: QuantizedLayer, known: _Decisions) -> str:
     lines = []
     for part in layer.parts().values():
-        decision = last_decision(part)
+        decision = None if part.weight_quantizer is None else known.get(part.weight_quantizer)
         if decision is not None:
             more = decision.reason or (_kernels(layer) if decision.path == "integer" else "")
             lines.append(f"{_WORDS[decision.path]} ({more})" if more else _WORDS[decision.path])
@@ -183,7 +205,7 @@ def _decide(
             else convolution_size(convolution, input)
         )
         decision = decide(options, input, weight, size, passes, training=quantizer.training)
-    _decisions[quantizer] = decision
+    (_in_training if quantizer.training else _in_evaluation)[quantizer] = decision
     return decision
 
 

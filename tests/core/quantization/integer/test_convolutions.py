@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.quantization.integer.native import NativePasses, load_library
 from compression_manager.quantization.integer.passes import Passes
 from dense_tensors import same
 
@@ -80,8 +82,10 @@ def check(
     output = passes.convolve_integers(codes, weight, zero_point, scale, addend, its)
     assert output.dtype == torch.float32
     assert not output._is_view()
-    # The memory format; strides of axes of length 1 mean nothing.
-    assert output.is_contiguous() or not codes.is_contiguous()
+    memory_format = torch.contiguous_format
+    if not codes.is_contiguous():
+        memory_format = CHANNELS_LAST[codes.dim() - 2]
+    assert output.is_contiguous(memory_format=memory_format)
     assert same(output.numpy(), expected(codes, weight, zero_point, scale, addend, its))
 
 
@@ -169,3 +173,52 @@ def test_plain_operations_convolve_groups(passes: Passes) -> None:
         for inputs, outputs in ((slice(3), slice(2)), (slice(3, 6), slice(2, 4)))
     ]
     assert same(output.numpy(), np.concatenate(halves, 1))
+
+
+def test_several_threads_convolve_at_once(passes: Passes) -> None:
+    formats = enumerate((False, True, False))
+    made = [operands((2, 5, 9, 8), (20, 5, 3, 3), last, seed) for seed, last in formats]
+    its = Geometry((1, 1), (1, 1), (1, 1), 1)
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(check, passes, one, 9, its) for one in made * 5]:
+            future.result()
+
+
+def test_the_result_is_on_the_device_of_the_codes(passes: Passes) -> None:
+    codes, weight, scale, bias = operands((2, 3, 5, 5), (4, 3, 3, 3), last=False)
+    its = Geometry((1, 1), (1, 1), (1, 1), 1)
+    with torch.device("meta"):
+        output = passes.convolve_integers(codes, weight, 7, scale, bias, its)
+    assert same(output.numpy(), expected(codes, weight, 7, scale, bias, its))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    codes, weight, scale, bias = operands((2, 3, 5, 5), (4, 3, 3, 3), last=False)
+    its = Geometry((1, 1), (1, 1), (1, 1), 1)
+    passes = native()
+
+    def refused(message: str, *arguments: Any) -> None:
+        with pytest.raises(QuantizationError, match=message):
+            passes.convolve_integers(*arguments)
+
+    refused("codes is a dense uint8", codes.view(torch.int8), weight, 7, scale, bias, its)
+    refused("channels last", codes.transpose(2, 3), weight, 7, scale, bias, its)
+    refused("as many channels", codes[:, :2].contiguous(), weight, 7, scale, bias, its)
+    refused("spatial dimensions", codes[0], weight, 7, scale, bias, its)
+    for change in ({"stride": (0, 1)}, {"dilation": (1, 0)}, {"padding": (-1, 0)}):
+        changed = its._replace(**change)
+        refused("is 0 and no padding negative", codes, weight, 7, scale, bias, changed)
+    refused("larger than the padded", codes, weight, 7, scale, bias, its._replace(dilation=(4, 4)))
+    refused("between 0 and 255, got 256", codes, weight, 256, scale, bias, its)
+    refused("scale has 4 elements", codes, weight, 7, scale[:3], bias, its)
+    refused("bias has 4 elements", codes, weight, 7, scale, bias[:3], its)
+    large = torch.zeros(1, 65794, 1, dtype=torch.uint8)
+    line = Geometry((1,), (0,), (1,), 1)
+    refused("up to 65793", large, large.view(torch.int8), 0, torch.ones(1), None, line)
+
+
+def native() -> Passes:
+    library = load_library()
+    if library.functions is None:
+        pytest.skip(library.reason)
+    return NativePasses()

@@ -25,6 +25,7 @@ LINEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "no bias": (lambda: nn.Linear(8, 3, bias=False), (2, 8)),
     "one row": (lambda: nn.Linear(8, 3), (8,)),
     "many": (lambda: nn.Linear(700, 33), (70, 700)),
+    "like an image": (lambda: nn.Linear(5, 3), (1, 4, 1, 5)),
 }
 CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "padded": (lambda: nn.Conv2d(3, 8, 3, padding=1), (2, 3, 9, 7)),

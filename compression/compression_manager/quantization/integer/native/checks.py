@@ -121,10 +121,15 @@ def check_convolution(codes: Tensor, weight: Tensor, zero_point: int, geometry: 
             f"codes and weight have as many channels, got {described(codes)} and "
             f"{described(weight)}."
         )
-    if 0 in (*codes.shape, *weight.shape) or min(geometry.padding) < 0:
+    if not (codes.is_contiguous() or codes.movedim(1, -1).is_contiguous()):
         raise QuantizationError(
-            f"no size is 0 and no padding negative, got {described(codes)}, {described(weight)} "
-            f"and {geometry}."
+            f"codes are contiguous or have the channels last, got {described(codes)}."
+        )
+    steps = min(*geometry.stride, *geometry.dilation)
+    if 0 in (*codes.shape, *weight.shape) or steps < 1 or min(geometry.padding) < 0:
+        raise QuantizationError(
+            "no size, stride and dilation is 0 and no padding negative, got "
+            f"{described(codes)}, {described(weight)} and {geometry}."
         )
     if min(geometry.places(codes.shape[2:], weight.shape[2:])) < 1:
         raise QuantizationError(

@@ -100,6 +100,8 @@ void multiply_panel(
   cpublas::brgemm(
       rows, PANEL, depth, stride, PANEL, PANEL, add, codes,
       reinterpret_cast<const signed char*>(panel), sums);
+#else
+  throw std::logic_error("this version of torch has no product of 8-bit integers");
 #endif
 }
 

@@ -71,7 +71,9 @@ def convolve(
     order = tuple(range(2 + len(size)))
     if channels_last:
         order = (0, *order[2:], 1)
-    output = torch.empty_permuted((count, columns, *places), order, dtype=torch.float32)
+    output = torch.empty_permuted(
+        (count, columns, *places), order, dtype=torch.float32, device=codes.device
+    )
     matrix = _in_pairs(weight)
     problem = functions.convolve_integers(
         codes.data_ptr(),

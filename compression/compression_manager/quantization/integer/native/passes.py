@@ -273,4 +273,4 @@ class NativePasses(Passes):
 
 
 def _empty_mask(elements: Tensor) -> Tensor:
-    return torch.empty(mask_bytes(elements), dtype=torch.uint8)
+    return torch.empty(mask_bytes(elements), dtype=torch.uint8, device=elements.device)
