@@ -20,6 +20,7 @@ from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.layers.products import last_decision
 from compression_manager.quantization.layers.relu import BitMaskReLU
 from compression_plugins import QATConfig
+from integer_layers import pretended
 from quantization_reference import prepared, step, trained
 
 FORWARD = ("auto", "integer")
@@ -214,10 +215,22 @@ def test_the_report_says_who_computes_on_what_and_why() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         step(skipped, SEQUENCES, 2)
     described = {layer.arithmetic for layer in skipped.report().layers if layer.quantized}
-    # The report itself runs the model, without autocast.
+    # The report itself runs the model in evaluation, without autocast.
     kernel = linear_kernel(torch.device("cpu"), active_passes(), packs=False)
-    assert all(item.startswith(f"{INTEGERS} ({kernel}") for item in described)
-    assert f"{INTEGERS} ({kernel}" in str(skipped.report())
+    reason = "float32 products of fake-quantized operands (autocast chooses"
+    assert all(item.startswith(reason) for item in described)
+    assert all(f"; in evaluation {INTEGERS} ({kernel}" in item for item in described)
+    assert f"; in evaluation {INTEGERS} ({kernel}" in str(skipped.report())
+
+
+def test_the_report_says_why_training_is_not_on_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with use_passes(TORCH), pretended(monkeypatch, vnni=False, amx=False):
+        lines = [layer.arithmetic for layer in trained(cnn(), IMAGES).report().layers]
+    told = [line for line in lines if line]
+    reason = "the torch kernels need VNNI to gain; this CPU has neither VNNI nor AMX"
+    assert told
+    assert all(f"kept for backward ({reason})" in line for line in told)
+    assert all(f"; in evaluation {INTEGERS} (" in line for line in told)
 
 
 @pytest.mark.parametrize("vnni", [False, True])

@@ -20,8 +20,8 @@ class ProductOptions:
 
     Attributes:
         forward: "integer" wherever integers can be multiplied exactly; "auto" in evaluation, and
-            in training where that is fast as well; "fake" never, but with the functions of `arithmetic`, which can be
-            differentiated twice.
+            in training where that is fast as well; "fake" never, but with the functions of
+            `arithmetic`, which can be differentiated twice.
         backward: type of the products that give the gradients.
     """
 
