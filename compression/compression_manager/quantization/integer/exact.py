@@ -6,6 +6,8 @@ without an error, in any order and by any kernel; further terms are added in 32-
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -44,22 +46,25 @@ def convolve(codes: Tensor, zero_point: int, weight: Tensor, geometry: Geometry)
     """
     terms = weight[0, 0].numel()
     channels = weight.shape[1] if geometry.groups > 1 else MOST_TERMS // terms
-    # Without oneDNN torch may take kernels that transform their operands, which rounds.
-    if channels == 0 or channels * terms > MOST_TERMS or not _has_onednn():
-        return _total([_convolved(codes, zero_point, weight, geometry, torch.float64)])
+    if channels == 0 or channels * terms > MOST_TERMS:
+        return _total([_convolved(codes, weight, zero_point, geometry, torch.float64)])
     # Those of all groups stay together.
     pieces = zip(codes.split(channels * geometry.groups, 1), weight.split(channels, 1), strict=True)
-    return _total(
-        [_convolved(some, zero_point, kernels, geometry, torch.float32) for some, kernels in pieces]
-    )
+    with _without_transforms():
+        return _total([_convolved(*piece, zero_point, geometry, torch.float32) for piece in pieces])
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+def _without_transforms() -> AbstractContextManager[object]:
+    """Switch off the kernels that torch may take without oneDNN and that transform operands first.
+
+    Such transforms round.
+    """
+    has_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return nullcontext() if has_onednn else torch.backends.nnpack.flags(enabled=False)
 
 
 def _convolved(
-    codes: Tensor, zero_point: int, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+    codes: Tensor, weight: Tensor, zero_point: int, geometry: Geometry, dtype: torch.dtype
 ) -> Tensor:
     numbers = codes.to(dtype).sub_(zero_point)
     return convolution(numbers, weight.to(dtype), None, geometry)

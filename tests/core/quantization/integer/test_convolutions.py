@@ -142,21 +142,24 @@ def test_all_terms_but_one_more_would_not_be_exact_in_float32() -> None:
 
 
 def test_kernels_that_transform_their_operands_are_not_asked(monkeypatch: Any) -> None:
-    dtypes = []
+    asked = []
     convolution = exact.convolution
 
-    def watched(input: Tensor, *arguments: Any) -> Tensor:
-        dtypes.append(input.dtype)
-        return convolution(input, *arguments)
+    def watched(*arguments: Any) -> Tensor:
+        asked.append(torch._C._get_nnpack_enabled())
+        return convolution(*arguments)
 
     monkeypatch.setattr(exact, "convolution", watched)
-    codes, weight, _, _ = operands((1, 4, 6, 6), (3, 4, 3, 3), last=False)
+    # So many images that torch takes NNPACK's kernels, where it has any.
+    codes, weight, _, _ = operands((16, 24, 12, 12), (32, 24, 3, 3), last=False)
     its = Geometry((1, 1), (1, 1), (1, 1), 1)
-    fast = exact.convolve(codes, 7, weight, its)
+    usual = exact.convolve(codes, 7, weight, its)
+    before = torch._C._get_nnpack_enabled()
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
-        slow = exact.convolve(codes, 7, weight, its)
-    assert dtypes == [torch.float32, torch.float64]
-    assert torch.equal(fast, slow)
+        without = exact.convolve(codes, 7, weight, its)
+    assert asked == [before, False]
+    assert torch._C._get_nnpack_enabled() == before
+    assert torch.equal(usual, without)
 
 
 def test_plain_operations_convolve_groups(passes: Passes) -> None:
