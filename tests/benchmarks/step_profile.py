@@ -78,7 +78,7 @@ def part_of(event: Any) -> str | None:
     while inside is not None:
         if inside.name.startswith(_MARK):
             method = inside.name.removeprefix(_MARK)
-            return "products" if method.startswith("multiply") else "quantization"
+            return "products" if method.startswith(("multiply", "convolve")) else "quantization"
         inside = inside.cpu_parent
     if event.name.startswith(_PRODUCTS):
         return "products"

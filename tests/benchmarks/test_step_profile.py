@@ -26,6 +26,7 @@ def _event(name: str, parent: Any = None) -> Any:
         (_event("aten::_scaled_dot_product_flash_attention_for_cpu"), "products"),
         (_event("passes::multiply_integers"), "products"),
         (_event("aten::copy_", _event("passes::multiply_integers")), "products"),
+        (_event("passes::convolve_integers"), "products"),
         (_event("passes::quantize"), "quantization"),
         (_event("aten::mul", _event("aten::to", _event("passes::dequantize"))), "quantization"),
         (_event("aten::aminmax"), "quantization"),
