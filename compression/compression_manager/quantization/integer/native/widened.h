@@ -80,7 +80,9 @@ inline void pack_column(
 }
 
 // Brings the first pairs of all columns of a panel into it; returns how many.
-inline int64_t pack_whole(const int8_t* columns, int64_t depth, int8_t* panel) {
+inline int64_t pack_whole(
+    [[maybe_unused]] const int8_t* columns, [[maybe_unused]] int64_t depth,
+    [[maybe_unused]] int8_t* panel) {
 #if defined(__AVX2__)
   constexpr int64_t side = 8; // pairs in a register
   const int64_t whole = depth / (side * PAIR) * side;
