@@ -26,7 +26,9 @@ from conformance_models import CASES, converted
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 Runner = Callable[..., Any]
-ALLOWED = 2e-3
+# Sums in another order let a few values between two integers fall on the other one, a whole step
+# away: 2e-3 of a ResNet's outputs and somewhat more.
+ALLOWED = 5e-3
 # Linear layers and convolutions; the CNN and the ResNet compute their first layer, over a single
 # channel, in float32.
 LAYERS = {"demo CNN": 3, "ResNet": 9, "encoder": 7, "embedding": 2, "BERT": 8}
