@@ -26,6 +26,7 @@ from compression_manager.quantization.integer.selection import (
     prepare_native,
     use_passes,
 )
+from compression_manager.quantization.integer.torch_passes import TorchPasses
 from compression_manager.quantization.layers import QuantizedLayer, quantize_layer
 
 WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
@@ -106,6 +107,13 @@ def exact(layer: QuantizedLayer, input: Tensor) -> np.ndarray:
         bias = part.bias.detach().cpu().double().numpy()
         output = output + bias.reshape(-1, *spatial)
     return output
+
+
+class FastPasses(TorchPasses):
+    """Plain passes that say that they multiply integers fast on any CPU."""
+
+    def supports_integers(self) -> bool:
+        return True
 
 
 @contextmanager

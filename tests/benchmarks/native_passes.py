@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
         f"bfloat16 products by AMX: {passes.supports_pieces(3)}, "
-        f"integers' by AMX: {passes.supports_integers()}, {options.threads} threads"
+        f"integers by {passes.integer_kernel(torch.device('cpu'))}, {options.threads} threads"
     )
     results = [*element_checks(passes), *product_checks(passes), *integer_checks(passes)]
     for name, passed in results:

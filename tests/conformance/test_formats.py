@@ -18,6 +18,7 @@ import torch
 
 from compression_manager import deploy
 from compression_manager.deploy.formats import FORMATS
+from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.model_call import call_model, tensors_in
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from conformance_models import CASES, converted
@@ -105,7 +106,7 @@ def test_a_file_returns_the_outputs_of_the_converted_model(
     # integers are not rounded, so that a value between two integers may fall on the other one.
     for arithmetic, allowed in (
         (reference_arithmetic(), ALLOWED[format]),
-        (nullcontext(), FORMATS[format].tolerance / 2),
+        (nullcontext(), MODEL_TOLERANCE / 2),
     ):
         with torch.no_grad(), arithmetic:
             expected = list(tensors_in(call_model(reference(name), inputs)))

@@ -28,6 +28,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
+from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.memory_format import dense
@@ -49,36 +50,37 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         layer: with a weight (out features, in features).
         input: (*, in features).
     """
-    operand = None
-    if _computes_integers(layer, input, lambda: linear_size(input, layer.weight_format.shape)):
-        operand = _integers_of(layer, input)
+    operand, passes = None, passes_for(input.device)
+    if _computes_integers(
+        layer, input, lambda: linear_size(input, layer.weight_format.shape), passes
+    ):
+        operand = _integers_of(layer, input, passes)
     if operand is None:
         return None
-    passes = passes_for(input.device)
     return products.linear(operand, _weight_of(layer), layer.bias, passes, packs=True)
 
 
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     """Return the result of a deployed convolution, or None if integers do not compute it."""
-    operand = None
+    operand, passes = None, passes_for(input.device)
     if why_no_geometry(layer, input) is None and _computes_integers(
-        layer, input, lambda: convolution_size(layer, input)
+        layer, input, lambda: convolution_size(layer, input), passes
     ):
-        operand = _integers_of(layer, input)
+        operand = _integers_of(layer, input, passes)
     if operand is None:
         return None
-    weight, passes = _weight_of(layer), passes_for(input.device)
-    geometry = geometry_of(layer)
+    weight, geometry = _weight_of(layer), geometry_of(layer)
     return products.convolve(operand, weight, layer.bias, geometry, passes, packs=True)
 
 
-def _computes_integers(layer: ConvertedLayer, input: Tensor, size: Callable[[], Size]) -> bool:
+def _computes_integers(
+    layer: ConvertedLayer, input: Tensor, size: Callable[[], Size], passes: Passes
+) -> bool:
     """Return whether integers are multiplied; never where the gradient of the input is wanted."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
         return False
     if not _has_operands(layer):
         return False
-    passes = passes_for(input.device)
     decision = decide(layer.product_options, input, None, size(), passes, training=False)
     return decision.path == "integer"
 
@@ -90,12 +92,12 @@ def _has_operands(layer: ConvertedLayer) -> bool:
     return why_no_integer_input(input) is None and why_no_integer_weight(weight) is None
 
 
-def _integers_of(layer: ConvertedLayer, input: Tensor) -> IntegerInput | None:
+def _integers_of(layer: ConvertedLayer, input: Tensor, passes: Passes) -> IntegerInput | None:
     """Return the integers of a finite input."""
     scheme, values = layer.spec.input, dense(input)
     assert scheme is not None  # or there were no operands
     scale, zero_point = layer.input_scale, layer.input_zero_point
-    return quantize_input(values, scale, zero_point, scheme, passes_for(input.device))
+    return quantize_input(values, scale, zero_point, scheme, passes)
 
 
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:

@@ -17,6 +17,7 @@ from compression_manager.model_call import (
     quiet_evaluation,
     tensors_in,
 )
+from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_manager.quantization.layers import QuantizedLayer
 
 
@@ -41,13 +42,19 @@ def require_converted(model: object, owner: str) -> nn.Module:
 class Reference:
     """What the converted model returns for some inputs.
 
+    Sums of integers are exact and those of float32 rounded, so that a value between two integers
+    may fall on either. What runs in the model's place has one arithmetic or the other, and is
+    compared with the model in the same one.
+
     Attributes:
         inputs: as `model_call.call_model` passes them.
         output: as the model returned it.
+        in_float32: what the functions of `arithmetic` return in the place of integer kernels.
     """
 
     inputs: Any
     output: Any
+    in_float32: Any
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> Reference:
@@ -57,7 +64,9 @@ class Reference:
             ConfigError: it does not take `inputs`.
         """
         with full_precision(), quiet_evaluation(model):
-            return cls(inputs, call_with_examples(model, inputs))
+            output = call_with_examples(model, inputs)
+            with reference_arithmetic():
+                return cls(inputs, output, call_with_examples(model, inputs))
 
     def compare(self, run: Callable[..., Any], tolerance: float, name: str) -> float:
         """Return the relative error (root mean square) of what `run` returns for the inputs.
@@ -96,14 +105,22 @@ class Reference:
         wanted, got = _listed(expected), _listed(actual)
         if wanted != got:
             raise ParityError(f"{where} returns {got} instead of {wanted}.")
-        difference, allowed = compare_outputs(expected, actual, tolerance)
-        for one, other in zip(expected, actual, strict=True):
-            if not one.is_floating_point() and one.numel():
-                difference = max(difference, float((one.cpu() != other.cpu()).double().mean()))
-        return difference, allowed
+        in_float32 = list(tensors_in(self.in_float32))
+        return min(_difference(item, actual, tolerance) for item in (expected, in_float32))
 
     def _where(self, name: str) -> str:
         return f"{name} at batch size {batch_size(self.inputs)}"
+
+
+def _difference(
+    expected: list[Tensor], actual: list[Tensor], tolerance: float
+) -> tuple[float, float]:
+    """Return the largest difference of outputs of equal types and shapes, and what is allowed."""
+    difference, allowed = compare_outputs(expected, actual, tolerance)
+    for one, other in zip(expected, actual, strict=True):
+        if not one.is_floating_point() and one.numel():
+            difference = max(difference, float((one.cpu() != other.cpu()).double().mean()))
+    return difference, allowed
 
 
 def _listed(outputs: list[Tensor]) -> str:

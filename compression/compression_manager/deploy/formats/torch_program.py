@@ -10,18 +10,18 @@ import torch
 from torch.export import ExportedProgram
 
 from compression_manager.deploy.formats.base import ExportFormat
-from compression_manager.deploy.parity import MODEL_TOLERANCE
+from compression_manager.deploy.parity import LAYER_TOLERANCE
 from compression_manager.quantization.exporting import View
 
 
 class TorchFormat(ExportFormat):
     """One .pt2 file, which `torch.export.load` reads where this package is not installed.
 
-    It computes in float32 with torch's own operators; the converted model multiplies integers.
+    It computes with torch's own operators in the same order as the converted model in float32.
     """
 
     name = "torch"
-    tolerance = MODEL_TOLERANCE
+    tolerance = LAYER_TOLERANCE
 
     @property
     def view(self) -> View:

@@ -19,7 +19,7 @@ Path = Literal["integer", "codes", "fake"]
 
 # Below, in training, what surrounds an integer product costs more than the product saves.
 MIN_ROWS = 256
-# Without VNNI: weights are not brought into oneDNN's order.
+# The same for the native kernels of CPUs without VNNI.
 MIN_ROWS_WITHOUT = 128
 MIN_SUMMED = 64
 MIN_COLUMNS = 16

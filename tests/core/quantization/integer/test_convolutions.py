@@ -16,7 +16,6 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.geometry import Geometry
-from compression_manager.quantization.integer.native import NativePasses, load_library
 from compression_manager.quantization.integer.passes import Passes
 from dense_tensors import same
 
@@ -193,35 +192,3 @@ def test_the_result_is_on_the_device_of_the_codes(passes: Passes) -> None:
     with torch.device("meta"):
         output = passes.convolve_integers(codes, weight, 7, scale, bias, its)
     assert same(output.numpy(), expected(codes, weight, 7, scale, bias, its))
-
-
-def test_what_does_not_fit_is_refused() -> None:
-    codes, weight, scale, bias = operands((2, 3, 5, 5), (4, 3, 3, 3), last=False)
-    its = Geometry((1, 1), (1, 1), (1, 1), 1)
-    passes = native()
-
-    def refused(message: str, *arguments: Any) -> None:
-        with pytest.raises(QuantizationError, match=message):
-            passes.convolve_integers(*arguments)
-
-    refused("codes is a dense uint8", codes.view(torch.int8), weight, 7, scale, bias, its)
-    refused("channels last", codes.transpose(2, 3), weight, 7, scale, bias, its)
-    refused("as many channels", codes[:, :2].contiguous(), weight, 7, scale, bias, its)
-    refused("spatial dimensions", codes[0], weight, 7, scale, bias, its)
-    for change in ({"stride": (0, 1)}, {"dilation": (1, 0)}, {"padding": (-1, 0)}):
-        changed = its._replace(**change)
-        refused("is 0 and no padding negative", codes, weight, 7, scale, bias, changed)
-    refused("larger than the padded", codes, weight, 7, scale, bias, its._replace(dilation=(4, 4)))
-    refused("between 0 and 255, got 256", codes, weight, 256, scale, bias, its)
-    refused("scale has 4 elements", codes, weight, 7, scale[:3], bias, its)
-    refused("bias has 4 elements", codes, weight, 7, scale, bias[:3], its)
-    large = torch.zeros(1, 65794, 1, dtype=torch.uint8)
-    line = Geometry((1,), (0,), (1,), 1)
-    refused("up to 65793", large, large.view(torch.int8), 0, torch.ones(1), None, line)
-
-
-def native() -> Passes:
-    library = load_library()
-    if library.functions is None:
-        pytest.skip(library.reason)
-    return NativePasses()

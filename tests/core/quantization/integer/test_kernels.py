@@ -14,7 +14,7 @@ from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.integer.torch_passes import TorchPasses
+from integer_layers import FastPasses
 
 CPU = torch.device("cpu")
 GEOMETRY = Geometry((1, 1), (0, 0), (1, 1), 1)
@@ -76,14 +76,11 @@ def test_of_convolutions(vnni: bool) -> None:
         assert "aten.convolution" in recorded.names
 
 
-class Fast(TorchPasses):
-    """Passes with fast products, which remember that they were asked for them."""
+class Fast(FastPasses):
+    """Those, with a name, which remember that they were asked to convolve."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
-
-    def supports_integers(self) -> bool:
-        return True
 
     def integer_kernel(self, device: torch.device) -> str:
         return f"fast on {device}"

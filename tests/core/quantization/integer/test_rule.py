@@ -14,18 +14,10 @@ from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
 from compression_manager.quantization.integer.rule import decide, why_no_integers
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.integer.torch_passes import TorchPasses
-from integer_layers import pretended
+from integer_layers import FastPasses, pretended
 
 LARGE = Size(rows=512, summed=512, columns=512)
 CPU = torch.device("cpu")
-
-
-class Fast(TorchPasses):
-    """Passes that multiply integers fast on any CPU."""
-
-    def supports_integers(self) -> bool:
-        return True
 
 
 def _reason(
@@ -50,7 +42,7 @@ def test_large_products_are_integer_where_the_cpu_has_the_instructions(monkeypat
 def test_kernels_that_do_without_the_instructions_gain_with_fewer_rows(monkeypatch: Any) -> None:
     for rows, reason in ((128, None), (127, "127 rows are too few to gain; 128 are needed")):
         size = Size(rows, 512, 512)
-        assert _reason(monkeypatch, size, vnni=False, passes=Fast()) == reason
+        assert _reason(monkeypatch, size, vnni=False, passes=FastPasses()) == reason
         assert _reason(monkeypatch, size) is not None
 
 

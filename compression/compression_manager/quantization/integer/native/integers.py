@@ -15,81 +15,102 @@ from compression_manager.quantization.integer.native.checks import (
     check_integers,
     check_vector,
 )
+from compression_manager.quantization.integer.passes import Passes
 
 # The C++ functions know this many spatial dimensions.
 _AXES = 3
 
 
-def multiply(
-    functions: ctypes.CDLL,
-    codes: Tensor,
-    weight: Tensor,
-    zero_point: int,
-    scale: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """Return what `Passes.multiply_integers` does."""
-    check_integers(codes, weight, zero_point)
-    rows, depth = codes.shape
-    columns = weight.shape[0]
-    _check_addends(scale, bias, columns)
-    if 0 in (rows, columns, depth):
-        nothing = scale.new_zeros(rows, columns).mul_(scale)
-        return nothing if bias is None else nothing.add_(bias)
-    output = scale.new_empty(rows, columns)
-    problem = functions.multiply_integers(
-        codes.data_ptr(),
-        weight.data_ptr(),
-        zero_point,
-        scale.data_ptr(),
-        address(bias),
-        rows,
-        columns,
-        depth,
-        output.data_ptr(),
-    )
-    require_none(problem)
-    return output
+class NativeIntegers(Passes):
+    """The products of integers among the passes.
 
+    Args:
+        functions: the declared C++ functions.
+    """
 
-def convolve(
-    functions: ctypes.CDLL,
-    codes: Tensor,
-    weight: Tensor,
-    zero_point: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Geometry,
-) -> Tensor:
-    """Return what `Passes.convolve_integers` does."""
-    check_convolution(codes, weight, zero_point, geometry)
-    (count, channels), size = codes.shape[:2], codes.shape[2:]
-    columns, kernel = weight.shape[0], weight.shape[2:]
-    _check_addends(scale, bias, columns)
-    places = geometry.places(size, kernel)
-    channels_last = not codes.is_contiguous()
-    order = tuple(range(2 + len(size)))
-    if channels_last:
-        order = (0, *order[2:], 1)
-    output = torch.empty_permuted(
-        (count, columns, *places), order, dtype=torch.float32, device=codes.device
-    )
-    matrix = _in_pairs(weight)
-    problem = functions.convolve_integers(
-        codes.data_ptr(),
-        channels_last,
-        matrix.data_ptr(),
-        zero_point,
-        scale.data_ptr(),
-        address(bias),
-        count,
-        channels,
-        columns,
-        _numbers(size, kernel, geometry),
-        output.data_ptr(),
-    )
-    require_none(problem)
-    return output
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._functions = functions
+        self._supports_integers = bool(functions.supports_integers())
+        self._instructions = "AMX" if functions.multiplies_with_amx() else "AVX2"
+
+    def supports_integers(self) -> bool:
+        """Return whether there are fast instructions that oneDNN makes no or less use of."""
+        return self._supports_integers
+
+    def integer_kernel(self, device: torch.device) -> str:
+        """See `Passes.integer_kernel`."""
+        return f"the native {self._instructions} product; scales, zero point and bias fused"
+
+    def multiply_integers(
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int | Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """See `Passes.multiply_integers`; codes and weight are contiguous."""
+        zero_point = int(zero_point)
+        check_integers(codes, weight, zero_point)
+        rows, depth = codes.shape
+        columns = weight.shape[0]
+        _check_addends(scale, bias, columns)
+        if 0 in (rows, columns, depth):
+            nothing = scale.new_zeros(rows, columns).mul_(scale)
+            return nothing if bias is None else nothing.add_(bias)
+        output = scale.new_empty(rows, columns)
+        problem = self._functions.multiply_integers(
+            codes.data_ptr(),
+            weight.data_ptr(),
+            zero_point,
+            scale.data_ptr(),
+            address(bias),
+            rows,
+            columns,
+            depth,
+            output.data_ptr(),
+        )
+        require_none(problem)
+        return output
+
+    def convolve_integers(
+        self,
+        codes: Tensor,
+        weight: Tensor,
+        zero_point: int,
+        scale: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+    ) -> Tensor:
+        """See `Passes.convolve_integers`."""
+        check_convolution(codes, weight, zero_point, geometry)
+        (count, channels), size = codes.shape[:2], codes.shape[2:]
+        columns, kernel = weight.shape[0], weight.shape[2:]
+        _check_addends(scale, bias, columns)
+        places = geometry.places(size, kernel)
+        channels_last = not codes.is_contiguous()
+        order = tuple(range(2 + len(size)))
+        if channels_last:
+            order = (0, *order[2:], 1)
+        output = torch.empty_permuted(
+            (count, columns, *places), order, dtype=torch.float32, device=codes.device
+        )
+        matrix = _in_pairs(weight)
+        problem = self._functions.convolve_integers(
+            codes.data_ptr(),
+            channels_last,
+            matrix.data_ptr(),
+            zero_point,
+            scale.data_ptr(),
+            address(bias),
+            count,
+            channels,
+            columns,
+            _numbers(size, kernel, geometry),
+            output.data_ptr(),
+        )
+        require_none(problem)
+        return output
 
 
 def _in_pairs(weight: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import mask_bytes
-from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.native.checks import (
     CODES,
     check,
@@ -21,18 +20,16 @@ from compression_manager.quantization.integer.native.checks import (
     described,
 )
 from compression_manager.quantization.integer.native.integers import (
+    NativeIntegers,
     address,
-    convolve,
-    multiply,
     require_none,
 )
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
-from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.memory_format import is_dense
 
 
-class NativePasses(Passes):
+class NativePasses(NativeIntegers):
     """C++ kernels, each one pass over memory, on torch's own threads.
 
     Raises:
@@ -45,9 +42,7 @@ class NativePasses(Passes):
         library = load_library()
         if library.functions is None:
             raise QuantizationError(f"no native passes: {library.reason}.")
-        self._functions = declared(library.functions)
-        self._supports_integers = bool(self._functions.supports_integers())
-        self._instructions = "AMX" if self._functions.multiplies_with_amx() else "AVX2"
+        super().__init__(declared(library.functions))
 
     def __reduce__(self) -> tuple[type[NativePasses], tuple[()]]:
         """Have a copy load the library again: addresses mean nothing in another process."""
@@ -239,37 +234,6 @@ class NativePasses(Passes):
         )
         require_none(problem)
         return output
-
-    def supports_integers(self) -> bool:
-        """Return whether there are fast instructions that oneDNN makes no or less use of."""
-        return self._supports_integers
-
-    def integer_kernel(self, device: torch.device) -> str:
-        """See `Passes.integer_kernel`."""
-        return f"the native {self._instructions} product; scales, zero point and bias fused"
-
-    def multiply_integers(
-        self,
-        codes: Tensor,
-        weight: Tensor,
-        zero_point: int | Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """See `Passes.multiply_integers`; codes and weight are contiguous."""
-        return multiply(self._functions, codes, weight, int(zero_point), scale, bias)
-
-    def convolve_integers(
-        self,
-        codes: Tensor,
-        weight: Tensor,
-        zero_point: int,
-        scale: Tensor,
-        bias: Tensor | None,
-        geometry: Geometry,
-    ) -> Tensor:
-        """See `Passes.convolve_integers`; fastest where codes and weight are channels_last."""
-        return convolve(self._functions, codes, weight, zero_point, scale, bias, geometry)
 
 
 def _empty_mask(elements: Tensor) -> Tensor:
