@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from compression_manager import deploy
+from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.integrations import inductor
 from compression_manager.model_call import call_model, tensors_in
 from compression_manager.quantization.integer.selection import reference_arithmetic
@@ -26,9 +26,7 @@ from conformance_models import CASES, converted
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 Runner = Callable[..., Any]
-# Sums in another order let a few values between two integers fall on the other one, a whole step
-# away: 2e-3 of a ResNet's outputs and somewhat more.
-ALLOWED = 5e-3
+ALLOWED = 2e-3
 # Linear layers and convolutions; the CNN and the ResNet compute their first layer, over a single
 # channel, in float32.
 LAYERS = {"demo CNN": 3, "ResNet": 9, "encoder": 7, "embedding": 2, "BERT": 8}
@@ -69,23 +67,28 @@ def packaged(name: str, folder: Path) -> Runner:
 def check(run: Runner, model: nn.Module, name: str, batch: int, allowed: float) -> None:
     """Compare with sums of integers and with those of float32, one of which `run` has.
 
-    Where they differ in the last bits, a value between two integers may fall on either.
+    Sums in another order let a value between two integers fall on the other one, a whole step away,
+    in a sample now and then: the worst ones need only be within the library's own tolerance.
     """
     inputs = CASES[name].inputs(batch, seed=batch)
+    with torch.no_grad():
+        actual = list(tensors_in(call_model(run, inputs)))
     errors = []
     for arithmetic in (nullcontext(), reference_arithmetic()):
-        with torch.no_grad():
-            with arithmetic:
-                expected = list(tensors_in(call_model(model, inputs)))
-            actual = list(tensors_in(call_model(run, inputs)))
+        with torch.no_grad(), arithmetic:
+            expected = list(tensors_in(call_model(model, inputs)))
         assert [item.shape for item in actual] == [item.shape for item in expected]
-        errors.append(max(_error(*pair) for pair in zip(expected, actual, strict=True)))
+        assert max(_error(*pair) for pair in zip(expected, actual, strict=True)) <= MODEL_TOLERANCE
+        rare = 0 if batch == 1 else 1 + batch // 32
+        errors.append(max(_error(*pair, rare) for pair in zip(expected, actual, strict=True)))
     assert min(errors) <= allowed
 
 
-def _error(wanted: torch.Tensor, got: torch.Tensor) -> float:
-    wanted64, got64 = (item.numpy().astype(np.float64) for item in (wanted, got))
-    return float(np.sqrt(np.square(got64 - wanted64).sum() / np.square(wanted64).sum()))
+def _error(wanted: torch.Tensor, got: torch.Tensor, rare: int = 0) -> float:
+    """Return the relative root mean square error, without that of the `rare` worst samples."""
+    wanted64, got64 = (item.double().flatten(1) for item in (wanted, got))
+    squares = (got64 - wanted64).square().sum(1).sort().values[: len(got64) - rare]
+    return float((squares.sum() / wanted64.square().sum()).sqrt())
 
 
 @pytest.mark.parametrize("batch", [7, 64, 1])
