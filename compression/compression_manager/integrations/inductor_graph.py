@@ -26,6 +26,7 @@ _CONVOLUTIONS = frozenset(
     for dimensions in (1, 2, 3)
     for overload in ("default", "padding")
 )
+_LAYERS = _CONVOLUTIONS | {torch.ops.aten.linear.default}
 
 
 def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int]:
@@ -80,7 +81,9 @@ def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
 
 
 def _is_kernels_weight(module: fx.GraphModule, node: Node) -> bool:
-    """Return whether an int8 tensor is a weight, symmetric and per output channel at most."""
+    """Return whether an int8 tensor is a layer's weight, symmetric and per output channel at most."""
+    if not all(user.target in _LAYERS for user in node.users):
+        return False  # rows of a table, say, whose indices are constant
     weight = _constant(module, node.args[0])
     if weight is None or _constant(module, node.args[1]) is None:
         return False

@@ -161,6 +161,23 @@ def test_rows_of_an_embedding_are_dequantized_after_they_are_chosen() -> None:
     assert_same(converted, module, indices[:2])
 
 
+def test_rows_of_a_table_with_constant_indices_are_no_weight_of_a_layer() -> None:
+    class WithPositions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions = nn.Embedding(5, 6)
+            self.head = nn.Linear(6, 4)
+            self.register_buffer("order", torch.arange(5)[None])
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.head(input + self.positions(self.order))
+
+    inputs = randn(3, 5, 6)
+    converted, module, weights, _ = translated(WithPositions(), inputs)
+    assert weights == 1  # the head's
+    assert_same(converted, module, inputs)
+
+
 def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     input = torch.randint(0, 256, (32, 96), dtype=torch.uint8, generator=generator)

@@ -110,6 +110,22 @@ def test_plain_operations_multiply_8_bits_where_that_is_exact(
     check(TorchPasses(), make_factors(32, 64, 48, largest=15), 131, True)
 
 
+@pytest.mark.parametrize("shape", [(1, 40, 30), (9, 1, 30), (9, 40, 1), (1, 1, 1)])
+def test_strides_mean_nothing_where_a_size_is_one(
+    passes: NativePasses, shape: tuple[int, int, int]
+) -> None:
+    codes, weight, scale, bias = make_factors(*shape)
+    factors = _with_stride_zero(codes), _with_stride_zero(weight), scale, bias
+    for _ in range(3):  # what lies in fresh memory may be right by chance
+        check(passes, factors, 3, True)
+        check(TorchPasses(), factors, 3, True)
+
+
+def _with_stride_zero(matrix: Tensor) -> Tensor:
+    sizes = zip(matrix.shape, matrix.stride(), strict=True)
+    return matrix.as_strided(matrix.shape, [stride if size > 1 else 0 for size, stride in sizes])
+
+
 def test_the_result_is_float32_whatever_the_default_is(passes: NativePasses) -> None:
     codes, weight, scale, bias = make_factors(4, 30, 70)
     default = torch.get_default_dtype()
