@@ -117,9 +117,9 @@ class FastPasses(TorchPasses):
 
 
 @contextmanager
-def pretended(monkeypatch: Any, *, vnni: bool, amx: bool) -> Iterator[None]:
+def pretended(monkeypatch: Any, *, vnni: bool, amx: bool, bfloat16: bool = False) -> Iterator[None]:
     """Let the rule, and nothing else, believe in a CPU of these features."""
-    features = cpu_features.CpuFeatures(vnni=vnni, amx=amx)
+    features = cpu_features.CpuFeatures(vnni, amx, bfloat16)
     with monkeypatch.context() as patched:
         patched.setattr(rule, "cpu_features", lambda: features)
         yield

@@ -66,7 +66,7 @@ def test_verdicts(
 ) -> None:
     monkeypatch.setattr(integer_rule, "interleaved", _timed(integer, spread))
     with pretended(monkeypatch, vnni=vnni, amx=False), use_passes(TORCH):
-        result = integer_rule.measure("linear", (512, 64, 64), 4, 1.0)
+        result = integer_rule.measure("linear", (512, 256, 256), 4, 1.0)
     assert result.chosen == ("integer" if vnni else "float32")
     assert result.is_right == is_right
     loss = integer if vnni else 1 / integer

@@ -81,7 +81,7 @@ def test_the_bar_follows_the_processor_and_the_size(monkeypatch):
 
 @pytest.mark.usefixtures("_vnni")
 def test_what_cannot_run_here_is_listed_with_the_reason(tmp_path, capsys):
-    arguments = [*TINY, "--models", "resnet", "--variants", "bfloat16"]
+    arguments = [*TINY, "--models", "resnet", "--variants", "bfloat16x3"]
     results = training_step.main([*arguments, "--json", str(tmp_path / "steps.json")])
     assert results[1].skipped == "the processor has no AMX-bf16"
     assert results[1].ratio is None

@@ -110,8 +110,8 @@ def test_a_file_returns_the_outputs_of_the_converted_model(
         assert all(item.shape[0] == batch for item in actual)
         pairs = zip(expected, actual, strict=True)
         errors.append(max(_error(wanted.numpy(), got) for wanted, got in pairs))
-    # Sums of integers are exact, those of float32 are rounded, in an order that each runtime chooses.
-    # So a value between two integers may fall on either, in the model's two arithmetics as well.
+    # Sums of integers are exact, those of float32 rounded, in an order that each runtime chooses: a
+    # value between two integers may fall on either, in the model's two arithmetics as well.
     assert max(errors) <= MODEL_TOLERANCE
     assert min(errors) <= ALLOWED[format]
 

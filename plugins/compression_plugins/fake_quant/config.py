@@ -129,7 +129,8 @@ class QATConfig(PluginConfig):
         default="float32",
         metadata=option(
             "Arithmetic of the products in backward: 'float32', 'bfloat16x3' (float32's accuracy "
-            "from three bfloat16 products) or 'bfloat16'; the last two on CPUs with AMX."
+            "from three bfloat16 products; on CPUs with AMX) or 'bfloat16' (with AMX or AVX-512 "
+            "BF16)."
         ),
     )
 

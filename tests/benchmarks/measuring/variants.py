@@ -69,10 +69,10 @@ def _variant(name: str, title: str, passes: str, bars: dict[str, float], **more:
     return Variant(name, title, {"forward": "auto", "backward": "float32"}, passes, bars, **more)
 
 
-def _with_amx(backward: str, bars: dict[str, float]) -> Variant:
+def _in_bfloat16(backward: str, instructions: str, bars: dict[str, float]) -> Variant:
     options = {"forward": "auto", "backward": backward}
     title = f"native, {backward} backward"
-    return Variant(backward, title, options, "native", bars, needs=("VNNI", "AMX-bf16"))
+    return Variant(backward, title, options, "native", bars, needs=("VNNI", instructions))
 
 
 FLOAT = Variant(BASELINE, "float32", None)
@@ -81,8 +81,8 @@ VARIANTS = (
     Variant("fake", "fake-quant", {"forward": "fake"}),
     _variant("auto-torch", "torch ops", "torch", {"encoder": 0.95, "resnet": 0.97}),
     _variant("auto-native", "native", "native", {"encoder": 0.85, "resnet": 0.88}),
-    _with_amx("bfloat16x3", {"encoder": 0.72}),
-    _with_amx("bfloat16", {"encoder": 0.50, "resnet": 0.50}),
+    _in_bfloat16("bfloat16x3", "AMX-bf16", {"encoder": 0.72}),
+    _in_bfloat16("bfloat16", "AVX512-BF16", {"encoder": 0.50, "resnet": 0.50}),
     Variant("distilled-fake", "fake-quant, distilled", {"forward": "fake"}, distilled=True),
     _variant("distilled-torch", "torch ops, distilled", "torch", DISTILLED, distilled=True),
     _variant("distilled-native", "native, distilled", "native", DISTILLED, distilled=True),

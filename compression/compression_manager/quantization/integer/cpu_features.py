@@ -15,12 +15,14 @@ class CpuFeatures(NamedTuple):
     Attributes:
         vnni: 8-bit products with 32-bit sums (AVX-512 VNNI). Without them oneDNN's 8-bit kernels
             saturate.
-        amx: tiles of 8-bit and bfloat16 numbers. Without them bfloat16 products are slower than
-            those of float32.
+        amx: tiles of 8-bit and bfloat16 numbers.
+        bfloat16: products of bfloat16 numbers (AVX-512 BF16), two at a time where float32 has one.
+            Without these and AMX they are slower than those of float32.
     """
 
     vnni: bool
     amx: bool
+    bfloat16: bool = False
 
     def __str__(self) -> str:
         found = [name for name, there in (("VNNI", self.vnni), ("AMX", self.amx)) if there]
@@ -34,6 +36,7 @@ def cpu_features() -> CpuFeatures:
         vnni=_asks("_is_vnni_supported"),
         # torch asks the operating system for the tiles' registers before it says yes.
         amx=_asks("_is_amx_tile_supported") and _asks("_init_amx"),
+        bfloat16=_asks("_is_avx512_bf16_supported"),
     )
 
 

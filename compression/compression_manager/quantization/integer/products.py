@@ -1,8 +1,8 @@
 """Products of integers with 32-bit sums, as real numbers.
 
-On a CPU with VNNI oneDNN's kernels compute them, through operators that torch keeps for
-Inductor's own use, or native ones; on other CPUs native kernels, or those of float32 with sums that
-float32 holds exactly.
+Native kernels compute them in training where there are any. Where the weight stays as it is,
+oneDNN's on a CPU with VNNI, through operators that torch keeps for Inductor's own use. Otherwise
+those of float32, with sums that float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ def linear_kernel(device: torch.device, passes: Passes, *, packs: bool) -> str:
     return _multiplier(passes).integer_kernel(device)
 
 
-def convolution_kernel(passes: Passes, groups: int) -> str:
+def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
     """Return which kernel `convolve` calls, and what it does beside the product.
 
     Args:
         passes: as for `convolve`.
         groups: of channels.
+        packs: as for `convolve`.
     """
-    if cpu_features().vnni:
+    convolver = _convolver(passes, groups)
+    if _takes_onednn(convolver, packs):
         return f"onednn.qconv_pointwise; {_FUSED}"
-    return _convolver(passes, groups).integer_kernel(torch.device("cpu"))
+    return convolver.integer_kernel(torch.device("cpu"))
 
 
 def linear(
@@ -108,11 +110,11 @@ def convolve(
         float32 (N, out channels, *spatial'), in the memory format of the input.
     """
     _check_terms(input.codes.shape[1], weight.codes.shape[1] * geometry.groups)
-    if cpu_features().vnni:
+    convolver = _convolver(passes, geometry.groups)
+    if _takes_onednn(convolver, packs):
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     codes, zero_point = _unsigned(input.codes, input.zero_point)
     scale = input.scale * weight.scale
-    convolver = _convolver(passes, geometry.groups)
     return convolver.convolve_integers(codes, weight.codes, int(zero_point), scale, bias, geometry)
 
 
@@ -131,6 +133,12 @@ def _multiplier(passes: Passes) -> Passes:
 
 def _convolver(passes: Passes, groups: int) -> Passes:
     return _multiplier(passes) if groups == 1 else TORCH
+
+
+def _takes_onednn(convolver: Passes, packs: bool) -> bool:
+    """Return whether oneDNN convolves: exact with VNNI, and by AMX, unlike native kernels."""
+    features = cpu_features()
+    return features.vnni and (packs or features.amx or convolver is TORCH)
 
 
 def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:

@@ -17,10 +17,11 @@ from compression_manager.quantization.integer.selection import why_reference
 
 Path = Literal["integer", "codes", "fake"]
 
-# Below, in training, what surrounds an integer product costs more than the product saves.
-MIN_ROWS = 256
-# The same for the native kernels of CPUs without VNNI.
-MIN_ROWS_WITHOUT = 128
+# Below, in training, what surrounds an integer product costs more than the product saves:
+# multiplications, with native kernels and with plain torch operations,
+MIN_NATIVE_WORK = 2**20
+MIN_WORK = 2**24
+# terms of a sum, and columns.
 MIN_SUMMED = 64
 MIN_COLUMNS = 16
 
@@ -120,21 +121,21 @@ def why_no_integers(
         return f"{size.groups} groups of channels leave little to multiply"
     if not training:
         return None
-    features = cpu_features()
-    if not (features.vnni or passes.supports_integers()):
-        return f"the {passes.name} kernels need VNNI to gain; this CPU has {features}"
-    return _why_too_small(size, MIN_ROWS if features.vnni else MIN_ROWS_WITHOUT)
+    is_native = passes.supports_integers()
+    if not is_native and not cpu_features().vnni:
+        return f"the {passes.name} kernels need VNNI to gain; this CPU has {cpu_features()}"
+    return _why_too_small(size, MIN_NATIVE_WORK if is_native else MIN_WORK)
 
 
 @lru_cache
-def _why_too_small(size: Size, least_rows: int) -> str | None:
+def _why_too_small(size: Size, least_work: int) -> str | None:
     for name, value, least in (
-        ("rows", size.rows, least_rows),
+        ("multiplications", size.rows * size.summed * size.columns, least_work),
         ("products in a sum", size.summed, MIN_SUMMED),
         ("output channels", size.columns, MIN_COLUMNS),
     ):
         if value < least:
-            return f"{value} {name} are too few to gain; {least} are needed"
+            return f"{value:,} {name} are too few to gain; {least:,} are needed"
     return None
 
 
@@ -151,6 +152,10 @@ def _why_not_on_cuda(options: ProductOptions, size: Size) -> str | None:
 def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -> Backward:
     """Return how gradients are multiplied: as chosen, where the machine does it fast."""
     chosen = options.backward
-    if chosen == "float32" or device.type != "cpu" or not cpu_features().amx:
+    if chosen == "float32" or device.type != "cpu":
+        return "float32"
+    features = cpu_features()
+    # Three pieces at twice the speed of float32 would lose.
+    if not (features.amx or (features.bfloat16 and chosen == "bfloat16")):
         return "float32"
     return chosen if passes.supports_pieces(PIECES[chosen]) else "float32"

@@ -265,8 +265,8 @@ def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tu
     if codes.device.type != "cpu":  # where only signed integers are taken
         # Flipping the highest bit subtracts 128.
         codes, zero_point = (codes ^ 128).view(torch.int8), zero_point - 128
-    # On the CPU torch takes the leading dimensions from the strides, which say nothing where a size is
-    # one, and returns garbage if they are less than the size (pytorch issue 195066).
+    # On the CPU torch takes leading dimensions from the strides, which say nothing where a size is
+    # one, and returns garbage if they are less than the other size (pytorch issue 195066).
     (rows, depth), columns = codes.shape, weight.shape[0]
     left = codes.as_strided((rows, depth), (depth, 1))
     right = weight.as_strided((depth, columns), (1, depth) if depth > 1 else (columns, 1))

@@ -93,9 +93,12 @@ def _kernels(layer: QuantizedLayer) -> str:
     """Return which kernel multiplies in training, and which where the weight stays as it is."""
     device = next(layer.parameters()).device
     passes = passes_for(device)
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return convolution_kernel(passes, layer.groups)
-    training, stays = (linear_kernel(device, passes, packs=packs) for packs in (False, True))
+    training, stays = (
+        convolution_kernel(passes, layer.groups, packs=packs)
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        else linear_kernel(device, passes, packs=packs)
+        for packs in (False, True)
+    )
     return training if training == stays else f"{training}; once converted {stays}"
 
 

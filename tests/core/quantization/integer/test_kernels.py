@@ -44,10 +44,13 @@ def _operands(*shape: int) -> tuple[IntegerInput, IntegerWeight]:
 
 @pytest.fixture(params=[False, True], ids=["without VNNI", "with VNNI"])
 def vnni(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    features = CpuFeatures(vnni=request.param, amx=False)
+    _pretend(monkeypatch, CpuFeatures(vnni=request.param, amx=False))
+    return bool(request.param)
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, features: CpuFeatures) -> None:
     for module in (products, torch_passes):
         monkeypatch.setattr(module, "cpu_features", lambda: features)
-    return features.vnni
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -64,10 +67,11 @@ def test_of_linear_layers(vnni: bool, packs: bool) -> None:
     assert kernel.replace("torch.", "aten.") in recorded.names
 
 
-def test_of_convolutions(vnni: bool) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_of_convolutions(vnni: bool, packs: bool) -> None:
     with Recorded() as recorded:
-        products.convolve(*_operands(5, 5), None, GEOMETRY, TORCH, packs=False)
-    kernel = products.convolution_kernel(TORCH, 1).partition(";")[0]
+        products.convolve(*_operands(5, 5), None, GEOMETRY, TORCH, packs=packs)
+    kernel = products.convolution_kernel(TORCH, 1, packs=packs).partition(";")[0]
     if vnni:
         assert kernel == "onednn.qconv_pointwise"
         assert kernel in recorded.names
@@ -96,11 +100,19 @@ def test_passes_that_multiply_fast_name_their_own_kernel() -> None:
     assert cuda.partition(";")[0] == "torch._int_mm"
 
 
-def test_passes_that_multiply_fast_convolve_one_group_where_onednn_does_not(vnni: bool) -> None:
-    fast = Fast()
-    kernel = products.convolution_kernel(fast, 1)
-    assert (kernel == "fast on cpu") != vnni
-    products.convolve(*_operands(5, 5), None, GEOMETRY, fast, packs=False)
-    assert fast.asked == ([] if vnni else ["convolve_integers"])
-    if not vnni:
-        assert products.convolution_kernel(fast, 2) == EXACT
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("packs", [False, True])
+def test_passes_that_multiply_fast_convolve_in_training_where_onednn_has_no_amx(
+    vnni: bool, amx: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend(monkeypatch, CpuFeatures(vnni=vnni, amx=amx))
+    fast, by_onednn = Fast(), vnni and (amx or packs)
+    kernel = products.convolution_kernel(fast, 1, packs=packs)
+    assert (kernel == "fast on cpu") != by_onednn
+    products.convolve(*_operands(5, 5), None, GEOMETRY, fast, packs=packs)
+    assert fast.asked == ([] if by_onednn else ["convolve_integers"])
+
+
+def test_passes_that_multiply_fast_leave_groups_to_others(vnni: bool) -> None:
+    kernel = products.convolution_kernel(Fast(), 2, packs=False)
+    assert kernel.partition(";")[0] == ("onednn.qconv_pointwise" if vnni else EXACT)

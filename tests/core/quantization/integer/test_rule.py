@@ -12,7 +12,7 @@ from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.geometry import Size
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import MAX_SUMMED, Passes
-from compression_manager.quantization.integer.rule import decide, why_no_integers
+from compression_manager.quantization.integer.rule import backward_of, decide, why_no_integers
 from compression_manager.quantization.integer.selection import TORCH
 from integer_layers import FastPasses, pretended
 
@@ -39,19 +39,24 @@ def test_large_products_are_integer_where_the_cpu_has_the_instructions(monkeypat
     assert _reason(monkeypatch, LARGE, vnni=False) == reason
 
 
-def test_kernels_that_do_without_the_instructions_gain_with_fewer_rows(monkeypatch: Any) -> None:
-    for rows, reason in ((128, None), (127, "127 rows are too few to gain; 128 are needed")):
-        size = Size(rows, 512, 512)
-        assert _reason(monkeypatch, size, vnni=False, passes=FastPasses()) == reason
-        assert _reason(monkeypatch, size) is not None
+@pytest.mark.parametrize("vnni", [False, True])
+def test_native_kernels_gain_in_smaller_layers(monkeypatch: Any, vnni: bool) -> None:
+    few = "1,044,480 multiplications are too few to gain; 1,048,576 are needed"
+    for rows, reason in ((256, None), (255, few)):
+        size = Size(rows, 64, 64)
+        assert _reason(monkeypatch, size, vnni=vnni, passes=FastPasses()) == reason
+        assert _reason(monkeypatch, size, vnni=vnni) is not None
 
 
 @pytest.mark.parametrize(
     ("size", "reason"),
     [
-        (LARGE.__class__(255, 512, 512), "255 rows are too few to gain; 256 are needed"),
-        (LARGE.__class__(512, 63, 512), "63 products in a sum are too few to gain; 64 are needed"),
-        (LARGE.__class__(512, 512, 15), "15 output channels are too few to gain; 16 are needed"),
+        (
+            LARGE.__class__(63, 512, 512),
+            "16,515,072 multiplications are too few to gain; 16,777,216 are needed",
+        ),
+        (LARGE.__class__(1024, 63, 512), "63 products in a sum are too few to gain; 64 are needed"),
+        (LARGE.__class__(4096, 512, 15), "15 output channels are too few to gain; 16 are needed"),
         (LARGE.__class__(512, 512, 512, 2), "2 groups of channels leave little to multiply"),
     ],
 )
@@ -119,6 +124,32 @@ def test_autocast_chooses_by_itself() -> None:
     assert (decision.path, decision.reason) == (
         "fake", "autocast chooses the type of the products"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chosen", "amx", "bfloat16", "used"),
+    [
+        ("bfloat16", True, False, "bfloat16"),
+        ("bfloat16", False, True, "bfloat16"),
+        ("bfloat16", False, False, "float32"),
+        ("bfloat16x3", True, True, "bfloat16x3"),
+        ("bfloat16x3", False, True, "float32"),  # three products at twice the speed
+        ("float32", True, True, "float32"),
+    ],
+)
+def test_bfloat16_is_used_where_it_is_faster(
+    monkeypatch: Any, chosen: Any, amx: bool, bfloat16: bool, used: str
+) -> None:
+    class AnyPieces(FastPasses):
+        def supports_pieces(self, pieces: int) -> bool:
+            return True
+
+    options = ProductOptions("auto", chosen)
+    with pretended(monkeypatch, vnni=True, amx=amx, bfloat16=bfloat16):
+        assert backward_of(options, CPU, AnyPieces()) == used
+        assert backward_of(options, torch.device("cuda"), AnyPieces()) == "float32"
+        # Plain torch operations have no products of three pieces.
+        assert backward_of(options, CPU, TORCH) == (used if used != "bfloat16x3" else "float32")
 
 
 def test_features_read_as_words() -> None:

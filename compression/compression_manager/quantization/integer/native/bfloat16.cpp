@@ -3,7 +3,7 @@
 // The integers are packed once, into panels of 64 columns in which the two rows that one
 // instruction multiplies lie side by side. Each thread then takes blocks of rows of the left
 // factor, turns one block after the other into bfloat16 pieces, and multiplies it by all panels.
-#include "panels.h"
+#include "dot_products.h"
 
 namespace native {
 namespace {
@@ -197,16 +197,40 @@ void multiply_panel_plainly(
   }
 }
 
-void multiply_panel(
-    bool fast, int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel,
-    float* sums, bool add) {
-  if (!fast) {
-    multiply_panel_plainly(rows, depth, left, panel, sums, add);
-    return;
+void multiply_panel_by_dots(
+    int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel, float* sums,
+    bool add) {
+  static const float nothing[PANEL] = {};
+  const Taps taps{{0}, depth};
+  for (int64_t row = 0; row < rows; row += DOT_ROWS, sums += DOT_ROWS * PANEL) {
+    const uint16_t* some[DOT_ROWS];
+    for (int64_t i = 0; i < DOT_ROWS; ++i) {
+      some[i] = left + (row + i) * DEPTH;
+    }
+    multiply_dots<DotBFloat16>(
+        std::min(DOT_ROWS, rows - row), some, taps, panel, PANEL, add ? sums : nothing,
+        add ? PANEL : 0, sums);
   }
-  cpublas::brgemm(
-      rows, PANEL, depth, DEPTH, PANEL, PANEL, add, reinterpret_cast<const at::BFloat16*>(left),
-      reinterpret_cast<const at::BFloat16*>(panel), sums);
+}
+
+bool has_amx() {
+  return cpublas::could_pack(at::kBFloat16);
+}
+
+template <int Pieces>
+void multiply_panel(
+    int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel, float* sums,
+    bool add) {
+  if (has_amx()) {
+    cpublas::brgemm(
+        rows, PANEL, depth, DEPTH, PANEL, PANEL, add, reinterpret_cast<const at::BFloat16*>(left),
+        reinterpret_cast<const at::BFloat16*>(panel), sums);
+  } else if (Pieces == 1 && has_dot_products_of_bfloat16()) {
+    // They round twice as often, which sums three times as long would show.
+    multiply_panel_by_dots(rows, depth, left, panel, sums, add);
+  } else {
+    multiply_panel_plainly(rows, depth, left, panel, sums, add);
+  }
 }
 
 // Writes the sums of a tile, or adds them, and multiplies what is then final by `factor`.
@@ -223,8 +247,8 @@ void write(
 // Multiplies `count` rows, of which `pieces` has the terms from `k` to `end`, by all panels.
 template <int Pieces>
 void multiply_rows(
-    const Product& product, bool fast, const uint32_t* packed, const uint16_t* pieces,
-    float* sums, int64_t row, int64_t count, int64_t k, int64_t end) {
+    const Product& product, const uint32_t* packed, const uint16_t* pieces, float* sums,
+    int64_t row, int64_t count, int64_t k, int64_t end) {
   for (int64_t first = 0; first < product.columns; first += PANEL) {
     // Apart from the output, whose rows may lie so far apart that they evict each other.
     for (int64_t begin = k; begin < end; begin += DEPTH) {
@@ -232,9 +256,8 @@ void multiply_rows(
       const uint32_t* panel = packed + (first * product.padded_depth() + begin * PANEL) / 2;
       const uint16_t* block = pieces + (begin - k) * Pieces * count;
       for (int64_t piece = 0; piece < Pieces; ++piece) {
-        multiply_panel(
-            fast, count, depth, block + piece * count * DEPTH, panel, sums,
-            begin > k || piece > 0);
+        multiply_panel<Pieces>(
+            count, depth, block + piece * count * DEPTH, panel, sums, begin > k || piece > 0);
       }
     }
     write(
@@ -246,7 +269,6 @@ void multiply_rows(
 
 template <int Pieces>
 void multiply(const Product& product, const uint32_t* packed) {
-  const bool fast = cpublas::could_pack(at::kBFloat16);
   const int64_t span = std::min(round_up(product.depth, DEPTH), SPAN);
   const int64_t block = rows_of_block(
       product.rows, std::min<int64_t>(MOST_ROWS, BLOCK_BYTES / (span * Pieces * 2)));
@@ -260,11 +282,10 @@ void multiply(const Product& product, const uint32_t* packed) {
         for (int64_t begin = k; begin < end; begin += DEPTH) {
           convert<Pieces>(product, row, count, begin, pieces.get() + (begin - k) * Pieces * count);
         }
-        multiply_rows<Pieces>(
-            product, fast, packed, pieces.get(), sums.get(), row, count, k, end);
+        multiply_rows<Pieces>(product, packed, pieces.get(), sums.get(), row, count, k, end);
       }
     }
-    if (fast) {
+    if (has_amx()) {
       cpublas::brgemm_release();
     }
   });
@@ -275,9 +296,10 @@ void multiply(const Product& product, const uint32_t* packed) {
 
 using namespace native;
 
-// Whether the processor has AMX and torch may use it, so that `multiply_codes` is worth its while.
-EXPORT bool supports_bfloat16() {
-  return cpublas::could_pack(at::kBFloat16);
+// As how many pieces `multiply_codes` multiplies faster than float32 products are: 3 with AMX if torch
+// may use it, 1 with AVX-512's products, which are twice as fast as those of float32; else 0.
+EXPORT int32_t most_pieces() {
+  return has_amx() ? 3 : has_dot_products_of_bfloat16() ? 1 : 0;
 }
 
 // Returns what went wrong, or null. `pieces` is 1 or 3; no size is 0; `scale` may be null.

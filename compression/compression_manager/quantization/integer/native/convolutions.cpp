@@ -1,14 +1,15 @@
 // Convolutions of 8-bit integers: products whose rows are places of an image.
 //
-// Some images at a time are widened into memory with a border of zeros, which stand for real zeros.
-// Nothing is copied for the places that overlap: each reads the numbers where they are.
-#include "widened.h"
+// Some images at a time are brought into memory with a border of what stands for real zeros. Nothing is
+// copied for the places that overlap: each reads the numbers where they are.
+#include "pairs.h"
+#include "quads.h"
 
 namespace native {
 namespace {
 
 constexpr int64_t AXES = 3;
-// Bytes of widened images at a time, unless a single one has more.
+// Bytes of such images at a time, unless a single one has more.
 constexpr int64_t MOST_BYTES = 1 << 20;
 
 // Fewer axes than three have ones in front.
@@ -36,13 +37,14 @@ struct Geometry {
 struct Images {
   const uint8_t* codes; // (images, *size, channels), or (images, channels, *size)
   bool channels_last;
-  int16_t zero_point;
+  int32_t zero_point;
   int64_t channels;
+  int64_t unit; // of the kernel
   Geometry geometry;
 
   // Numbers of a place.
   int64_t step() const {
-    return round_up(channels, PAIR);
+    return round_up(channels, unit);
   }
 
   // Numbers of an image.
@@ -83,40 +85,51 @@ std::vector<int64_t> beginnings(const Images& images) {
   return begins;
 }
 
-// Widens the channels of `count` places, which lie `stride` codes apart, side by side.
+// Widens the channels of `count` places, which lie `stride` codes apart, side by side: a unit of them,
+// which has 32 bits, of all places before the next.
+template <typename Kernel>
 void widen_channels(
-    const Images& images, const uint8_t* codes, int64_t stride, int64_t count, int16_t* numbers) {
-  // So many that what is read of each stays in a cache, whatever the distance between them.
-  constexpr int64_t together = 8;
-  for (int64_t first = 0; first < images.channels; first += together) {
-    const int64_t last = std::min(images.channels, first + together);
+    const Images& images, const uint8_t* codes, int64_t stride, int64_t count,
+    typename Kernel::Number* numbers) {
+  using Bits = std::make_unsigned_t<typename Kernel::Number>;
+  constexpr int64_t width = 32 / Kernel::UNIT;
+  for (int64_t first = 0; first < images.channels; first += Kernel::UNIT) {
+    const int64_t some = std::min(Kernel::UNIT, images.channels - first);
+    const uint8_t* source = codes + first * stride;
     for (int64_t place = 0; place < count; ++place) {
-      for (int64_t channel = first; channel < last; ++channel) {
-        numbers[place * images.step() + channel] =
-            static_cast<int16_t>(codes[channel * stride + place] - images.zero_point);
+      uint32_t unit = 0;
+      for (int64_t i = 0; i < Kernel::UNIT; ++i) {
+        const uint8_t code = source[std::min(i, some - 1) * stride + place];
+        unit |= static_cast<uint32_t>(static_cast<Bits>(
+                    Kernel::number(code, images.zero_point)))
+            << (i * width);
       }
+      std::memcpy(numbers + place * images.step() + first, &unit, sizeof(unit));
     }
   }
 }
 
 // Widens the line of places that `codes` has.
-void widen_line(const Images& images, const uint8_t* codes, int16_t* numbers) {
+template <typename Kernel>
+void widen_line(const Images& images, const uint8_t* codes, typename Kernel::Number* numbers) {
   const int64_t* size = images.geometry.size;
   const int64_t channels = images.channels;
   if (!images.channels_last) {
-    widen_channels(images, codes, size[0] * size[1] * size[2], size[2], numbers);
+    widen_channels<Kernel>(images, codes, size[0] * size[1] * size[2], size[2], numbers);
   } else if (images.step() == channels) {
-    widen(codes, size[2] * channels, images.zero_point, numbers);
+    widen<Kernel>(codes, size[2] * channels, images.zero_point, numbers);
   } else {
     for (int64_t place = 0; place < size[2]; ++place) {
-      widen(
+      widen<Kernel>(
           codes + place * channels, channels, images.zero_point, numbers + place * images.step());
     }
   }
 }
 
 // Writes the insides of `count` images from `first` on.
-void widen_images(const Images& images, int64_t first, int64_t count, int16_t* numbers) {
+template <typename Kernel>
+void widen_images(
+    const Images& images, int64_t first, int64_t count, typename Kernel::Number* numbers) {
   const Geometry& its = images.geometry;
   const int64_t lines = its.size[0] * its.size[1];
   const int64_t length = its.size[2] * images.channels;
@@ -127,26 +140,30 @@ void widen_images(const Images& images, int64_t first, int64_t count, int16_t* n
       const int64_t line = index % lines;
       const int64_t place = its.place(
           line / its.size[1] + its.padding[0], line % its.size[1] + its.padding[1], its.padding[2]);
-      widen_line(
+      widen_line<Kernel>(
           images, images.codes + (first + image) * lines * length + line * stride,
           numbers + image * images.length() + place * images.step());
     }
   });
 }
 
+template <typename Kernel>
 void convolve(
     const Images& images, int64_t count, const int8_t* weight, Output output, float* values) {
+  using Number = typename Kernel::Number;
   const Taps taps = taps_of(images);
   const std::vector<int64_t> begins = beginnings(images);
   const int64_t places = static_cast<int64_t>(begins.size());
-  const Buffer<int8_t> packed = pack_pairs(weight, output.columns, taps.depth());
-  const int64_t bytes = images.length() * static_cast<int64_t>(sizeof(int16_t));
+  const auto packed = Kernel::pack(weight, output.columns, taps.depth(), images.zero_point);
+  const int64_t bytes = images.length() * static_cast<int64_t>(sizeof(Number));
   const int64_t together = std::clamp<int64_t>(MOST_BYTES / bytes, 1, count);
-  std::vector<int16_t> numbers(together * images.length()); // zeros
+  const auto code = static_cast<uint8_t>(images.zero_point);
+  std::vector<Number> numbers(
+      together * images.length(), Kernel::number(code, images.zero_point));
   output.stride = images.channels_last ? 1 : places;
   const int64_t step = images.channels_last ? output.columns : 1;
   const auto make_reader = [&](int64_t) {
-    return [&](int64_t row, int64_t some, Rows& rows) {
+    return [&](int64_t row, int64_t some, Rows<Number>& rows) {
       int64_t image = row / places;
       int64_t place = row % places;
       for (int64_t i = 0; i < some; ++i) {
@@ -161,9 +178,9 @@ void convolve(
   };
   for (int64_t first = 0; first < count; first += together) {
     const int64_t number = std::min(together, count - first);
-    widen_images(images, first, number, numbers.data());
+    widen_images<Kernel>(images, first, number, numbers.data());
     output.rows = number * places;
-    multiply_widened(output, taps, packed.get(), make_reader);
+    multiply_blocks<Kernel>(output, taps, packed, make_reader);
     values += output.rows * output.columns;
   }
 }
@@ -173,9 +190,14 @@ void convolve(
 
 using namespace native;
 
+// The channels of a weight for `convolve_integers` are rounded up to a multiple of this.
+EXPORT int64_t channels_unit() {
+  return Quads::is_fast() ? Quads::UNIT : Pairs::UNIT;
+}
+
 // Convolves `count` images, codes (count, *size, channels), with a weight (columns, *kernel,
-// channels), whose channels are rounded up to an even number, into (count, *places, columns); or
-// codes (count, channels, *size) into (count, columns, *places). `geometry` has the numbers of a
+// channels) into (count, *places, columns); or codes (count, channels, *size) into (count, columns,
+// *places). `geometry` has the numbers of a
 // Geometry. Returns what went wrong, or null; no size is 0.
 EXPORT const char* convolve_integers(
     const uint8_t* codes,
@@ -190,8 +212,10 @@ EXPORT const char* convolve_integers(
     const int64_t* geometry,
     float* output) {
   return problem_of([&] {
-    Images images{codes, channels_last, static_cast<int16_t>(zero_point), channels, {}};
+    Images images{codes, channels_last, zero_point, channels, channels_unit(), {}};
     std::memcpy(&images.geometry, geometry, sizeof(Geometry));
-    convolve(images, count, weight, Output{scale, bias, 0, columns, 1}, output);
+    const Output to{scale, bias, 0, columns, 1};
+    Quads::is_fast() ? convolve<Quads>(images, count, weight, to, output)
+                     : convolve<Pairs>(images, count, weight, to, output);
   });
 }

@@ -1,10 +1,10 @@
 // Products of 8-bit integers, summed exactly in 32 bits and turned into real numbers in one pass.
 //
-// With AMX the weight is packed into panels of 64 columns in which the four terms that one instruction
-// multiplies lie side by side. Each thread takes blocks of rows of the codes, which are read where
-// they are, and multiplies a block by one panel after the other into a tile of integers, which
-// becomes floats while it is in the cache.
-#include "widened.h"
+// With AMX each thread takes blocks of rows of the codes, which are read where they are, and multiplies a
+// block by one panel of the weight after the other into a tile of integers, which becomes floats while
+// it is in the cache.
+#include "pairs.h"
+#include "quads.h"
 
 namespace native {
 namespace {
@@ -12,31 +12,18 @@ namespace {
 // Terms that one call of a kernel sums up, and rows of a block.
 constexpr int64_t DEPTH = 512;
 constexpr int64_t MOST_ROWS = 256;
-// The instructions take 64 terms at a time; codes that are missing at the end become zeros.
-constexpr int64_t TERMS = 64;
-// Terms in 32 bits.
-constexpr int64_t UNIT = 4;
 static_assert(DEPTH % TERMS == 0);
 
 struct Product {
   const uint8_t* codes; // (rows, depth)
   const int8_t* weight; // (columns, depth)
-  uint32_t zero_point;
+  int32_t zero_point;
   const float* scale; // (columns)
   const float* bias; // (columns), or null
   int64_t rows;
   int64_t columns;
   int64_t depth;
   float* output; // (rows, columns)
-
-  int64_t padded_depth() const {
-    return round_up(depth, TERMS);
-  }
-};
-
-struct Packed {
-  Buffer<int8_t> panels; // each of padded_depth() / UNIT rows of PANEL units
-  Buffer<uint32_t> row_sums; // of the weight, modulo 2^32; as many as the panels have columns
 };
 
 bool has_amx() {
@@ -46,50 +33,6 @@ bool has_amx() {
 #else
   return false;
 #endif
-}
-
-// Packs TILE rows of the weight, which are columns of the product, into a part of a panel.
-void pack_tile(const Product& product, int64_t column, int8_t* panel) {
-  const int64_t count = std::clamp<int64_t>(product.columns - column, 0, TILE);
-  alignas(64) float source[TILE * TILE] = {};
-  alignas(64) float target[TILE * TILE];
-  for (int64_t k = 0; k < product.depth; k += TERMS, panel += TERMS * PANEL) {
-    const int64_t bytes = std::min(TERMS, product.depth - k);
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(source + i * TILE, product.weight + (column + i) * product.depth + k, bytes);
-    }
-    transpose_tile(source, TILE, target, TILE);
-    for (int64_t unit = 0; unit < TERMS / UNIT; ++unit) {
-      std::memcpy(panel + unit * PANEL * UNIT, target + unit * TILE, TILE * UNIT);
-    }
-  }
-}
-
-uint32_t sum(const int8_t* row, int64_t count) {
-  int32_t total = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    total += row[k];
-  }
-  return static_cast<uint32_t>(total);
-}
-
-Packed pack(const Product& product) {
-  const int64_t columns = round_up(product.columns, PANEL);
-  Packed packed{
-      allocate<int8_t>(columns * product.padded_depth()), allocate<uint32_t>(columns)};
-  at::parallel_for(0, columns / TILE, 1, [&](int64_t first, int64_t last) {
-    for (int64_t column = first * TILE; column < last * TILE; column += TILE) {
-      const int64_t panel = column / PANEL * PANEL;
-      pack_tile(
-          product, column,
-          packed.panels.get() + panel * product.padded_depth() + (column - panel) * UNIT);
-      for (int64_t i = column; i < column + TILE; ++i) {
-        packed.row_sums[i] =
-            i < product.columns ? sum(product.weight + i * product.depth, product.depth) : 0;
-      }
-    }
-  });
-  return packed;
 }
 
 // Adds to `sums` (or sets them) the product of `rows` rows of codes and a panel.
@@ -105,6 +48,19 @@ void multiply_panel(
 #endif
 }
 
+// Writes a row of sums, of which each is `shift` too large modulo 2^32, as real numbers.
+void write_shifted(
+    const int32_t* __restrict sums, const uint32_t* __restrict shift,
+    const float* __restrict scale, const float* __restrict bias, int64_t width,
+    float* __restrict values) {
+  int32_t exact[PANEL];
+  for (int64_t i = 0; i < PANEL; ++i) {
+    // Unsigned, so that what two sums exceed 32 bits by cancels.
+    exact[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) - shift[i]);
+  }
+  write_row(exact, scale, bias, width, values);
+}
+
 // Writes the sums of a block and a panel as real numbers.
 void write(
     const Product& product, const uint32_t* row_sums, const int32_t* sums, int64_t row,
@@ -112,26 +68,12 @@ void write(
   const int64_t width = std::min(PANEL, product.columns - first);
   uint32_t shift[PANEL];
   for (int64_t i = 0; i < PANEL; ++i) {
-    shift[i] = product.zero_point * row_sums[first + i];
+    shift[i] = static_cast<uint32_t>(product.zero_point) * row_sums[first + i];
   }
-  const float* scale = product.scale + first;
   const float* bias = product.bias == nullptr ? nullptr : product.bias + first;
-  float* __restrict output = product.output + row * product.columns + first;
+  float* output = product.output + row * product.columns + first;
   for (int64_t j = 0; j < count; ++j, sums += PANEL, output += product.columns) {
-    // Unsigned, so that what two sums exceed 32 bits by cancels.
-    const auto value = [&](int64_t i) {
-      return static_cast<float>(static_cast<int32_t>(static_cast<uint32_t>(sums[i]) - shift[i])) *
-          scale[i];
-    };
-    if (bias == nullptr) {
-      for (int64_t i = 0; i < width; ++i) {
-        output[i] = value(i);
-      }
-    } else {
-      for (int64_t i = 0; i < width; ++i) {
-        output[i] = value(i) + bias[i];
-      }
-    }
+    write_shifted(sums, shift, product.scale + first, bias, width, output);
   }
 }
 
@@ -145,7 +87,8 @@ void copy_rest(const Product& product, int64_t row, int64_t count, int64_t k, ui
   }
 }
 
-void multiply_tiles(const Product& product, const Packed& packed) {
+void multiply_tiles(const Product& product) {
+  const PackedBytes packed = pack_bytes(product.weight, product.columns, product.depth);
   const int64_t block = rows_of_block(product.rows, MOST_ROWS);
   const int64_t whole = product.depth / TERMS * TERMS;
   at::parallel_for(0, divide_up(product.rows, block), 1, [&](int64_t begin, int64_t end) {
@@ -156,7 +99,7 @@ void multiply_tiles(const Product& product, const Packed& packed) {
       const uint8_t* codes = product.codes + row * product.depth;
       copy_rest(product, row, count, whole, rest.get());
       for (int64_t first = 0; first < product.columns; first += PANEL) {
-        const int8_t* panel = packed.panels.get() + first * product.padded_depth();
+        const int8_t* panel = packed.panel(first / PANEL);
         for (int64_t k = 0; k < whole; k += DEPTH) {
           multiply_panel(
               count, std::min(DEPTH, whole - k), codes + k, product.depth, panel + k * PANEL,
@@ -173,26 +116,40 @@ void multiply_tiles(const Product& product, const Packed& packed) {
   });
 }
 
+// Sets the numbers of a row: its codes themselves, or what becomes of them in `space`.
+template <typename Kernel>
+const typename Kernel::Number* read_row(
+    const Product& product, const uint8_t* codes, typename Kernel::Number* space) {
+  if constexpr (std::is_same_v<typename Kernel::Number, uint8_t>) {
+    if (product.depth % Kernel::UNIT == 0) {
+      return codes;
+    }
+  }
+  const int64_t padded = round_up(product.depth, Kernel::UNIT);
+  std::fill(space + product.depth, space + padded, static_cast<typename Kernel::Number>(0));
+  widen<Kernel>(codes, product.depth, product.zero_point, space);
+  return space;
+}
+
 // Without AMX.
+template <typename Kernel>
 void multiply_rows(const Product& product) {
-  const int64_t padded = round_up(product.depth, PAIR);
+  using Number = typename Kernel::Number;
+  const int64_t padded = round_up(product.depth, Kernel::UNIT);
   const Output output{product.scale, product.bias, product.rows, product.columns, 1};
   const auto make_reader = [&](int64_t block) {
-    return [&, numbers = allocate<int16_t>(block * padded)](
-               int64_t row, int64_t count, Rows& rows) mutable {
+    return [&, space = allocate<Number>(block * padded)](
+               int64_t row, int64_t count, Rows<Number>& rows) {
       for (int64_t i = 0; i < count; ++i) {
-        int16_t* target = numbers.get() + i * padded;
-        target[padded - 1] = 0; // which no code is for if the depth is odd
-        widen(
-            product.codes + (row + i) * product.depth, product.depth,
-            static_cast<int16_t>(product.zero_point), target);
-        rows.numbers[i] = target;
+        rows.numbers[i] = read_row<Kernel>(
+            product, product.codes + (row + i) * product.depth, space.get() + i * padded);
         rows.values[i] = product.output + (row + i) * product.columns;
       }
     };
   };
-  const Buffer<int8_t> packed = pack_pairs(product.weight, product.columns, product.depth);
-  multiply_widened(output, Taps{{0}, padded}, packed.get(), make_reader);
+  const auto packed =
+      Kernel::pack(product.weight, product.columns, product.depth, product.zero_point);
+  multiply_blocks<Kernel>(output, Taps{{0}, padded}, packed, make_reader);
 }
 
 } // namespace
@@ -200,14 +157,12 @@ void multiply_rows(const Product& product) {
 
 using namespace native;
 
-// Whether `multiply_integers` uses AMX.
-EXPORT bool multiplies_with_amx() {
-  return has_amx();
-}
-
-// Whether `multiply_integers` is worth its while.
-EXPORT bool supports_integers() {
-  return has_amx() || widened_is_fast();
+// The instructions by which `multiply_integers` is worth its while; null if it is not.
+EXPORT const char* integer_instructions() {
+  if (has_amx()) {
+    return "AMX";
+  }
+  return Quads::is_fast() ? "VNNI" : Pairs::is_fast() ? "AVX2" : nullptr;
 }
 
 // Returns what went wrong, or null. `bias` may be null; no size is 0, and no true sum of
@@ -224,8 +179,11 @@ EXPORT const char* multiply_integers(
     float* output) {
   return problem_of([&] {
     const Product product{
-        codes, weight, static_cast<uint32_t>(zero_point), scale, bias, rows, columns, depth,
-        output};
-    has_amx() ? multiply_tiles(product, pack(product)) : multiply_rows(product);
+        codes, weight, zero_point, scale, bias, rows, columns, depth, output};
+    if (has_amx()) {
+      multiply_tiles(product);
+    } else {
+      Quads::is_fast() ? multiply_rows<Quads>(product) : multiply_rows<Pairs>(product);
+    }
   });
 }

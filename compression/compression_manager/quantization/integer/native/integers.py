@@ -30,12 +30,12 @@ class NativeIntegers(Passes):
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
-        self._supports_integers = bool(functions.supports_integers())
-        self._instructions = "AMX" if functions.multiplies_with_amx() else "AVX2"
+        instructions = functions.integer_instructions()
+        self._instructions: str | None = instructions and instructions.decode()
 
     def supports_integers(self) -> bool:
-        """Return whether there are fast instructions that oneDNN makes no or less use of."""
-        return self._supports_integers
+        """Return whether there are instructions by which these products are the fastest."""
+        return self._instructions is not None
 
     def integer_kernel(self, device: torch.device) -> str:
         """See `Passes.integer_kernel`."""
@@ -95,7 +95,7 @@ class NativeIntegers(Passes):
         output = torch.empty_permuted(
             (count, columns, *places), order, dtype=torch.float32, device=codes.device
         )
-        matrix = _in_pairs(weight)
+        matrix = _in_units(weight, self._functions.channels_unit())
         problem = self._functions.convolve_integers(
             codes.data_ptr(),
             channels_last,
@@ -113,10 +113,11 @@ class NativeIntegers(Passes):
         return output
 
 
-def _in_pairs(weight: Tensor) -> Tensor:
-    """Return (out channels, *kernel, C), with C rounded up to an even number."""
+def _in_units(weight: Tensor, unit: int) -> Tensor:
+    """Return (out channels, *kernel, C), with C rounded up to a multiple of `unit`."""
     matrix = weight.movedim(1, -1)
-    return (F.pad(matrix, (0, 1)) if matrix.shape[-1] % 2 else matrix).contiguous()
+    missing = -matrix.shape[-1] % unit
+    return (F.pad(matrix, (0, missing)) if missing else matrix).contiguous()
 
 
 def _numbers(

@@ -49,8 +49,8 @@ class NativePasses(NativeIntegers):
         return NativePasses, ()
 
     def supports_pieces(self, pieces: int) -> bool:
-        """Return whether `multiply` uses AMX; without it any number of pieces is very slow."""
-        return bool(self._functions.supports_bfloat16())
+        """Return whether `multiply` is faster than float32: any with AMX, one with AVX-512 BF16."""
+        return pieces <= int(self._functions.most_pieces())
 
     def quantize(
         self,
@@ -188,7 +188,7 @@ class NativePasses(NativeIntegers):
         pieces: int,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """See `Passes.multiply`; without AMX plain loops compute it, slowly."""
+        """See `Passes.multiply`; what `supports_pieces` denies is computed, too, slowly."""
         check_factors(left, right, zero_point, pieces, transposed=False)
         if scale is not None:
             check_vector("scale", scale, left.shape[1])
@@ -197,7 +197,7 @@ class NativePasses(NativeIntegers):
     def multiply_transposed(
         self, left: Tensor, right: Tensor, zero_point: int, pieces: int, factor: float = 1.0
     ) -> Tensor:
-        """See `Passes.multiply_transposed`; without AMX plain loops compute it, slowly."""
+        """See `Passes.multiply_transposed`; slow where `supports_pieces` denies it."""
         check_factors(left, right, zero_point, pieces, transposed=True)
         return self._multiply(left, right, zero_point, pieces, transposed=True, factor=factor)
 

@@ -21,7 +21,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),
     "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer, _pointer]),
     "dequantize_rows": (None, [_pointer, _size, _size, _size, _pointer, _bool, _pointer]),
-    "supports_bfloat16": (_bool, []),
+    "most_pieces": (_integer, []),
     "multiply_codes": (
         ctypes.c_char_p,
         [
@@ -29,12 +29,12 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *[_size, _size, _size, _integer, _pointer],
         ],
     ),
-    "supports_integers": (_bool, []),
-    "multiplies_with_amx": (_bool, []),
+    "integer_instructions": (ctypes.c_char_p, []),
     "multiply_integers": (
         ctypes.c_char_p,
         [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],
     ),
+    "channels_unit": (_size, []),
     "convolve_integers": (
         ctypes.c_char_p,
         [

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer import torch_passes
-from compression_manager.quantization.integer.cpu_features import CpuFeatures
+from compression_manager.quantization.integer.cpu_features import CpuFeatures, cpu_features
 from compression_manager.quantization.integer.native import NativePasses
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 from dense_tensors import same
 
 # Rows, depth, columns: beyond one panel (64), unit (4), kernel's depth (512), block of rows (256).
-SHAPES = [(1, 1, 1), (17, 63, 65), (33, 513, 64), (300, 40, 130), (5, 2600, 7), (16, 512, 128)]
+SHAPES = [(1, 1, 1), (17, 63, 65), (33, 513, 64), (300, 40, 130), (5, 2600, 7), (16, 512, 108)]
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -137,6 +137,16 @@ def test_the_result_is_float32_whatever_the_default_is(passes: NativePasses) -> 
                 assert output.dtype == torch.float32
     finally:
         torch.set_default_dtype(default)
+
+
+def test_the_instructions_are_the_best_that_there_are(passes: NativePasses) -> None:
+    features, capability = cpu_features(), torch.backends.cpu.get_cpu_capability()
+    best = {"AVX2": "AVX2", "AVX512": "VNNI" if features.vnni else None}.get(capability)
+    if features.amx and torch.backends.mkldnn.is_available():
+        best = "AMX"
+    assert passes.supports_integers() == (best is not None)
+    if best is not None:
+        assert f"the native {best} product" in passes.integer_kernel(torch.device("cpu"))
 
 
 def test_plain_operations_leave_integers_to_others() -> None:
