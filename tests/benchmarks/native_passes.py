@@ -4,9 +4,9 @@
 
 Prints a line for each check, then the median time of each pass beside that of the other
 implementation, plain torch operations, taken alternately in one process, with the bytes that a
-pass has to move; then bfloat16 products in one and three pieces beside float32's `torch.mm`, and
-products of integers beside torch's. Needs nothing but the package. The exit code is 1 if a check
-fails.
+pass has to move; then bfloat16 products in as many pieces as are fast here beside float32's
+`torch.mm`, and products of integers beside torch's. Needs nothing but the package. The exit code is
+1 if a check fails.
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passes = NativePasses()
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"bfloat16 products by AMX: {passes.supports_pieces(3)}, "
+        f"products of up to {max(_pieces(passes), default=0)} bfloat16 pieces, "
         f"integers by {passes.integer_kernel(torch.device('cpu'))}, {options.threads} threads"
     )
     results = [*element_checks(passes), *product_checks(passes), *integer_checks(passes)]
     for name, passed in results:
         print(f"{'PASS' if passed else 'FAIL'} {name}")
     time_passes(passes, options.repeats)
-    if passes.supports_pieces(3):
+    if _pieces(passes):
         time_products(passes, options.repeats)
     else:
-        print("products are not timed: no AMX")
+        print("products of bfloat16 are not timed: neither AMX nor AVX-512 BF16")
     if passes.supports_integers():
         time_integers(passes, options.repeats)
     return 0 if all(passed for _, passed in results) else 1
@@ -117,7 +117,7 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
 
 def product_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
     """Yield the name of each check of a product and whether it holds."""
-    for shape in [*ODD_SHAPES, *(INPUT_GRADIENTS[:1] if passes.supports_pieces(3) else [])]:
+    for shape in [*ODD_SHAPES, *(INPUT_GRADIENTS[:1] if _pieces(passes) else [])]:
         for dtype, zero_point in ((torch.uint8, 131), (torch.int8, 0)):
             left, right = factors(*shape, dtype)
             for pieces in (1, 3):
@@ -216,21 +216,19 @@ def row_cases(passes: Passes, weight: Tensor) -> dict[str, Case]:
 
 
 def time_products(passes: NativePasses, repeats: int) -> None:
-    """Print a table of the products: milliseconds, and ratio to float32's."""
-    columns = (
-        "float32 mm",
-        "1 piece",
-        "3 pieces",
-        "bf16 mm",
-        "1 / f32",
-        "3 / f32",
-        "TFLOPS 1",
-        "3",
-    )
+    """Print a table of the products: milliseconds, ratio to float32's, and rate."""
+    columns = ["float32 mm", "bf16 mm"]
+    for pieces in _pieces(passes):
+        columns += [f"{pieces} pieces", "to float32", "TFLOPS"]
     print(f"\n{'rows, depth, columns':34}" + "".join(f"{name:>11}" for name in columns))
     for transposed in (False, True):
         for shape in WEIGHT_GRADIENTS if transposed else INPUT_GRADIENTS:
             time_product(passes, shape, transposed, repeats)
+
+
+def _pieces(passes: NativePasses) -> list[int]:
+    """Return the numbers of pieces that are multiplied fast here."""
+    return [pieces for pieces in (1, 3) if passes.supports_pieces(pieces)]
 
 
 def time_product(
@@ -246,20 +244,23 @@ def time_product(
     def oriented(matrix: Tensor) -> Tensor:
         return matrix.t() if transposed else matrix
 
-    plain, one, three, bfloat16 = medians(
+    def timed(pieces: int) -> Computation:
+        return lambda: multiply(left, right, 0, pieces)
+
+    plain, bfloat16, *native = medians(
         [
             lambda: torch.mm(oriented(left), floats),
-            lambda: multiply(left, right, 0, 1),
-            lambda: multiply(left, right, 0, 3),
             lambda: torch.mm(oriented(left.bfloat16()), right.bfloat16()).float(),
+            *map(timed, _pieces(passes)),
         ],
         repeats,
     )
     operations = 2e-9 * shape[0] * shape[1] * shape[2]
-    figures = (plain, one, three, bfloat16, one / plain, three / plain)
-    rates = (operations / one, 3 * operations / three)
+    figures = [plain, bfloat16]
+    for pieces, time_taken in zip(_pieces(passes), native, strict=True):
+        figures += [time_taken, time_taken / plain, pieces * operations / time_taken]
     label = f"{'transposed ' if transposed else ''}{shape}"
-    print(f"{label:34}" + "".join(f"{figure:11.3f}" for figure in (*figures, *rates)))
+    print(f"{label:34}" + "".join(f"{figure:11.3f}" for figure in figures))
 
 
 def time_integers(passes: NativePasses, repeats: int) -> None:

@@ -1,7 +1,8 @@
 """Every exported file computes what the converted model computes, at any batch size.
 
 The files are run by their runtimes alone, without this package's own code for it, and compared
-in float64. Allowed is a tenth of what `export` allows, and less; of OpenVINO a quarter.
+in float64. Allowed is a tenth of what `export` allows, and less; of OpenVINO a quarter. As there, a
+file may follow the model's sums of integers or those of float32.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
 
 def _is_kernels_weight(module: fx.GraphModule, node: Node) -> bool:
     """Return whether this is a layer's weight: int8, symmetric, per output channel at most."""
-    if not all(user.target in _LAYERS for user in node.users):
+    if not all(user.target in _LAYERS and user.args[1] is node for user in node.users):
         return False  # rows of a table, say, whose indices are constant
     weight = _constant(module, node.args[0])
     if weight is None or _constant(module, node.args[1]) is None:

@@ -17,7 +17,7 @@ class CpuFeatures(NamedTuple):
             saturate.
         amx: tiles of 8-bit and bfloat16 numbers.
         bfloat16: products of bfloat16 numbers (AVX-512 BF16), two at a time where float32 has one.
-            Without these and AMX they are slower than those of float32.
+            With neither these nor AMX they are slower than those of float32.
     """
 
     vnni: bool

@@ -1,8 +1,8 @@
 """Products of integers with 32-bit sums, as real numbers.
 
-Native kernels compute them in training where there are any. Where the weight stays as it is,
-oneDNN's on a CPU with VNNI, through operators that torch keeps for Inductor's own use. Otherwise
-those of float32, with sums that float32 holds exactly.
+On a CPU with VNNI oneDNN's kernels compute them, through operators that torch keeps for
+Inductor's own use, and in training, where a weight does not stay in oneDNN's order, native ones if
+there are any. On other CPUs native kernels, or those of float32 with sums that are exact in it.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
     if _takes_onednn(convolver, packs):
         return f"onednn.qconv_pointwise; {_FUSED}"
     return convolver.integer_kernel(torch.device("cpu"))
+
+
+def training_convolver(passes: Passes, groups: int) -> Passes:
+    """Return whose kernels convolve in training, as the rule asks: torch's, if oneDNN's do.
+
+    Args:
+        passes: as for `convolve`.
+        groups: of channels.
+    """
+    convolver = _convolver(passes, groups)
+    return TORCH if _takes_onednn(convolver, packs=False) else convolver
 
 
 def linear(
@@ -136,7 +147,7 @@ def _convolver(passes: Passes, groups: int) -> Passes:
 
 
 def _takes_onednn(convolver: Passes, packs: bool) -> bool:
-    """Return whether oneDNN convolves: exact with VNNI, and by AMX, unlike native kernels."""
+    """Return whether oneDNN convolves: for want of others, for later calls, or by AMX."""
     features = cpu_features()
     return features.vnni and (packs or features.amx or convolver is TORCH)
 

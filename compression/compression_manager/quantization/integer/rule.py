@@ -62,7 +62,7 @@ def decide(
         input: the input of the layer.
         weight: its float weight; None in a deployed layer, which has none.
         size: of the product.
-        passes: what computes on the input's device.
+        passes: what multiplies in training.
         training: the mode of the layer. Not whether gradients are wanted, because activation
             checkpointing may run a forward pass without them first.
     """
@@ -106,7 +106,7 @@ def why_no_integers(
         options: what the user chose.
         device: the CPU or a CUDA device.
         size: of the product.
-        passes: what computes on that device.
+        passes: what multiplies in training.
         training: whether the layer is trained. In evaluation weights stay as they are, so that
             integers pay at any size; where they do not, float32 kernels sum them as exactly, so
             that a model computes the same in every process.
@@ -155,7 +155,6 @@ def backward_of(options: ProductOptions, device: torch.device, passes: Passes) -
     if chosen == "float32" or device.type != "cpu":
         return "float32"
     features = cpu_features()
-    # Three pieces at twice the speed of float32 would lose.
-    if not (features.amx or (features.bfloat16 and chosen == "bfloat16")):
+    if not (features.amx or features.bfloat16):
         return "float32"
     return chosen if passes.supports_pieces(PIECES[chosen]) else "float32"

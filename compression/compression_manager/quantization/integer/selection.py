@@ -64,10 +64,10 @@ def arithmetic_in_use(options: ProductOptions) -> dict[str, str | int]:
         # Digits, so that a checkpoint has the same size on every machine.
         "vnni": int(features.vnni),
         "amx": int(features.amx),
-        "bfloat16": int(features.bfloat16),
         "native integers": int(active_passes().supports_integers()),
     }
     if options.backward != "float32":
+        used["bfloat16"] = int(features.bfloat16)
         used["passes"] = active_passes().name
     return used
 

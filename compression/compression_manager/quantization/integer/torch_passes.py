@@ -265,6 +265,7 @@ def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tu
     if codes.device.type != "cpu":  # where only signed integers are taken
         # Flipping the highest bit subtracts 128.
         codes, zero_point = (codes ^ 128).view(torch.int8), zero_point - 128
+    codes, weight = codes.contiguous(), weight.contiguous()
     # On the CPU torch takes leading dimensions from the strides, which say nothing where a size is
     # one, and returns garbage if they are less than the other size (pytorch issue 195066).
     (rows, depth), columns = codes.shape, weight.shape[0]

@@ -32,7 +32,11 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import convolution_kernel, linear_kernel
+from compression_manager.quantization.integer.products import (
+    convolution_kernel,
+    linear_kernel,
+    training_convolver,
+)
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
@@ -202,12 +206,12 @@ def _decide(
     if reason is not None:
         decision = Decision("fake", reason)
     else:
-        size = (
-            linear_size(input, weight.shape)
-            if convolution is None
-            else convolution_size(convolution, input)
-        )
-        decision = decide(options, input, weight, size, passes, training=quantizer.training)
+        if convolution is None:
+            size, multiplier = linear_size(input, weight.shape), passes
+        else:
+            size = convolution_size(convolution, input)
+            multiplier = training_convolver(passes, convolution.groups)
+        decision = decide(options, input, weight, size, multiplier, training=quantizer.training)
     (_in_training if quantizer.training else _in_evaluation)[quantizer] = decision
     return decision
 

@@ -116,3 +116,14 @@ def test_passes_that_multiply_fast_convolve_in_training_where_onednn_has_no_amx(
 def test_passes_that_multiply_fast_leave_groups_to_others(vnni: bool) -> None:
     kernel = products.convolution_kernel(Fast(), 2, packs=False)
     assert kernel.partition(";")[0] == ("onednn.qconv_pointwise" if vnni else EXACT)
+
+
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_rule_asks_whose_kernels_convolve_in_training(
+    vnni: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _pretend(monkeypatch, CpuFeatures(vnni=vnni, amx=amx))
+    fast = Fast()
+    by_onednn = vnni and amx
+    assert products.training_convolver(fast, 1) is (TORCH if by_onednn else fast)
+    assert products.training_convolver(fast, 2) is TORCH

@@ -201,15 +201,14 @@ void multiply_panel_by_dots(
     int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel, float* sums,
     bool add) {
   static const float nothing[PANEL] = {};
-  const Taps taps{{0}, depth};
   for (int64_t row = 0; row < rows; row += DOT_ROWS, sums += DOT_ROWS * PANEL) {
+    const int64_t count = std::min(DOT_ROWS, rows - row);
     const uint16_t* some[DOT_ROWS];
-    for (int64_t i = 0; i < DOT_ROWS; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       some[i] = left + (row + i) * DEPTH;
     }
     multiply_dots<DotBFloat16>(
-        std::min(DOT_ROWS, rows - row), some, taps, panel, PANEL, add ? sums : nothing,
-        add ? PANEL : 0, sums);
+        count, some, one_tap(depth), panel, PANEL, add ? sums : nothing, add ? PANEL : 0, sums);
   }
 }
 
@@ -219,14 +218,15 @@ bool has_amx() {
 
 template <int Pieces>
 void multiply_panel(
-    int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel, float* sums,
-    bool add) {
-  if (has_amx()) {
+    bool amx, int64_t rows, int64_t depth, const uint16_t* left, const uint32_t* panel,
+    float* sums, bool add) {
+  if (amx) {
     cpublas::brgemm(
         rows, PANEL, depth, DEPTH, PANEL, PANEL, add, reinterpret_cast<const at::BFloat16*>(left),
         reinterpret_cast<const at::BFloat16*>(panel), sums);
   } else if (Pieces == 1 && has_dot_products_of_bfloat16()) {
-    // They round twice as often, which sums three times as long would show.
+    // One piece only: sums of three are three times as long, and these instructions round twice as
+    // often as plain loops, so that the error would exceed that of float32.
     multiply_panel_by_dots(rows, depth, left, panel, sums, add);
   } else {
     multiply_panel_plainly(rows, depth, left, panel, sums, add);
@@ -247,7 +247,7 @@ void write(
 // Multiplies `count` rows, of which `pieces` has the terms from `k` to `end`, by all panels.
 template <int Pieces>
 void multiply_rows(
-    const Product& product, const uint32_t* packed, const uint16_t* pieces, float* sums,
+    const Product& product, bool amx, const uint32_t* packed, const uint16_t* pieces, float* sums,
     int64_t row, int64_t count, int64_t k, int64_t end) {
   for (int64_t first = 0; first < product.columns; first += PANEL) {
     // Apart from the output, whose rows may lie so far apart that they evict each other.
@@ -257,7 +257,8 @@ void multiply_rows(
       const uint16_t* block = pieces + (begin - k) * Pieces * count;
       for (int64_t piece = 0; piece < Pieces; ++piece) {
         multiply_panel<Pieces>(
-            count, depth, block + piece * count * DEPTH, panel, sums, begin > k || piece > 0);
+            amx, count, depth, block + piece * count * DEPTH, panel, sums,
+            begin > k || piece > 0);
       }
     }
     write(
@@ -269,6 +270,7 @@ void multiply_rows(
 
 template <int Pieces>
 void multiply(const Product& product, const uint32_t* packed) {
+  const bool amx = has_amx();
   const int64_t span = std::min(round_up(product.depth, DEPTH), SPAN);
   const int64_t block = rows_of_block(
       product.rows, std::min<int64_t>(MOST_ROWS, BLOCK_BYTES / (span * Pieces * 2)));
@@ -282,10 +284,11 @@ void multiply(const Product& product, const uint32_t* packed) {
         for (int64_t begin = k; begin < end; begin += DEPTH) {
           convert<Pieces>(product, row, count, begin, pieces.get() + (begin - k) * Pieces * count);
         }
-        multiply_rows<Pieces>(product, packed, pieces.get(), sums.get(), row, count, k, end);
+        multiply_rows<Pieces>(
+            product, amx, packed, pieces.get(), sums.get(), row, count, k, end);
       }
     }
-    if (has_amx()) {
+    if (amx) {
       cpublas::brgemm_release();
     }
   });
@@ -296,8 +299,8 @@ void multiply(const Product& product, const uint32_t* packed) {
 
 using namespace native;
 
-// As how many pieces `multiply_codes` multiplies faster than float32 products are: 3 with AMX if torch
-// may use it, 1 with AVX-512's products, which are twice as fast as those of float32; else 0.
+// The most pieces that `multiply_codes` multiplies faster than one product of float32 takes: 3 with AMX,
+// if torch may use it; 1 with AVX-512's dot products, which take half of that time; else 0.
 EXPORT int32_t most_pieces() {
   return has_amx() ? 3 : has_dot_products_of_bfloat16() ? 1 : 0;
 }

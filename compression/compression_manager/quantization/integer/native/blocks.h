@@ -1,11 +1,10 @@
 // Products whose rows lie anywhere in memory, computed block by block on processors without AMX.
 //
-// A row of the product is the sum over a few runs of numbers ("taps"): a row of a matrix is one run, and
-// a place of an image has one for each row of the convolution's kernel. What the numbers are, and how
-// they are multiplied, is up to the type `Kernel` (see pairs.h and quads.h):
+// What the numbers are, and how they are multiplied, is up to the type `Kernel`: Pairs or Quads.
 //
+//   is_fast()                          whether the processor has the instructions
 //   Number, number(code, zero_point)   what a code becomes
-//   UNIT                               terms that one instruction multiplies and adds
+//   UNIT                               terms that one instruction multiplies and adds: 32 bits
 //   TILE_ROWS, TILE_COLUMNS            what is computed at a time, as much as registers hold
 //   Packed, pack(...)                  a weight, (columns, depth), in the order in which it is read
 //   multiply(...)                      sets the sums of a tile
@@ -13,22 +12,10 @@
 
 #include "panels.h"
 
-#include <vector>
-
 namespace native {
 
 // Rows of which the numbers stay in a cache while all columns go by.
 constexpr int64_t MOST_BLOCK_ROWS = 48;
-
-// Where the numbers of one row of the product lie, from its first one on.
-struct Taps {
-  std::vector<int64_t> starts;
-  int64_t terms; // of a tap, a multiple of the kernel's unit
-
-  int64_t depth() const {
-    return static_cast<int64_t>(starts.size()) * terms;
-  }
-};
 
 // What becomes of the sums. Each is rounded to float32, multiplied by the column's scale, and added
 // to its bias, if there is one.
@@ -48,7 +35,7 @@ struct Rows {
 };
 
 template <typename Kernel>
-void widen(
+void read_codes(
     const uint8_t* codes, int64_t count, int32_t zero_point, typename Kernel::Number* numbers) {
   for (int64_t i = 0; i < count; ++i) {
     numbers[i] = Kernel::number(codes[i], zero_point);
@@ -98,6 +85,7 @@ void multiply_blocks(
     const MakeReader& make_reader) {
   constexpr int64_t height = Kernel::TILE_ROWS;
   constexpr int64_t width = Kernel::TILE_COLUMNS;
+  static_assert(MOST_BLOCK_ROWS % height == 0, "a block of rows has no more than that");
   const int64_t threads = at::get_num_threads();
   const int64_t panels = divide_up(output.columns, width);
   // Blocks of equal size, as many for each thread; where rows are few, threads share the columns.

@@ -5,6 +5,8 @@
 #include "pairs.h"
 #include "quads.h"
 
+#include <vector>
+
 namespace native {
 namespace {
 
@@ -39,8 +41,8 @@ struct Images {
   bool channels_last;
   int32_t zero_point;
   int64_t channels;
-  int64_t unit; // of the kernel
   Geometry geometry;
+  int64_t unit; // of the kernel
 
   // Numbers of a place.
   int64_t step() const {
@@ -53,21 +55,25 @@ struct Images {
   }
 };
 
-Taps taps_of(const Images& images) {
+// Places of the kernel that lie side by side: neighbors on the last axis.
+int64_t places_of_tap(const Geometry& its) {
+  return its.dilation[2] == 1 ? its.kernel[2] : 1;
+}
+
+// Returns where the taps begin.
+std::vector<int64_t> starts_of(const Images& images) {
   const Geometry& its = images.geometry;
-  // Neighbors on the last axis lie side by side.
-  const int64_t run = its.dilation[2] == 1 ? its.kernel[2] : 1;
-  Taps taps{{}, run * images.step()};
+  std::vector<int64_t> starts;
   for (int64_t i = 0; i < its.kernel[0]; ++i) {
     for (int64_t j = 0; j < its.kernel[1]; ++j) {
-      for (int64_t k = 0; k < its.kernel[2]; k += run) {
+      for (int64_t k = 0; k < its.kernel[2]; k += places_of_tap(its)) {
         const int64_t place =
             its.place(i * its.dilation[0], j * its.dilation[1], k * its.dilation[2]);
-        taps.starts.push_back(place * images.step());
+        starts.push_back(place * images.step());
       }
     }
   }
-  return taps;
+  return starts;
 }
 
 // Returns where the numbers of each place of the result begin in an image.
@@ -85,10 +91,10 @@ std::vector<int64_t> beginnings(const Images& images) {
   return begins;
 }
 
-// Widens the channels of `count` places, which lie `stride` codes apart, side by side: a unit of them,
+// Reads the channels of `count` places, which lie `stride` codes apart, side by side: a unit of them,
 // which has 32 bits, of all places before the next.
 template <typename Kernel>
-void widen_channels(
+void read_channels(
     const Images& images, const uint8_t* codes, int64_t stride, int64_t count,
     typename Kernel::Number* numbers) {
   using Bits = std::make_unsigned_t<typename Kernel::Number>;
@@ -109,26 +115,26 @@ void widen_channels(
   }
 }
 
-// Widens the line of places that `codes` has.
+// Reads the line of places that `codes` has.
 template <typename Kernel>
-void widen_line(const Images& images, const uint8_t* codes, typename Kernel::Number* numbers) {
+void read_line(const Images& images, const uint8_t* codes, typename Kernel::Number* numbers) {
   const int64_t* size = images.geometry.size;
   const int64_t channels = images.channels;
   if (!images.channels_last) {
-    widen_channels<Kernel>(images, codes, size[0] * size[1] * size[2], size[2], numbers);
+    read_channels<Kernel>(images, codes, size[0] * size[1] * size[2], size[2], numbers);
   } else if (images.step() == channels) {
-    widen<Kernel>(codes, size[2] * channels, images.zero_point, numbers);
+    read_codes<Kernel>(codes, size[2] * channels, images.zero_point, numbers);
   } else {
     for (int64_t place = 0; place < size[2]; ++place) {
-      widen<Kernel>(
+      read_codes<Kernel>(
           codes + place * channels, channels, images.zero_point, numbers + place * images.step());
     }
   }
 }
 
-// Writes the insides of `count` images from `first` on.
+// Reads `count` images from `first` on.
 template <typename Kernel>
-void widen_images(
+void read_images(
     const Images& images, int64_t first, int64_t count, typename Kernel::Number* numbers) {
   const Geometry& its = images.geometry;
   const int64_t lines = its.size[0] * its.size[1];
@@ -140,7 +146,7 @@ void widen_images(
       const int64_t line = index % lines;
       const int64_t place = its.place(
           line / its.size[1] + its.padding[0], line % its.size[1] + its.padding[1], its.padding[2]);
-      widen_line<Kernel>(
+      read_line<Kernel>(
           images, images.codes + (first + image) * lines * length + line * stride,
           numbers + image * images.length() + place * images.step());
     }
@@ -149,9 +155,13 @@ void widen_images(
 
 template <typename Kernel>
 void convolve(
-    const Images& images, int64_t count, const int8_t* weight, Output output, float* values) {
+    Images images, int64_t count, const int8_t* weight, Output output, float* values) {
   using Number = typename Kernel::Number;
-  const Taps taps = taps_of(images);
+  images.unit = Kernel::UNIT;
+  const std::vector<int64_t> starts = starts_of(images);
+  const Taps taps{
+      starts.data(), static_cast<int64_t>(starts.size()),
+      places_of_tap(images.geometry) * images.step()};
   const std::vector<int64_t> begins = beginnings(images);
   const int64_t places = static_cast<int64_t>(begins.size());
   const auto packed = Kernel::pack(weight, output.columns, taps.depth(), images.zero_point);
@@ -178,7 +188,7 @@ void convolve(
   };
   for (int64_t first = 0; first < count; first += together) {
     const int64_t number = std::min(together, count - first);
-    widen_images<Kernel>(images, first, number, numbers.data());
+    read_images<Kernel>(images, first, number, numbers.data());
     output.rows = number * places;
     multiply_blocks<Kernel>(output, taps, packed, make_reader);
     values += output.rows * output.columns;
@@ -190,14 +200,14 @@ void convolve(
 
 using namespace native;
 
-// The channels of a weight for `convolve_integers` are rounded up to a multiple of this.
+// Returns what `convolve_integers` wants the channels of a weight to be a multiple of.
 EXPORT int64_t channels_unit() {
   return Quads::is_fast() ? Quads::UNIT : Pairs::UNIT;
 }
 
-// Convolves `count` images, codes (count, *size, channels), with a weight (columns, *kernel,
-// channels) into (count, *places, columns); or codes (count, channels, *size) into (count, columns,
-// *places). `geometry` has the numbers of a
+// Convolves `count` images, codes (count, *size, channels), into (count, *places, columns); or codes
+// (count, channels, *size) into (count, columns, *places). The weight is (columns, *kernel, channels),
+// the channels being rounded up to a multiple of `channels_unit`. `geometry` has the numbers of a
 // Geometry. Returns what went wrong, or null; no size is 0.
 EXPORT const char* convolve_integers(
     const uint8_t* codes,
@@ -212,7 +222,7 @@ EXPORT const char* convolve_integers(
     const int64_t* geometry,
     float* output) {
   return problem_of([&] {
-    Images images{codes, channels_last, zero_point, channels, channels_unit(), {}};
+    Images images{codes, channels_last, zero_point, channels, {}, 0};
     std::memcpy(&images.geometry, geometry, sizeof(Geometry));
     const Output to{scale, bias, 0, columns, 1};
     Quads::is_fast() ? convolve<Quads>(images, count, weight, to, output)

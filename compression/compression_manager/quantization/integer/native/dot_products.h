@@ -1,10 +1,12 @@
-// Sums of products by AVX-512's dot products, where AMX is not there: of four bytes at a time (VNNI), and
-// of two bfloat16 numbers.
+// Sums of products by AVX-512's dot products, where AMX is not there: of four bytes at a time (VNNI),
+// and of two bfloat16 numbers.
 #pragma once
 
-#include "blocks.h"
+#include "panels.h"
 
-#if defined(__AVX512F__)
+// Older compilers of GNU do not know those of bfloat16.
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
+#define HAS_DOT_PRODUCTS
 #include <immintrin.h>
 #endif
 
@@ -13,9 +15,11 @@ namespace native {
 // Rows that are multiplied at a time: with PANEL columns, half of the registers hold their sums.
 constexpr int64_t DOT_ROWS = 4;
 
-#if defined(__AVX512F__)
+#if defined(HAS_DOT_PRODUCTS)
 
-// Functions with instructions that the processor is asked for before they are called.
+// The processor is asked for the instructions before these functions are called: for those of bytes or
+// of bfloat16, which one function for both has to name together. Compilers choose neither by
+// themselves in code that has only the intrinsics of the other.
 #define DOT_PRODUCTS __attribute__((target("avx512vnni,avx512bf16")))
 
 inline bool has_dot_products_of_bytes() {
@@ -63,11 +67,11 @@ DOT_PRODUCTS void multiply_dots_of(
     }
   }
   const __m512i* right = static_cast<const __m512i*>(panel);
-  for (const int64_t start : taps.starts) {
+  for (int64_t tap = 0; tap < taps.count; ++tap) {
     const typename Dot::Number* left[COUNT];
 #pragma GCC unroll 4
     for (int64_t i = 0; i < COUNT; ++i) {
-      left[i] = rows[i] + start;
+      left[i] = rows[i] + taps.starts[tap];
     }
     for (int64_t term = 0; term < taps.terms; term += unit, right += PANEL / lanes) {
       __m512i columns[WIDTH];
@@ -148,7 +152,7 @@ template <typename Dot>
 void multiply_dots(
     int64_t, const typename Dot::Number* const*, const Taps&, const void*, int64_t,
     const typename Dot::Sum*, int64_t, typename Dot::Sum*) {
-  throw std::logic_error("compiled for a processor without AVX-512");
+  throw std::logic_error("compiled without AVX-512's dot products");
 }
 
 #endif

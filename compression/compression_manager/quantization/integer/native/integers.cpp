@@ -12,7 +12,7 @@ namespace {
 // Terms that one call of a kernel sums up, and rows of a block.
 constexpr int64_t DEPTH = 512;
 constexpr int64_t MOST_ROWS = 256;
-static_assert(DEPTH % TERMS == 0);
+static_assert(DEPTH % AMX_TERMS == 0);
 
 struct Product {
   const uint8_t* codes; // (rows, depth)
@@ -81,19 +81,19 @@ void write(
 // anything.
 void copy_rest(const Product& product, int64_t row, int64_t count, int64_t k, uint8_t* rest) {
   const int64_t bytes = product.depth - k;
-  for (int64_t i = 0; i < count; ++i, rest += TERMS) {
+  for (int64_t i = 0; i < count; ++i, rest += AMX_TERMS) {
     std::memcpy(rest, product.codes + (row + i) * product.depth + k, bytes);
-    std::memset(rest + bytes, 0, TERMS - bytes);
+    std::memset(rest + bytes, 0, AMX_TERMS - bytes);
   }
 }
 
 void multiply_tiles(const Product& product) {
   const PackedBytes packed = pack_bytes(product.weight, product.columns, product.depth);
   const int64_t block = rows_of_block(product.rows, MOST_ROWS);
-  const int64_t whole = product.depth / TERMS * TERMS;
+  const int64_t whole = product.depth / AMX_TERMS * AMX_TERMS;
   at::parallel_for(0, divide_up(product.rows, block), 1, [&](int64_t begin, int64_t end) {
     Buffer<int32_t> sums = allocate<int32_t>(block * PANEL);
-    Buffer<uint8_t> rest = allocate<uint8_t>(block * TERMS);
+    Buffer<uint8_t> rest = allocate<uint8_t>(block * AMX_TERMS);
     for (int64_t row = begin * block; row < std::min(end * block, product.rows); row += block) {
       const int64_t count = std::min(block, product.rows - row);
       const uint8_t* codes = product.codes + row * product.depth;
@@ -107,7 +107,7 @@ void multiply_tiles(const Product& product) {
         }
         if (whole < product.depth) {
           multiply_panel(
-              count, TERMS, rest.get(), TERMS, panel + whole * PANEL, sums.get(), whole > 0);
+              count, AMX_TERMS, rest.get(), AMX_TERMS, panel + whole * PANEL, sums.get(), whole > 0);
         }
         write(product, packed.row_sums.get(), sums.get(), row, count, first);
       }
@@ -127,7 +127,7 @@ const typename Kernel::Number* read_row(
   }
   const int64_t padded = round_up(product.depth, Kernel::UNIT);
   std::fill(space + product.depth, space + padded, static_cast<typename Kernel::Number>(0));
-  widen<Kernel>(codes, product.depth, product.zero_point, space);
+  read_codes<Kernel>(codes, product.depth, product.zero_point, space);
   return space;
 }
 
@@ -149,7 +149,7 @@ void multiply_rows(const Product& product) {
   };
   const auto packed =
       Kernel::pack(product.weight, product.columns, product.depth, product.zero_point);
-  multiply_blocks<Kernel>(output, Taps{{0}, padded}, packed, make_reader);
+  multiply_blocks<Kernel>(output, one_tap(padded), packed, make_reader);
 }
 
 } // namespace

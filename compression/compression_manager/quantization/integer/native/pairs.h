@@ -1,5 +1,5 @@
-// The kernel of processors without instructions for 8-bit integers: exact sums in 32 bits of products of
-// 16 bits, of which AVX2 multiplies twice as many at a time as of floats.
+// The kernel of processors without instructions for 8-bit integers: exact sums in 32 bits of products
+// of 16 bits, of which AVX2 multiplies twice as many at a time as of floats.
 //
 // The codes are widened to 16 bits, less the zero point, so that zeros stand for real zeros.
 #pragma once
@@ -101,10 +101,10 @@ void multiply_tile(
   for (int64_t i = 0; i < COUNT; ++i) {
     left[i] = right[i] = _mm256_setzero_si256();
   }
-  for (const int64_t start : taps.starts) {
+  for (int64_t tap = 0; tap < taps.count; ++tap) {
     const int16_t* numbers[COUNT];
     for (int64_t i = 0; i < COUNT; ++i) {
-      numbers[i] = rows[i] + start;
+      numbers[i] = rows[i] + taps.starts[tap];
     }
     for (int64_t term = 0; term < taps.terms; term += PAIR, panel += STEP) {
       const __m128i* codes = reinterpret_cast<const __m128i*>(panel);
@@ -133,12 +133,12 @@ template <int64_t COUNT>
 void multiply_tile(
     const int16_t* const* rows, const Taps& taps, const int8_t* panel, int32_t* sums) {
   std::fill_n(sums, COUNT * TILE_COLUMNS, 0);
-  for (const int64_t start : taps.starts) {
+  for (int64_t tap = 0; tap < taps.count; ++tap) {
     for (int64_t term = 0; term < taps.terms; ++term) {
       const int8_t* codes = panel + term / PAIR * PAIR * TILE_COLUMNS + term % PAIR;
       for (int64_t i = 0; i < COUNT; ++i) {
         for (int64_t j = 0; j < TILE_COLUMNS; ++j) {
-          sums[i * TILE_COLUMNS + j] += rows[i][start + term] * codes[j * PAIR];
+          sums[i * TILE_COLUMNS + j] += rows[i][taps.starts[tap] + term] * codes[j * PAIR];
         }
       }
     }

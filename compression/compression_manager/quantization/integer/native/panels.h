@@ -26,6 +26,25 @@ inline int64_t round_up(int64_t value, int64_t to) {
   return divide_up(value, to) * to;
 }
 
+// A row of a product is the sum over a few runs of numbers: a row of a matrix is one run, and a place of
+// an image has one for each row of the convolution's kernel. This is where they begin, from the row's
+// first number on.
+struct Taps {
+  const int64_t* starts;
+  int64_t count;
+  int64_t terms; // of a tap, a multiple of what one instruction multiplies and adds
+
+  int64_t depth() const {
+    return count * terms;
+  }
+};
+
+// The taps of a matrix.
+inline Taps one_tap(int64_t terms) {
+  static const int64_t start = 0;
+  return {&start, 1, terms};
+}
+
 struct Free {
   void operator()(void* memory) const {
     std::free(memory);

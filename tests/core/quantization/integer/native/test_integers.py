@@ -17,7 +17,7 @@ from compression_manager.quantization.integer.torch_passes import TorchPasses
 from dense_tensors import same
 
 # Rows, depth, columns: beyond one panel (64), unit (4), kernel's depth (512), block of rows (256).
-SHAPES = [(1, 1, 1), (17, 63, 65), (33, 513, 64), (300, 40, 130), (5, 2600, 7), (16, 512, 108)]
+SHAPES = [(1, 1, 1), (17, 63, 65), (33, 513, 64), (300, 40, 130), (5, 2600, 7), (7, 36, 90)]
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -119,6 +119,12 @@ def test_strides_mean_nothing_where_a_size_is_one(
     for _ in range(3):  # what lies in fresh memory may be right by chance
         check(passes, factors, 3, True)
         check(TorchPasses(), factors, 3, True)
+
+
+def test_plain_operations_take_any_strides() -> None:
+    codes, weight, scale, bias = make_factors(30, 40, 30)
+    for order in (lambda matrix: matrix, lambda matrix: matrix.t().contiguous().t()):
+        check(TorchPasses(), (order(codes), order(weight), scale, bias), 3, True)
 
 
 def _with_stride_zero(matrix: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ FOLDER = Path(__file__).parents[1]
 def test_kernels_for_older_processors_pass_the_same_tests(
     capability: str, library_file: Path
 ) -> None:
-    tests = [FOLDER / "test_convolutions.py", FOLDER / "native" / "test_integers.py"]
+    native = [FOLDER / "native" / name for name in ("test_integers.py", "test_multiply.py")]
+    tests = [FOLDER / "test_convolutions.py", *native]
     finished = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
