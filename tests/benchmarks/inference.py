@@ -152,6 +152,7 @@ def measure(
     errors: dict[str, float] = {}
     skipped: dict[str, str] = {}
     subject = subject_of(workload)
+    inputs = subject.inputs.clone()
     with torch.no_grad():
         for route in routes:
             print(f"building {workload.name}, {route.title} ...", file=sys.stderr, flush=True)
@@ -166,6 +167,11 @@ def measure(
                 skipped[route.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
         arms = {name: _arm(run, subject.inputs) for name, run in runners.items()}
         durations = interleaved(arms, runs, warm_up=WARM_UP, seconds=seconds, label=workload.name)
+        for route in routes:
+            if route.name in runners:  # the last call has to be as right as the first
+                expected = (subject.converted if route.int8 else subject.float_model)(inputs)
+                last = relative_error(runners[route.name](inputs.clone()), expected)
+                errors[route.name] = max(errors[route.name], last)
     results = []
     for route in routes:
         if route.name in skipped:

@@ -22,6 +22,7 @@ from compression_manager.integrations import inductor
 from compression_manager.model_call import call_model, tensors_in
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from conformance_models import CASES, converted
+from quantization_reference import trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -72,7 +73,12 @@ def check(run: Runner, model: nn.Module, name: str, batch: int, allowed: float) 
     """
     inputs = CASES[name].inputs(batch, seed=batch)
     with torch.no_grad():
-        actual = list(tensors_in(call_model(run, inputs)))
+        actual = [item.clone() for item in tensors_in(call_model(run, inputs))]
+        # What is written to the inputs, or to constants, shows in the next call.
+        again = tensors_in(call_model(run, inputs))
+    assert all(torch.equal(*pair) for pair in zip(actual, again, strict=True))
+    fresh = CASES[name].inputs(batch, seed=batch)
+    assert all(map(torch.equal, tensors_in(inputs), tensors_in(fresh)))
     errors = []
     for arithmetic in (nullcontext(), reference_arithmetic()):
         with torch.no_grad(), arithmetic:
@@ -121,6 +127,43 @@ def test_8_bit_kernels_compute_what_the_converted_model_computes(
     assert run.int8_kernels == run.layers == LAYERS[name]
     for batch in (7, 64):
         check(run, model, name, batch, ALLOWED)
+
+
+class Residual(nn.Module):
+    """Adds the results of linear layers to its input, and to a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.constant = nn.Parameter(torch.randn(1, 3, 16))
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(input) + input, self.second(input) + self.constant
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("packs", [False, True], ids=["compiled", "package"])
+def test_inputs_and_constants_are_not_added_to_in_place(
+    batch: int, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    torch.manual_seed(0)
+    examples = torch.randn(batch, 3, 16)
+    model = overflow_free(trained(Residual(), examples).convert())
+    if packs:
+        deploy.export(model, tmp_path / "model.pt2", "aot_inductor", examples)
+        run = torch._inductor.aoti_load_package(tmp_path / "model.pt2")
+    else:
+        run = deploy.compile(model, examples)
+        assert run.int8_kernels == run.layers == 2
+    inputs = torch.randn(batch, 3, 16)
+    with torch.no_grad():
+        wanted = model(inputs)
+        before = inputs.clone()
+        for _ in range(3):
+            for item, expected in zip(run(inputs), wanted, strict=True):
+                torch.testing.assert_close(item, expected)
+    assert torch.equal(inputs, before)
 
 
 def test_a_package_holds_8_bit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compression_manager.deploy.parity import compare_outputs, full_precision
@@ -50,11 +51,13 @@ class Reference:
         inputs: as `model_call.call_model` passes them.
         output: as the model returned it.
         in_float32: what the functions of `arithmetic` return in the place of integer kernels.
+        overwrites: whether the model itself changes its inputs.
     """
 
     inputs: Any
     output: Any
     in_float32: Any
+    overwrites: bool
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any) -> Reference:
@@ -64,9 +67,11 @@ class Reference:
             ConfigError: it does not take `inputs`.
         """
         with full_precision(), quiet_evaluation(model):
+            before = _copies(inputs)
             output = call_with_examples(model, inputs)
+            overwrites = _differ(before, inputs)
             with reference_arithmetic():
-                return cls(inputs, output, call_with_examples(model, inputs))
+                return cls(inputs, output, call_with_examples(model, inputs), overwrites)
 
     def compare(self, run: Callable[..., Any], tolerance: float, name: str) -> float:
         """Return the relative error (root mean square) of what `run` returns for the inputs.
@@ -91,9 +96,10 @@ class Reference:
         """Return the error of what `run` returns, and what is allowed.
 
         Raises:
-            ParityError: `run` fails, or returns tensors of other types and shapes.
+            ParityError: `run` fails, returns tensors of other types and shapes, or changes the
+                inputs, which are then put right.
         """
-        where = self._where(name)
+        where, before = self._where(name), _copies(self.inputs)
         try:
             with full_precision():
                 actual = list(tensors_in(call_model(run, self.inputs)))
@@ -101,6 +107,10 @@ class Reference:
             raise ParityError(
                 f"{where} fails, unlike the converted model: {brief(error)}"
             ) from error
+        if not self.overwrites and _differ(before, self.inputs):
+            for item, copy in zip(tensors_in(self.inputs), before, strict=True):
+                item.copy_(copy)
+            raise ParityError(f"{where} overwrites its inputs, unlike the converted model.")
         expected = list(tensors_in(self.output))
         wanted, got = _listed(expected), _listed(actual)
         if wanted != got:
@@ -110,6 +120,18 @@ class Reference:
 
     def _where(self, name: str) -> str:
         return f"{name} at batch size {batch_size(self.inputs)}"
+
+
+def _copies(inputs: Any) -> list[Tensor]:
+    return [item.detach().clone() for item in tensors_in(inputs)]
+
+
+def _differ(before: list[Tensor], inputs: Any) -> bool:
+    """Return whether inputs are others than their copies; what is no number equals itself."""
+    return not all(
+        torch.equal(copy, item) or torch.allclose(copy, item, rtol=0, atol=0, equal_nan=True)
+        for copy, item in zip(before, tensors_in(inputs), strict=True)
+    )
 
 
 def _difference(

@@ -28,6 +28,19 @@ _CONVOLUTIONS = frozenset(
 )
 _LAYERS = _CONVOLUTIONS | {torch.ops.aten.linear.default}
 
+# Sums, and differences that are equal to them once the other operand is negated.
+_SUMS = {
+    torch.ops.aten.add.Tensor: torch.ops.aten.sub.Tensor,
+    torch.ops.aten.add_.Tensor: torch.ops.aten.sub_.Tensor,
+}
+# What Inductor takes out of a graph, or sees through, so that the operand is the tensor before it.
+_TRANSPARENT = frozenset(
+    {
+        "alias", "clone", "contiguous", "detach", "dropout", "expand", "flatten", "permute",
+        "reshape", "squeeze", "to", "transpose", "unflatten", "unsqueeze", "view",
+    }
+)  # fmt: skip
+
 
 def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int]:
     """Return the module of a program in Inductor's operators, and the number of its int8 weights.
@@ -46,6 +59,10 @@ def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int
             is_weight = _is_kernels_weight(module, node)
             weights += is_weight
             _replace(node, _kernels_weight(module, node) if is_weight else _formula(node))
+    if weights:
+        for node in list(module.graph.nodes):
+            if node.target in _SUMS:
+                _keep_operand(node)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module, weights
@@ -117,6 +134,36 @@ def _kernels_weight(module: fx.GraphModule, node: Node) -> Node:
             torch.ops.quantized_decomposed.dequantize_per_channel.default,
             (node.args[0], *parameters, 0, -128, 127, torch.int8),
         )
+
+
+def _keep_operand(node: Node) -> None:
+    """Let nothing add to an input of the model, or to a constant, in place.
+
+    Inductor (2.13) fuses a linear layer and a sum into a kernel that writes to the other operand if
+    no later node reads it, which an input's owner and the next call do. It knows sums only:
+    x + y is x - (-y), to the last bit.
+    """
+    left, right = node.args[:2]
+    if node.kwargs or not all(isinstance(item, fx.Node) for item in (left, right)):
+        return  # a factor or a number, which it does not fuse
+    if _is_owned(left) and node.target is torch.ops.aten.add.Tensor:
+        left, right = right, left
+    if not _is_owned(right):
+        return
+    with node.graph.inserting_before(node):
+        negated = node.graph.call_function(torch.ops.aten.neg.default, (right,))
+        _replace(node, node.graph.call_function(_SUMS[node.target], (left, negated)))
+
+
+def _is_owned(node: Node) -> bool:
+    """Return whether a tensor is an input of the model, or a constant, seen in whatever shape."""
+    while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
+        node = node.args[0]
+    return node.op in ("placeholder", "get_attr")
+
+
+def _name_of(target: Any) -> str:
+    return str(target).removeprefix("aten.").partition(".")[0]
 
 
 def _formula(node: Node) -> Node:

@@ -93,22 +93,24 @@ def inference_arms(
     `errors` receives how far each output lies from the float model's.
     """
     inputs, model = workload.inputs, workload.build().eval()
+    expected = model(inputs)
     arms: dict[str, Callable[[int], object]] = {BASELINE: lambda number: model(inputs)}
     failed: dict[str, str] = {}
+
+    def arm(name: str, run: Callable[[Any], Any]) -> Callable[[int], object]:
+        own = inputs.clone()  # which some compiled models overwrite
+        errors[name] = relative_error(run(own), expected)
+        return lambda number: run(own)
 
     def own(name: str) -> Callable[[int], object]:
         import inference  # the benchmark beside this folder
 
         subject = inference.subject_of(workload)
         route = next(route for route in inference.ROUTES if route.title == name.split(": ")[1])
-        run = route.build(subject)
-        errors[name] = relative_error(run(inputs), model(inputs))
-        return lambda number: run(inputs)
+        return arm(name, route.build(subject))
 
     def peer(name: str) -> Callable[[int], object]:
-        run = adapters.INFERENCE[name](workload.build().eval(), inputs)
-        errors[name] = relative_error(run(inputs), model(inputs))
-        return lambda number: run(inputs)
+        return arm(name, adapters.INFERENCE[name](workload.build().eval(), inputs.clone()))
 
     for name in peers:
         _try(name, lambda name=name: own(name) if OURS in name else peer(name), arms, failed)

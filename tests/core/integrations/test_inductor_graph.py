@@ -178,6 +178,33 @@ def test_rows_of_a_table_with_constant_indices_are_no_weight_of_a_layer() -> Non
     assert_same(converted, module, inputs)
 
 
+class Sums(nn.Module):
+    """Linear layers whose results are added to other tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.constant = nn.Parameter(randn(1, 6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = input + self.first(input)
+        changed = self.second(hidden) + hidden
+        changed += input.reshape(-1, 2, 3).reshape(-1, 6)
+        return self.constant + changed + 1.0 + torch.add(changed, input, alpha=2)
+
+
+def test_nothing_is_added_to_inputs_and_constants_in_place() -> None:
+    inputs = randn(5, 6)
+    converted, module, weights, operators = translated(Sums(), inputs)
+    assert weights == 2
+    # The input twice, once in another shape, and the constant.
+    assert operators["neg.default"] == 3
+    assert (operators["sub.Tensor"], operators["sub_.Tensor"]) == (2, 1)
+    # What the layers themselves return may be written to.
+    assert operators["add.Tensor"] == 4
+    assert_same(converted, module, inputs)
+
+
 def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     input = torch.randint(0, 256, (32, 96), dtype=torch.uint8, generator=generator)
