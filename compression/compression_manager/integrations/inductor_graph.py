@@ -156,7 +156,13 @@ def _keep_operand(node: Node) -> None:
 
 
 def _is_owned(node: Node) -> bool:
-    """Return whether a tensor is an input of the model, or a constant, seen in whatever shape."""
+    """Return whether floats are those of an input of the model, or a constant, in whatever shape.
+
+    Other types are not fused, and a mask or unsigned integers cannot be negated.
+    """
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
     while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
         node = node.args[0]
     return node.op in ("placeholder", "get_attr")

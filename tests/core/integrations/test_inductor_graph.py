@@ -205,6 +205,24 @@ def test_nothing_is_added_to_inputs_and_constants_in_place() -> None:
     assert_same(converted, module, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_inputs_that_are_no_floats_are_added_as_they_are(dtype: torch.dtype) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, input: Tensor, mask: Tensor) -> Tensor:
+            return self.layer(input) + mask + input.shape[0]
+
+    inputs = randn(5, 6), torch.arange(30).reshape(5, 6).to(dtype)
+    converted, module, weights, operators = translated(Masked(), inputs)
+    assert weights == 1
+    assert operators["neg.default"] == 0
+    with torch.no_grad(), reference_arithmetic():
+        assert torch.equal(module(*inputs), converted(*inputs))
+
+
 def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     input = torch.randint(0, 256, (32, 96), dtype=torch.uint8, generator=generator)
