@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compression_manager.quantization import QuantizableAdd
 from quantization_reference import trained
 
 VOCABULARY, LENGTH = 30, 8
@@ -49,6 +50,28 @@ class Recommender(nn.Module):
         return self.score(torch.cat([user, self.items(items).mean(1)], 1)), user
 
 
+class Block(nn.Module):
+    """Two convolutions and a shortcut, whose sum quantizes its residual."""
+
+    def __init__(self, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.shortcut, self.add = shortcut, QuantizableAdd()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return images of the same shape."""
+        hidden = self.bn2(self.conv2(self.bn1(self.conv1(images)).relu()))
+        return self.add(hidden, self.shortcut(images)).relu()
+
+
+def _residual_blocks() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), Block(nn.Identity()), Block(nn.Conv2d(8, 8, 1)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+
+
 def _example(name: str) -> nn.Module:
     specification = importlib.util.spec_from_file_location("example_models", _EXAMPLES)
     assert specification is not None
@@ -71,6 +94,10 @@ def _bert() -> nn.Module:
 
 def _images(batch: int, generator: torch.Generator) -> Tensor:
     return torch.randn(batch, 1, 28, 28, generator=generator)
+
+
+def _colored_images(batch: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(batch, 3, 17, 17, generator=generator)
 
 
 def _tokens(batch: int, generator: torch.Generator) -> Tensor:
@@ -104,6 +131,7 @@ class Case:
 CASES = {
     "demo CNN": Case(lambda: _example("student"), _images),
     "ResNet": Case(lambda: _example("teacher"), _images),
+    "residual blocks": Case(_residual_blocks, _colored_images),
     "encoder": Case(Encoder, _tokens),
     "embedding": Case(Recommender, _visits),
     "BERT": Case(_bert, _sentences),

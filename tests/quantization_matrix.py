@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compression_manager import CompressionError, deploy, prepare_compression
 from compression_manager.quantization import (
+    QuantizableAdd,
     QuantizableAttention,
     QuantizableMatmul,
     QuantizationScheme,
@@ -67,6 +68,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "GRU": (lambda: nn.GRU(6, 4, 2), (_randn(5, 2, 6),)),
     "RNN": (lambda: nn.RNN(6, 4), (_randn(5, 2, 6),)),
     "QuantizableMatmul": (QuantizableMatmul, (_randn(2, 3, 8), _randn(2, 8, 4))),
+    "QuantizableAdd": (QuantizableAdd, (_randn(2, 3, 8), _randn(2, 3, 8).relu())),
     "QuantizableAttention": (
         QuantizableAttention,
         (_randn(2, 1, 3, 8), _randn(2, 1, 4, 8), _randn(2, 1, 4, 8)),

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.deploy import products
 from compression_manager.deploy.composite import ConvertedComposite
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
 from compression_manager.quantization.layers.functional import (
+    QuantizedAdd,
     QuantizedAttention,
     QuantizedMatmul,
 )
@@ -52,6 +54,18 @@ class ConvertedMatmul(_ConvertedInputs):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Return left @ right."""
         return torch.matmul(self.quantized("left", left), self.quantized("right", right))
+
+
+class ConvertedAdd(_ConvertedInputs):
+    """Deployed `QuantizableAdd`; its child is `residual`."""
+
+    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
+        super().__init__(float_layer, spec, tuple(QuantizedAdd.operands_of(float_layer)))
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        """Return input + residual."""
+        total = products.add(cast(ConvertedLayer, self.residual), input, residual)
+        return input + self.quantized("residual", residual) if total is None else total
 
 
 class ConvertedAttention(_ConvertedInputs):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from compression_manager.deploy.attention import ConvertedMultiheadAttention
-from compression_manager.deploy.functional import ConvertedAttention, ConvertedMatmul
+from compression_manager.deploy.functional import (
+    ConvertedAdd,
+    ConvertedAttention,
+    ConvertedMatmul,
+)
 from compression_manager.deploy.layers import (
     ConvertedConv,
     ConvertedEmbedding,
@@ -31,5 +35,6 @@ CONVERTED_CLASSES: dict[str, type[ConvertedLayer]] = {
     "RNN": ConvertedRecurrent,
     "Conv1D": ConvertedConv1D,
     "QuantizableMatmul": ConvertedMatmul,
+    "QuantizableAdd": ConvertedAdd,
     "QuantizableAttention": ConvertedAttention,
 }

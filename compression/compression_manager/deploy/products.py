@@ -31,6 +31,7 @@ from compression_manager.quantization.integer.operands import (
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
+from compression_manager.quantization.layers.sums import takes_integers
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.recent import version_of
 
@@ -60,6 +61,26 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     return products.linear(operand, _weight_of(layer), layer.bias, passes, packs=True)
 
 
+def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None:
+    """Return input + residual, or None if integers of the residual are not made.
+
+    Args:
+        layer: quantizes the residual.
+        input: what it is added to.
+        residual: the same shape, or one that broadcasts.
+    """
+    scheme, options = layer.spec.input, layer.product_options
+    if scheme is None or why_no_integer_input(scheme) is not None:
+        return None
+    if _is_seen_through(input) or _is_seen_through(residual):
+        return None
+    if not takes_integers(options, input, residual):
+        return None
+    passes = passes_for(residual.device)
+    operand = _integers_of(layer, residual, passes)
+    return None if operand is None else products.add(input, operand, passes)
+
+
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     """Return the result of a deployed convolution, or None if integers do not compute it."""
     operand, passes = None, passes_for(input.device)
@@ -76,13 +97,16 @@ def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
 def _computes_integers(
     layer: ConvertedLayer, input: Tensor, size: Callable[[], Size], passes: Passes
 ) -> bool:
-    """Return whether integers are multiplied; never where the gradient of the input is wanted."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
-        return False
-    if not _has_operands(layer):
+    """Return whether integers are multiplied."""
+    if _is_seen_through(input) or not _has_operands(layer):
         return False
     decision = decide(layer.product_options, input, None, size(), passes, training=False)
     return decision.path == "integer"
+
+
+def _is_seen_through(input: Tensor) -> bool:
+    """Return whether a compiler, or autograd, is to see what is computed of `input`."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad)
 
 
 def _has_operands(layer: ConvertedLayer) -> bool:

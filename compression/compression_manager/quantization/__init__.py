@@ -12,6 +12,7 @@ from compression_manager.quantization.calibration import (
 from compression_manager.quantization.dynamic_quantizer import DynamicFakeQuantizer
 from compression_manager.quantization.graph import FakeQuantizeOp, QuantizationGraph
 from compression_manager.quantization.layers.functional import (
+    QuantizableAdd,
     QuantizableAttention,
     QuantizableMatmul,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "DynamicFakeQuantizer",
     "Phase",
     "QuantizableMatmul",
+    "QuantizableAdd",
     "QuantizableAttention",
     "FakeQuantizeOp",
     "QuantizationGraph",

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.quantization import QuantizableAdd
+
 CLASSES = 10
 
 
@@ -65,6 +67,7 @@ class Block(nn.Module):
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
+        self.add = QuantizableAdd()
         self.relu2 = nn.ReLU()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != width:
@@ -74,7 +77,7 @@ class Block(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         hidden = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(input)))))
-        return self.relu2(hidden + self.shortcut(input))
+        return self.relu2(self.add(hidden, self.shortcut(input)))
 
 
 class ResNet(nn.Module):

@@ -33,18 +33,16 @@ OWN_ROUTES = ("int8, eager", "int8, Inductor", "int8, onnxruntime", "int8, OpenV
 
 @dataclass(frozen=True)
 class Environment:
-    """Libraries that fit together.
+    """Libraries that fit together; the compression manager, of whose parts a network is made, too.
 
     Attributes:
         requirements: beside torch.
-        with_ours: whether the compression manager is installed as well.
         training: peers whose training step is measured.
         inference: peers whose int8 inference is measured.
     """
 
     name: str
     requirements: tuple[str, ...]
-    with_ours: bool = False
     training: tuple[str, ...] = ()
     inference: tuple[str, ...] = ()
 
@@ -54,7 +52,6 @@ ENVIRONMENTS = (
     Environment(
         "torchao-openvino-onnxruntime",
         ("torchao==0.18.0", "openvino", "nncf", "onnxruntime", "onnx", "onnxscript"),
-        with_ours=True,
         training=(OURS, "torchao PT2E", "torch.ao FX"),
         inference=(
             *(f"{OURS}: {title}" for title in OWN_ROUTES),
@@ -64,12 +61,11 @@ ENVIRONMENTS = (
             "onnxruntime int8 QDQ",
         ),
     ),
-    Environment("brevitas", ("brevitas",), with_ours=True, training=(OURS, "Brevitas")),
+    Environment("brevitas", ("brevitas",), training=(OURS, "Brevitas")),
     # It imports requests and huggingface_hub without asking for them.
     Environment(
         "modelopt",
         ("nvidia-modelopt==0.47.0", "requests", "huggingface_hub"),
-        with_ours=True,
         training=(OURS, "ModelOpt"),
     ),
     # It imports six and pkg_resources without asking for them, and fails with a newer numpy.
@@ -85,7 +81,7 @@ def build(environment: Environment, folder: Path) -> str | None:
     """Create the environment unless it is there; return why it cannot be, or None."""
     path = folder / environment.name
     stamp = path / ".installed"
-    wanted = "\n".join([TORCH, *environment.requirements, str(environment.with_ours)])
+    wanted = "\n".join([TORCH, *environment.requirements])
     if not (stamp.exists() and stamp.read_text() == wanted):
         print(f"building {path} ...", file=sys.stderr, flush=True)
         venv.create(path, with_pip=True, clear=path.exists())
@@ -95,8 +91,6 @@ def build(environment: Environment, folder: Path) -> str | None:
             if reason is not None:
                 return reason
         stamp.write_text(wanted)
-    if not environment.with_ours:
-        return None
     # Ours changes between two runs, what it needs does not.
     return _pip(path, [str(ROOT)]) or _pip(path, ["--force-reinstall", "--no-deps", str(ROOT)])
 

@@ -12,6 +12,7 @@ from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.errors import CheckpointMismatchError
 from compression_manager.model_call import tensors_in
 from compression_manager.quantization import (
+    QuantizableAdd,
     QuantizableAttention,
     QuantizableMatmul,
     QuantizationScheme,
@@ -35,6 +36,20 @@ class Products(nn.Module):
         scores = self.matmul(hidden, right=hidden.transpose(-2, -1))
         heads = hidden.unflatten(-1, (2, 4)).transpose(1, 2)
         return scores, self.attention(heads, heads, heads + 1, is_causal=True, scale=0.3)
+
+
+class Residual(nn.Module):
+    """A block whose input is added to its output, and one that is added to all samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6, 6)
+        self.add = QuantizableAdd()
+        self.shift = QuantizableAdd()
+
+    def forward(self, input):
+        hidden = input.relu()
+        return self.shift(self.add(self.embed(hidden), residual=hidden), input[:1].sin())
 
 
 class Bags(nn.Module):
@@ -131,6 +146,7 @@ MODELS = {
     ),
     "RNN": (lambda: nn.RNN(6, 5, nonlinearity="relu"), (randn(7, 6),)),
     "products": (Products, (randn(2, 5, 6),)),
+    "residual": (Residual, (randn(2, 5, 6),)),
     "encoder block": (encoder_block, (randn(5, 3, 8),)),
     "decoder block": (decoder_block, (randn(3, 4, 8), randn(3, 5, 8))),
 }  # fmt: skip

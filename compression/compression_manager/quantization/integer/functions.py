@@ -1,4 +1,4 @@
-"""Linear and convolution on integer operands, differentiable.
+"""Linear, convolution and sum on integer operands, differentiable.
 
 Between forward and backward the integers are kept, and bits of what was clipped; no float copies.
 The gradients are those of the straight-through estimator: with float32 products they are, bit for
@@ -96,9 +96,16 @@ class Operands:
         if clipped is None:
             return gradient
         if gradient.stride() != codes.stride():
-            # The bits lie in the order of the codes in memory.
-            gradient = torch.empty_like(codes, dtype=gradient.dtype).copy_(gradient)
+            gradient = _copy(gradient, codes.stride())
         return self.passes.clear_clipped(gradient, clipped)
+
+
+def _copy(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return a copy with the strides of the codes, in whose order in memory the bits lie."""
+    empty = torch.empty_strided(
+        gradient.shape, stride, dtype=gradient.dtype, device=gradient.device
+    )
+    return empty.copy_(gradient)
 
 
 class IntegerLinear(torch.autograd.Function):
@@ -234,3 +241,24 @@ class IntegerConvolution(torch.autograd.Function):
         if for_weight is not None:
             for_weight = operands.weight_gradient(for_weight.float())
         return for_input, for_weight, None if for_bias is None else for_bias.float(), None, None
+
+
+class IntegerSum(torch.autograd.Function):
+    """The sum of (input, residual), the residual's values being those that integers stand for."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, residual: Tensor, integers: IntegerInput, passes: Passes
+    ) -> Tensor:
+        ctx.passes, ctx.stride = passes, integers.codes.stride()
+        if integers.clipped is not None:
+            ctx.save_for_backward(integers.clipped)
+        return products.add(input, integers, passes)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        for_residual = gradient
+        for clipped in ctx.saved_tensors:  # at most one
+            for_residual = ctx.passes.clear_clipped(_copy(gradient, ctx.stride), clipped)
+        return gradient, for_residual, None, None

@@ -106,6 +106,22 @@ class Passes(ABC):
         """
 
     @abstractmethod
+    def add_dequantized(
+        self, addend: Tensor, codes: Tensor, scale: float, zero_point: int
+    ) -> Tensor:
+        """Return addend + (codes - zero_point) * scale, both rounded to float32.
+
+        Args:
+            addend: float32, shape and strides of `codes`.
+            codes: uint8 or int8, dense, any shape, on the CPU.
+            scale: a float32 number.
+            zero_point: integer of real zero.
+
+        Returns:
+            float32, shape and strides of `codes`.
+        """
+
+    @abstractmethod
     def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """Write codes * scale, with one scale for each index of the first axis, and return `out`.
 

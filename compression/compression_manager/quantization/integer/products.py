@@ -98,6 +98,21 @@ def linear(
     return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
 
 
+def add(input: Tensor, residual: IntegerInput, passes: Passes) -> Tensor:
+    """Return `input` plus the real numbers that the integers stand for, on the CPU.
+
+    Args:
+        input: float32, dense, shape of the integers.
+        residual: the integers.
+        passes: what computes.
+    """
+    codes, scale, zero_point = residual.codes, float(residual.scale), int(residual.zero_point)
+    if input.stride() == codes.stride():
+        return passes.add_dequantized(input, codes, scale, zero_point)
+    values = torch.empty_like(codes, dtype=torch.float32)
+    return input + passes.dequantize(codes, scale, zero_point, values)
+
+
 def convolve(
     input: IntegerInput,
     weight: IntegerWeight,

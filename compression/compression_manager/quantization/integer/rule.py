@@ -66,7 +66,7 @@ def decide(
         training: the mode of the layer. Not whether gradients are wanted, because activation
             checkpointing may run a forward pass without them first.
     """
-    reason = _why_no_codes(options, input, weight)
+    reason = why_no_codes(options, input, weight)
     if reason is not None:
         return Decision("fake", reason)
     reason = why_no_integers(options, input.device, size, passes, training)
@@ -76,7 +76,8 @@ def decide(
     return Decision("codes" if input.is_cpu else "fake", reason)
 
 
-def _why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
+def why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
+    """Return why no integers of these floats are made, whatever their schemes; None if they are."""
     if options.forward == "fake":
         return 'forward="fake"'
     reason = why_reference()

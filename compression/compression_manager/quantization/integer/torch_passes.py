@@ -90,6 +90,17 @@ class TorchPasses(Passes):
             flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
         return out if values is out else out.copy_(values)
 
+    def add_dequantized(
+        self, addend: Tensor, codes: Tensor, scale: float, zero_point: int
+    ) -> Tensor:
+        """Return addend + (codes - zero point) * scale."""
+        output = torch.empty_like(codes, dtype=torch.float32)
+        flat, flat_codes, flat_addend = map(in_memory_order, (output, codes, addend))
+        for part in parts(flat):
+            values = flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
+            values.add_(flat_addend[part])
+        return output
+
     def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """Write codes * scale of their row."""
         column = scale.reshape(-1, *[1] * (codes.dim() - 1))

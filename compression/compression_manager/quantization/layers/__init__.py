@@ -27,8 +27,10 @@ from compression_manager.quantization.layers.embedding import (
     QuantizedEmbeddingBag,
 )
 from compression_manager.quantization.layers.functional import (
+    QuantizableAdd,
     QuantizableAttention,
     QuantizableMatmul,
+    QuantizedAdd,
     QuantizedAttention,
     QuantizedMatmul,
 )
@@ -72,7 +74,9 @@ __all__ = [
     "QuantizedGRU",
     "QuantizedRNN",
     "QuantizableMatmul",
+    "QuantizableAdd",
     "QuantizableAttention",
     "QuantizedMatmul",
+    "QuantizedAdd",
     "QuantizedAttention",
 ]

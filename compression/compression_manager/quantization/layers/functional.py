@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.layers.base import Operand, QuantizedLayer
+from compression_manager.quantization.layers.sums import add
 
 
 class QuantizableMatmul(nn.Module):
@@ -21,6 +22,24 @@ class QuantizableMatmul(nn.Module):
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Return left @ right: (..., n, m) of (..., n, k) and (..., k, m)."""
         return torch.matmul(left, right)
+
+
+class QuantizableAdd(nn.Module):
+    """The sum at the end of a residual block, whose residual can be quantized.
+
+    The residual is a tensor that outlives the block, in most cases the block's input. The other
+    operand is what the block's last layer has just computed; it stays in floating point, so that
+    runtimes add the residual to it before they write it.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        """Return input + residual.
+
+        Args:
+            input: what the block computed.
+            residual: what it is added to; the same shape, or one that broadcasts.
+        """
+        return input + residual
 
 
 class QuantizableAttention(nn.Module):
@@ -83,6 +102,21 @@ class QuantizedMatmul(_QuantizedInputs, QuantizableMatmul):
         return super().forward(
             self.quantized_input("left", left), self.quantized_input("right", right)
         )
+
+
+class QuantizedAdd(_QuantizedInputs, QuantizableAdd):
+    """`QuantizableAdd` of a fake-quantized residual."""
+
+    float_class = QuantizableAdd
+
+    @staticmethod
+    def operands_of(layer: nn.Module) -> dict[str, Operand]:
+        """Return the residual, which has no weight."""
+        return {"residual": Operand(None, None)}
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        """Return input + residual."""
+        return add(self._quantizers_of("residual").input, self.product_options, input, residual)
 
 
 class QuantizedAttention(_QuantizedInputs, QuantizableAttention):

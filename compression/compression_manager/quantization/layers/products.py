@@ -42,6 +42,7 @@ from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.scheme import QuantizationScheme
 
 _FAKE = Decision("fake")
 
@@ -251,14 +252,26 @@ def _why_no_operands(part: Part) -> str | None:
         (part.input_quantizer, why_no_integer_input),
         (_weight_quantizer(part), why_no_integer_weight),
     ):
-        if type(quantizer) is not ObservedFakeQuantizer or _has_hooks(quantizer):
-            return f"its {type(quantizer).__name__} has arithmetic of its own"
-        if not quantizer.phase.quantizing:
-            return "fake quantization has not begun"
-        reason = check(quantizer.scheme)
+        reason = why_no_integers_of(quantizer, check)
         if reason is not None:
             return reason
     return None if part.input_quantizer.is_calibrated() else "its input was not observed yet"
+
+
+def why_no_integers_of(
+    quantizer: FakeQuantizer, check: Callable[[QuantizationScheme], str | None]
+) -> str | None:
+    """Return why what `quantizer` returns is not made of integers, or None.
+
+    Args:
+        quantizer: of an input or a weight.
+        check: returns what rules out its scheme.
+    """
+    if type(quantizer) is not ObservedFakeQuantizer or _has_hooks(quantizer):
+        return f"its {type(quantizer).__name__} has arithmetic of its own"
+    if not quantizer.phase.quantizing:
+        return "fake quantization has not begun"
+    return check(quantizer.scheme)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -25,7 +25,11 @@ from compression_manager.quantization.layers.embedding import (
     QuantizedEmbedding,
     QuantizedEmbeddingBag,
 )
-from compression_manager.quantization.layers.functional import QuantizedAttention, QuantizedMatmul
+from compression_manager.quantization.layers.functional import (
+    QuantizedAdd,
+    QuantizedAttention,
+    QuantizedMatmul,
+)
 from compression_manager.quantization.layers.linear import (
     QuantizedConv1D,
     QuantizedLinear,
@@ -55,6 +59,7 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
         QuantizedGRU,
         QuantizedRNN,
         QuantizedMatmul,
+        QuantizedAdd,
         QuantizedAttention,
         QuantizedOutputProjection,
     )

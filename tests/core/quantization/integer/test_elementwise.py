@@ -89,6 +89,8 @@ def test_channels_last_keeps_its_strides(passes: Passes) -> None:
     input = torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last)
     codes, _ = passes.quantize(input, 10.0, 0, -128, 127, below=True, above=True)
     output = passes.dequantize(codes, 0.1, 0, values_like(codes))
+    total = passes.add_dequantized(input, codes, 0.1, 0)
+    assert total.is_contiguous(memory_format=torch.channels_last)
     assert codes.is_contiguous(memory_format=torch.channels_last)
     assert output.is_contiguous(memory_format=torch.channels_last)
 
@@ -107,6 +109,27 @@ def test_dequantized_values_are_rounded_once(
     exact = (memory(codes).astype(np.float64) - zero_point) * np.float64(single)
     assert output.stride() == codes.stride()
     assert same(memory(output), exact.astype(np.float32))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    codes=code_tensors(np.int8, np.uint8),
+    scale=st.sampled_from([1.0, 0.1, 1 / 3, 1e-38, 5e35]),
+    zero_point=st.integers(-128, 255),
+    seed=st.integers(0, 2**32),
+)
+def test_sums_are_rounded_after_the_dequantized_values_are(
+    passes: Passes, codes: Tensor, scale: float, zero_point: int, seed: int
+) -> None:
+    single = np.float32(scale)
+    addend = values_like(codes)
+    memory(addend)[...] = np.random.default_rng(seed).standard_normal(codes.numel()) * scale
+    output = passes.add_dequantized(addend, codes, float(single), zero_point)
+    with np.errstate(over="ignore"):
+        values = (memory(codes).astype(np.float32) - np.float32(zero_point)) * single
+        expected = memory(addend) + values
+    assert output.stride() == codes.stride()
+    assert same(memory(output), expected)
 
 
 @settings(deadline=None, max_examples=100)

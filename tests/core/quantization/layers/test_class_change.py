@@ -5,7 +5,11 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from compression_manager.quantization import QuantizableAttention, QuantizableMatmul
+from compression_manager.quantization import (
+    QuantizableAdd,
+    QuantizableAttention,
+    QuantizableMatmul,
+)
 from compression_manager.quantization.layers import (
     QUANTIZED_CLASSES,
     QuantizedLayer,
@@ -23,6 +27,7 @@ ARGUMENTS = {
     nn.GRU: (6, 3),
     nn.RNN: (6, 3),
     QuantizableMatmul: (),
+    QuantizableAdd: (),
     QuantizableAttention: (),
 }
 INDICES = torch.tensor([[0, 5], [3, 3]])
@@ -45,7 +50,7 @@ def call(kind, layer):
         return layer(*torch.randn(3, 4, 2, 6))[0]
     if kind in (nn.LSTM, nn.GRU, nn.RNN):
         return layer(torch.randn(4, 2, 6))[0]
-    if kind is QuantizableMatmul:
+    if kind in (QuantizableMatmul, QuantizableAdd):
         return layer(*torch.randn(2, 3, 4, 4))
     if kind is QuantizableAttention:
         return layer(*torch.randn(3, 2, 2, 4, 6))

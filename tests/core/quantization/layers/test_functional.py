@@ -7,6 +7,7 @@ from torch import nn
 
 from compression_manager import deploy
 from compression_manager.quantization import (
+    QuantizableAdd,
     QuantizableAttention,
     QuantizableMatmul,
     QuantizationScheme,
@@ -38,6 +39,22 @@ def test_matmul_quantizes_both_operands():
     left, right = leaves(2, 2, 3, 3)
     assert torch.equal(QuantizableMatmul()(left, right), left @ right)
     compare(QuantizableMatmul(), torch.matmul, [left, right])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (1, 3)])
+def test_a_sum_quantizes_its_residual_alone(shape):
+    (input,), (residual,) = leaves(1, 2, 3, 3), leaves(1, *shape)
+    assert torch.equal(QuantizableAdd()(input, residual), input + residual)
+    values, passes = quantized_input(residual)
+    operand = values.requires_grad_()
+    expected = input + operand
+    weights = torch.linspace(-1, 1, 18).reshape(2, 3, 3)
+    output = quantized(QuantizableAdd())(input, residual)
+    assert torch.equal(output, expected)
+    (expected * weights).sum().backward()
+    (output * weights).sum().backward()
+    assert torch.equal(residual.grad, operand.grad * passes)
+    assert torch.equal(input.grad, 2 * weights)  # of both sums
 
 
 OPTIONS = [

@@ -97,6 +97,17 @@ void dequantize(
            : dequantize(static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
 }
 
+template <typename Code>
+void add_dequantized(
+    const float* __restrict addend, const Code* __restrict codes, int64_t size, float scale,
+    int32_t zero_point, float* __restrict output) {
+  for_elements(size, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      output[i] = addend[i] + static_cast<float>(codes[i] - zero_point) * scale;
+    }
+  });
+}
+
 inline uint64_t relu_group(
     const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask) {
   uint8_t flags[GROUP] = {};
@@ -135,6 +146,16 @@ EXPORT void dequantize_elements(
     void* output) {
   half ? dequantize(codes, size, has_sign, scale, zero_point, static_cast<uint16_t*>(output))
        : dequantize(codes, size, has_sign, scale, zero_point, static_cast<float*>(output));
+}
+
+EXPORT void add_dequantized(
+    const float* addend, const void* codes, int64_t size, bool has_sign, float scale,
+    int32_t zero_point, float* output) {
+  has_sign
+      ? native::add_dequantized(
+            addend, static_cast<const int8_t*>(codes), size, scale, zero_point, output)
+      : native::add_dequantized(
+            addend, static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
 }
 
 EXPORT void clear_marked(float* values, int64_t size, const uint8_t* mask) {

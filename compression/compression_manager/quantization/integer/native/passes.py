@@ -127,6 +127,25 @@ class NativePasses(NativeIntegers):
         )
         return out
 
+    def add_dequantized(
+        self, addend: Tensor, codes: Tensor, scale: float, zero_point: int
+    ) -> Tensor:
+        """See `Passes.add_dequantized`."""
+        check("codes", codes, *CODES)
+        check("addend", addend, torch.float32)
+        check_values(addend, codes)
+        output = torch.empty_like(addend)
+        self._functions.add_dequantized(
+            addend.data_ptr(),
+            codes.data_ptr(),
+            codes.numel(),
+            codes.dtype == torch.int8,
+            scale,
+            zero_point,
+            output.data_ptr(),
+        )
+        return output
+
     def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
         """See `Passes.dequantize_rows`."""
         check("codes", codes, torch.int8)

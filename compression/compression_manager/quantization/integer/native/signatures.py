@@ -16,6 +16,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
     ),
     "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),
+    "add_dequantized": (
+        None,
+        [_pointer, _pointer, _size, _bool, _float, _integer, _pointer],
+    ),
     "clear_marked": (None, [_pointer, _size, _pointer]),
     "relu_elements": (None, [_pointer, _size, _pointer, _pointer]),
     "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),

@@ -28,6 +28,10 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
         passes.dequantize(input.char(), 1.0, 0, input.half())
     with pytest.raises(QuantizationError, match="values have the shape and strides of their codes"):
         passes.dequantize(input.char(), 1.0, 0, torch.empty(6, 4).t())
+    with pytest.raises(QuantizationError, match="addend is a dense float32"):
+        passes.add_dequantized(input.double(), input.char(), 1.0, 0)
+    with pytest.raises(QuantizationError, match="values have the shape and strides of their codes"):
+        passes.add_dequantized(torch.empty(6, 4).t(), input.char(), 1.0, 0)
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
         passes.clear_clipped(input, torch.zeros(4, dtype=torch.uint8))
     with pytest.raises(QuantizationError, match="mask of 24 elements has 3 bytes"):
