@@ -166,7 +166,9 @@ def measure(
                 runners.pop(route.name, None)
                 skipped[route.name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
         arms = {name: _arm(run, subject.inputs) for name, run in runners.items()}
-        durations = interleaved(arms, runs, warm_up=WARM_UP, seconds=seconds, label=workload.name)
+        durations = interleaved(
+            arms, runs, warm_up=WARM_UP, seconds=seconds, label=workload.name, settle=True
+        )
         for route in routes:
             if route.name in runners:  # the last call has to be as right as the first
                 expected = (subject.converted if route.int8 else subject.float_model)(inputs)

@@ -26,6 +26,18 @@ def test_arms_take_turns_and_warm_up_rounds_are_not_counted():
     assert set(firsts) == {"a", "b", "c"}
 
 
+def test_an_arm_that_settles_is_called_before_it_is_timed():
+    calls = []
+
+    def first_slow(number):
+        calls.append(number)
+        time.sleep(0.02 if len(calls) % 2 else 0)
+
+    (durations,) = interleaved({"a": first_slow}, 3, settle=True).values()
+    assert calls == [0, 0, 1, 1, 2, 2]
+    assert all(duration.passed < 0.02 for duration in durations)
+
+
 def test_every_arm_has_every_place_equally_often():
     names = ["a", "b", "c"]
     orders = [in_turn(names, turn) for turn in range(6)]

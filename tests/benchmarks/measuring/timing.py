@@ -48,6 +48,7 @@ def interleaved(
     start: int = 0,
     seconds: float | None = None,
     label: str = "",
+    settle: bool = False,
 ) -> dict[str, list[Duration]]:
     """Call every arm once a round with the round's number; return how long each call took.
 
@@ -63,6 +64,8 @@ def interleaved(
         seconds: stop after the round in which so much time has passed; at least three rounds are
             timed.
         label: where given, progress goes to stderr under this name.
+        settle: call every arm once before it is timed, so that it does not meet the threads of
+            another library, which wait busily for a while, or what that left in the caches.
     """
     durations: dict[str, list[Duration]] = {name: [] for name in arms}
     began = reported = time.perf_counter()
@@ -70,6 +73,8 @@ def interleaved(
     while timed < rounds:
         warming = turn < warm_up
         for name in in_turn(list(arms), turn):
+            if settle:
+                arms[name](start + turn)
             duration = _timed(arms[name], start + turn)
             if not warming:
                 durations[name].append(duration)

@@ -149,7 +149,12 @@ def measure(
         with torch.no_grad():
             arms, failed = inference_arms(workload, peers, errors)
             durations = interleaved(
-                arms, rounds, warm_up=WARM_UP, seconds=seconds, label=workload.name
+                arms,
+                rounds,
+                warm_up=WARM_UP,
+                seconds=seconds,
+                label=workload.name,
+                settle=True,
             )
     entries = []
     for name in (BASELINE, *peers):
