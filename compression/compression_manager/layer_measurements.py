@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization.layers import QuantizedLayer
-from compression_manager.quantization.layers.products import computes_integers
+from compression_manager.quantization.layers.decisions import computes_integers
 
 _ROUNDS = 5
 

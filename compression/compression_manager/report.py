@@ -17,7 +17,7 @@ from compression_manager.layer_measurements import LayerMeasurement, measure_lay
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.quantization.layers import QuantizedLayer, weight_identity
-from compression_manager.quantization.layers.products import describe_arithmetic
+from compression_manager.quantization.layers.decisions import describe_arithmetic
 from compression_manager.sensitivity import Sensitivity
 
 

@@ -20,6 +20,7 @@ from compression_manager import deploy
 from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.integrations import inductor
 from compression_manager.model_call import call_model, tensors_in
+from compression_manager.quantization import QuantizableAdd
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from conformance_models import CASES, converted
 from quantization_reference import trained
@@ -177,3 +178,32 @@ def test_a_package_holds_8_bit_kernels(tmp_path: Path, monkeypatch: pytest.Monke
     assert run.format == "aot_inductor"
     for batch in (1, 64):
         check(run, model, "embedding", batch, ALLOWED)
+
+
+class Shifted(nn.Module):
+    """Adds a constant, quantized, to the result of a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.shift = QuantizableAdd()
+        constant = torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)
+        self.constant = nn.Parameter(constant)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.second(self.shift(self.first(images), self.constant).relu())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_quantized_constant_is_not_added_to_in_place(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    torch.manual_seed(0)
+    images = torch.randn(batch, 8, 6, 6).to(memory_format=torch.channels_last)
+    model = overflow_free(trained(Shifted(), images).convert())
+    run = deploy.compile(model, images)
+    assert run.int8_kernels == run.layers == 2
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(run(images), model(images), rtol=1e-3, atol=1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.decisions import last_decision
 from device_runs import no_waiting
 from integer_layers import exact, quantized, run
 

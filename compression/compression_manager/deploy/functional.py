@@ -1,4 +1,4 @@
-"""Deployed products of two activations: no weight, and inputs with stored ranges."""
+"""Deployed products and sums of two activations: no weight, and inputs with stored ranges."""
 
 from __future__ import annotations
 

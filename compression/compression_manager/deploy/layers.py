@@ -74,7 +74,7 @@ class ConvertedLayer(nn.Module):
         input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
         input_zero_point: int32 (); present with `input_scale`.
         bias: float, or None.
-        product_options: how a linear layer or convolution multiplies; not part of the state.
+        product_options: how a linear layer, convolution or sum computes; not part of the state.
     """
 
     product_options: ProductOptions = ProductOptions("auto")

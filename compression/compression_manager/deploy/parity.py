@@ -20,7 +20,7 @@ from compression_manager.model_call import (
     tensors_in,
 )
 from compression_manager.quantization.layers import QuantizedLayer
-from compression_manager.quantization.layers.products import computes_integers
+from compression_manager.quantization.layers.decisions import computes_integers
 
 # A layer and its conversion get the same input and multiply the same numbers, so that only the
 # order of float32 sums (and folding BatchNorm into the scale) may differ.

@@ -1,4 +1,4 @@
-"""The products of deployed layers: int8 kernels where the trained model computes on integers.
+"""Products and sums of deployed layers: on integers where the trained model computes on them.
 
 The rule, the kernels and so the results are those of the trained model. Elsewhere, and while
 torch.export or torch.compile trace, weights are dequantized and multiplied in floating point.
@@ -31,7 +31,7 @@ from compression_manager.quantization.integer.operands import (
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
-from compression_manager.quantization.layers.sums import takes_integers
+from compression_manager.quantization.layers.sums import why_no_integers
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.recent import version_of
 
@@ -74,7 +74,7 @@ def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None
         return None
     if _is_seen_through(input) or _is_seen_through(residual):
         return None
-    if not takes_integers(options, input, residual):
+    if why_no_integers(options, input, residual) is not None:
         return None
     passes = passes_for(residual.device)
     operand = _integers_of(layer, residual, passes)

@@ -60,9 +60,10 @@ def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int
             weights += is_weight
             _replace(node, _kernels_weight(module, node) if is_weight else _formula(node))
     if weights:
+        constants = _constants(module.graph)
         for node in list(module.graph.nodes):
             if node.target in _SUMS:
-                _keep_operand(node)
+                _keep_operand(node, constants)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module, weights
@@ -136,26 +137,36 @@ def _kernels_weight(module: fx.GraphModule, node: Node) -> Node:
         )
 
 
-def _keep_operand(node: Node) -> None:
+def _constants(graph: fx.Graph) -> set[Node]:
+    """Return the nodes that depend on no input, whose values freezing keeps."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        is_computed = node.op == "call_function" and found.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or is_computed:
+            found.add(node)
+    return found
+
+
+def _keep_operand(node: Node, constants: set[Node]) -> None:
     """Let nothing add to an input of the model, or to a constant, in place.
 
-    Inductor (2.13) fuses a linear layer and a sum into a kernel that writes to the other operand if
-    no later node reads it, which an input's owner and the next call do. It knows sums only:
-    x + y is x - (-y), to the last bit.
+    Inductor (2.13) fuses a layer and a sum into a kernel that writes to the other operand if no
+    later node reads it, which an input's owner and the next call do. It knows sums only: x + y is
+    x - (-y), to the last bit.
     """
     left, right = node.args[:2]
     if node.kwargs or not all(isinstance(item, fx.Node) for item in (left, right)):
         return  # a factor or a number, which it does not fuse
-    if _is_owned(left) and node.target is torch.ops.aten.add.Tensor:
+    if _is_owned(left, constants) and node.target is torch.ops.aten.add.Tensor:
         left, right = right, left
-    if not _is_owned(right):
+    if not _is_owned(right, constants):
         return
     with node.graph.inserting_before(node):
         negated = node.graph.call_function(torch.ops.aten.neg.default, (right,))
         _replace(node, node.graph.call_function(_SUMS[node.target], (left, negated)))
 
 
-def _is_owned(node: Node) -> bool:
+def _is_owned(node: Node, constants: set[Node]) -> bool:
     """Return whether floats are those of an input of the model, or a constant, in whatever shape.
 
     Other types are not fused, and a mask or unsigned integers cannot be negated.
@@ -165,7 +176,7 @@ def _is_owned(node: Node) -> bool:
         return False
     while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
         node = node.args[0]
-    return node.op in ("placeholder", "get_attr")
+    return node.op == "placeholder" or node in constants
 
 
 def _name_of(target: Any) -> str:

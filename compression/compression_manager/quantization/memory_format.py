@@ -32,3 +32,9 @@ def in_memory_order(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor.view(-1)
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def strided_copy(tensor: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """Return a copy of `tensor` whose elements lie in memory as these strides say."""
+    empty = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+    return empty.copy_(tensor)

@@ -1,7 +1,7 @@
 """What was computed of tensors that are still alive, so that layers share it.
 
 Query, key and value of attention read one tensor, and so do the first convolution of a residual
-block and its shortcut. An entry lives as long as its tensor, and counts as long as that is not
+block, its shortcut and its sum. An entry lives as long as its tensor, and counts as long as that is not
 changed in place.
 """
 

@@ -33,7 +33,7 @@ OWN_ROUTES = ("int8, eager", "int8, Inductor", "int8, onnxruntime", "int8, OpenV
 
 @dataclass(frozen=True)
 class Environment:
-    """Libraries that fit together; the compression manager, of whose parts a network is made, too.
+    """Libraries that fit together; ours is installed in each, because the ResNet uses a part of it.
 
     Attributes:
         requirements: beside torch.

@@ -13,7 +13,7 @@ from compression_manager import deploy
 from compression_manager.deploy.tracing import trace
 from compression_manager.integrations.inductor import int8_kernels_are_exact
 from compression_manager.integrations.inductor_graph import to_inductor_operators
-from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization import QuantizableAdd, QuantizationScheme
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from quantization_reference import trained
 
@@ -221,6 +221,34 @@ def test_inputs_that_are_no_floats_are_added_as_they_are(dtype: torch.dtype) -> 
     assert operators["neg.default"] == 0
     with torch.no_grad(), reference_arithmetic():
         assert torch.equal(module(*inputs), converted(*inputs))
+
+
+class Block(nn.Module):
+    """Adds its input, or a constant, to the result of a layer, each quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.add, self.shift = QuantizableAdd(), QuantizableAdd()
+        constant = randn(1, 4, 5, 5).to(memory_format=torch.channels_last)
+        self.constant = nn.Parameter(constant)
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = self.add(self.first(input), input).relu()
+        return self.shift(self.second(hidden), self.constant)
+
+
+def test_a_residual_is_quantized_as_the_layer_that_reads_it() -> None:
+    inputs = randn(3, 4, 5, 5)
+    converted, module, weights, operators = translated(Block(), inputs)
+    assert weights == 2
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    calls = Counter(node.args for node in module.graph.nodes if node.target is quantize)
+    # That of the input occurs twice, which compilers merge.
+    assert sorted(calls.values()) == [1, 1, 2]
+    # Inductor writes the sum to the 8-bit residual; that of a constant is one itself.
+    assert (operators["add.Tensor"], operators["sub.Tensor"], operators["neg.default"]) == (1, 1, 1)
+    assert_same(converted, module, inputs)
 
 
 def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:

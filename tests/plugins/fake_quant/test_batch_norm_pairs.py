@@ -8,8 +8,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
-from compression_manager import prepare_compression
-from compression_manager.quantization import QuantizationScheme
+from compression_manager import StartAt, prepare_compression
+from compression_manager.quantization import QuantizableAdd, QuantizationScheme
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from quantization_reference import step
 
@@ -405,3 +405,21 @@ def test_a_second_use_that_only_training_has_prevents_folding_too():
     assert folded(manager) == {}
     torch.testing.assert_close(manager.convert()(INPUT), model.eval()(INPUT), rtol=1e-5, atol=1e-5)
     assert folded(manager) == {}
+
+
+@pytest.mark.parametrize("is_residual", [True, False])
+def test_a_quantized_sum_is_another_consumer(is_residual):
+    class Summed(Net):
+        def __init__(self):
+            super().__init__(None)
+            self.add = QuantizableAdd()
+
+        def forward(self, input):
+            hidden = self.conv(input)
+            operands = self.bn(hidden), hidden
+            return self.add(*operands if is_residual else operands[::-1])
+
+    # From the first step on, so that the sum is one of integers when the pass is observed.
+    manager = run(Summed(), forward="integer", fake_quantize_at=StartAt(step=0))
+    assert folded(manager) == {}
+    manager.convert()

@@ -17,7 +17,7 @@ from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.products import linear_kernel
 from compression_manager.quantization.integer.selection import TORCH, active_passes, use_passes
 from compression_manager.quantization.layers import QuantizedLayer
-from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.decisions import last_decision
 from compression_manager.quantization.layers.relu import BitMaskReLU
 from compression_plugins import QATConfig
 from integer_layers import pretended

@@ -1,6 +1,7 @@
 """Linear, convolution and sum on integer operands, differentiable.
 
-Between forward and backward the integers are kept, and bits of what was clipped; no float copies.
+Between forward and backward the integers of factors are kept, and bits of what was clipped; no float
+copies.
 The gradients are those of the straight-through estimator: with float32 products they are, bit for
 bit, those of the functions of `arithmetic`.
 """
@@ -24,6 +25,7 @@ from compression_manager.quantization.integer.operands import IntegerInput, Inte
 from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.scratch import values_of
+from compression_manager.quantization.memory_format import strided_copy
 
 
 @dataclass(eq=False, slots=True)
@@ -96,16 +98,9 @@ class Operands:
         if clipped is None:
             return gradient
         if gradient.stride() != codes.stride():
-            gradient = _copy(gradient, codes.stride())
+            # The bits lie in the order of the codes in memory.
+            gradient = strided_copy(gradient, codes.stride())
         return self.passes.clear_clipped(gradient, clipped)
-
-
-def _copy(gradient: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """Return a copy with the strides of the codes, in whose order in memory the bits lie."""
-    empty = torch.empty_strided(
-        gradient.shape, stride, dtype=gradient.dtype, device=gradient.device
-    )
-    return empty.copy_(gradient)
 
 
 class IntegerLinear(torch.autograd.Function):
@@ -258,7 +253,9 @@ class IntegerSum(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once, as activation checkpointing demands
         for_residual = gradient
-        for clipped in ctx.saved_tensors:  # at most one
-            for_residual = ctx.passes.clear_clipped(_copy(gradient, ctx.stride), clipped)
+        if saved and ctx.needs_input_grad[1]:
+            # The bits lie in the order of the codes in memory.
+            for_residual = ctx.passes.clear_clipped(strided_copy(gradient, ctx.stride), *saved)
         return gradient, for_residual, None, None

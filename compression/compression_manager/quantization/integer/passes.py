@@ -109,7 +109,7 @@ class Passes(ABC):
     def add_dequantized(
         self, addend: Tensor, codes: Tensor, scale: float, zero_point: int
     ) -> Tensor:
-        """Return addend + (codes - zero_point) * scale, both rounded to float32.
+        """Return addend + (codes - zero_point) * scale, the product rounded before the sum is.
 
         Args:
             addend: float32, shape and strides of `codes`.

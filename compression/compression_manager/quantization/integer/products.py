@@ -1,4 +1,4 @@
-"""Products of integers with 32-bit sums, as real numbers.
+"""Products of integers with 32-bit sums, as real numbers, and sums with those of integers.
 
 On a CPU with VNNI oneDNN's kernels compute them, through operators that torch keeps for
 Inductor's own use, and in training, where a weight does not stay in oneDNN's order, native ones if

@@ -66,7 +66,7 @@ def decide(
         training: the mode of the layer. Not whether gradients are wanted, because activation
             checkpointing may run a forward pass without them first.
     """
-    reason = why_no_codes(options, input, weight)
+    reason = why_no_codes(options, *((input,) if weight is None else (input, weight)))
     if reason is not None:
         return Decision("fake", reason)
     reason = why_no_integers(options, input.device, size, passes, training)
@@ -76,20 +76,24 @@ def decide(
     return Decision("codes" if input.is_cpu else "fake", reason)
 
 
-def why_no_codes(options: ProductOptions, input: Tensor, weight: Tensor | None) -> str | None:
-    """Return why no integers of these floats are made, whatever their schemes; None if they are."""
+def why_no_codes(options: ProductOptions, *operands: Tensor) -> str | None:
+    """Return why no integers of floats are made, whatever their schemes; None if they are.
+
+    Args:
+        options: what the user chose.
+        operands: the floats; the first is quantized.
+    """
     if options.forward == "fake":
         return 'forward="fake"'
     reason = why_reference()
     if reason is not None:
         return reason
-    for operand in (input, weight):
-        if operand is None:
-            continue
+    for operand in operands:
         if type(operand) not in (Tensor, Parameter):
             return f"it computes on {type(operand).__name__}"
         if operand.dtype != torch.float32:
             return f"it computes in {operand.dtype}"
+    input = operands[0]
     device = "cpu" if input.is_cpu else input.device.type
     if torch.is_autocast_enabled(device):
         return "autocast chooses the type of the products"

@@ -61,7 +61,7 @@ class QuantizedLayer(nn.Module):
         float_class: the class of the layer before and after.
         quantizes_input: False where an input is not a factor of a product (indices) or its
             values inside the kernel cannot be reached.
-        product_options: how the layer multiplies, if it is linear or a convolution.
+        product_options: how the layer computes, if it is linear, a convolution or a sum.
     """
 
     float_class: type[nn.Module]

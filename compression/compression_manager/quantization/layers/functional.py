@@ -1,7 +1,7 @@
-"""Products of two activations as modules, so that their operands can be quantized.
+"""Products and sums of two activations as modules, so that their operands can be quantized.
 
-A model that calls `torch.matmul` or `scaled_dot_product_attention` itself has no layer there that
-could change its class; it calls one of these instead. In a float model they only forward.
+A model that calls `torch.matmul` or `scaled_dot_product_attention`, or adds, itself has no layer
+there that could change its class; it calls one of these instead. In a float model they only forward.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class QuantizableAdd(nn.Module):
 
     The residual is a tensor that outlives the block, in most cases the block's input. The other
     operand is what the block's last layer has just computed; it stays in floating point, so that
-    runtimes add the residual to it before they write it.
+    runtimes add the residual to it before they write it. Each sum has a module of its own, because
+    each residual has a range of its own.
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ class QuantizableAttention(nn.Module):
 
 
 class _QuantizedInputs(QuantizedLayer):
-    """A layer without weights; its parts are its inputs."""
+    """A layer without weights; its parts are the inputs that are quantized."""
 
     def quantized_input(self, name: str, input: Tensor) -> Tensor:
         """Return the input `name`, fake-quantized."""
@@ -116,7 +117,7 @@ class QuantizedAdd(_QuantizedInputs, QuantizableAdd):
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return input + residual."""
-        return add(self._quantizers_of("residual").input, self.product_options, input, residual)
+        return add(self.parts()["residual"], self.product_options, input, residual)
 
 
 class QuantizedAttention(_QuantizedInputs, QuantizableAttention):

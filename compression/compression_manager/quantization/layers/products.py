@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -32,88 +31,16 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import (
-    convolution_kernel,
-    linear_kernel,
-    training_convolver,
-)
+from compression_manager.quantization.integer.products import training_convolver
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
-from compression_manager.quantization.layers.base import Part, QuantizedLayer
+from compression_manager.quantization.layers.base import Part
+from compression_manager.quantization.layers.decisions import remember
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _FAKE = Decision("fake")
-
-_Decisions = WeakKeyDictionary[FakeQuantizer, Decision]
-
-# Those of the last forward pass in each mode.
-_in_training: _Decisions = WeakKeyDictionary()
-_in_evaluation: _Decisions = WeakKeyDictionary()
-
-
-def last_decision(part: Part) -> Decision | None:
-    """Return how the product of `part` was computed last in its mode, or in the other if in none.
-
-    None before its first call.
-    """
-    quantizer = part.weight_quantizer
-    if quantizer is None:
-        return None
-    ordered = (_in_training, _in_evaluation)
-    first, second = ordered if quantizer.training else reversed(ordered)
-    return first.get(quantizer) or second.get(quantizer)
-
-
-_WORDS = {
-    "integer": "products of integers with 32-bit sums",
-    "codes": "float32 products, integers kept for backward",
-    "fake": "float32 products of fake-quantized operands",
-}
-
-
-def describe_arithmetic(layer: QuantizedLayer) -> str:
-    """Return how the products of `layer` were computed last: by which kernel, or why by none.
-
-    Those of evaluation are told where training computes otherwise.
-    """
-    trained, evaluated = (_described(layer, known) for known in (_in_training, _in_evaluation))
-    if not trained or not evaluated or trained == evaluated:
-        return trained or evaluated
-    return f"{trained}; in evaluation {evaluated}"
-
-
-def _described(layer: QuantizedLayer, known: _Decisions) -> str:
-    lines = []
-    for part in layer.parts().values():
-        decision = None if part.weight_quantizer is None else known.get(part.weight_quantizer)
-        if decision is not None:
-            more = decision.reason or (_kernels(layer) if decision.path == "integer" else "")
-            lines.append(f"{_WORDS[decision.path]} ({more})" if more else _WORDS[decision.path])
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _kernels(layer: QuantizedLayer) -> str:
-    """Return which kernel multiplies in training, and which where the weight stays as it is."""
-    device = next(layer.parameters()).device
-    passes = passes_for(device)
-    training, stays = (
-        convolution_kernel(passes, layer.groups, packs=packs)
-        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        else linear_kernel(device, passes, packs=packs)
-        for packs in (False, True)
-    )
-    return training if training == stays else f"{training}; once converted {stays}"
-
-
-def computes_integers(layer: QuantizedLayer) -> bool:
-    """Return whether all products of `layer` were computed on integers last."""
-    decisions = [last_decision(part) for part in layer.parts().values()]
-    return bool(decisions) and all(
-        decision is not None and decision.path == "integer" for decision in decisions
-    )
-
 
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
@@ -213,7 +140,7 @@ def _decide(
             size = convolution_size(convolution, input)
             multiplier = training_convolver(passes, convolution.groups)
         decision = decide(options, input, weight, size, multiplier, training=quantizer.training)
-    (_in_training if quantizer.training else _in_evaluation)[quantizer] = decision
+    remember(part, decision)
     return decision
 
 

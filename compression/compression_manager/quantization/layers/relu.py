@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from compression_manager.quantization.autograd import apply, differentiable_once
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import active_passes, why_reference
-from compression_manager.quantization.memory_format import is_dense
+from compression_manager.quantization.memory_format import is_dense, strided_copy
 
 
 class BitMaskReLU(nn.ReLU):
@@ -51,7 +51,7 @@ class _BitMaskReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, inplace: bool, passes: Passes) -> Tensor:
         output, positive = passes.relu(input)
-        ctx.passes, ctx.format = passes, (input.shape, input.stride())
+        ctx.passes, ctx.stride = passes, input.stride()
         ctx.save_for_backward(positive)
         if inplace:
             ctx.mark_dirty(input)
@@ -62,11 +62,9 @@ class _BitMaskReLU(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (positive,) = ctx.saved_tensors  # read once, as activation checkpointing demands
-        shape, stride = ctx.format
-        if gradient.stride() != stride:
+        if gradient.stride() != ctx.stride:
             # The bits lie in the order of the input in memory.
-            ordered = torch.empty_strided(shape, stride, dtype=gradient.dtype)
-            gradient = ordered.copy_(gradient)
+            gradient = strided_copy(gradient, ctx.stride)
         return cast(Passes, ctx.passes).relu_gradient(gradient, positive), None, None
 
 

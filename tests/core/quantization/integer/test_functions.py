@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.layers import products as layer_products
-from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.decisions import last_decision
 from integer_layers import each_passes, exact, quantized, run
 
 pytestmark = pytest.mark.usefixtures("each_passes")

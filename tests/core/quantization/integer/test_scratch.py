@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compression_manager.quantization.integer import scratch
 from compression_manager.quantization.integer.scratch import claim, hold, values_of
-from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.decisions import last_decision
 from integer_layers import quantized, run
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizableAdd, QuantizationScheme
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.selection import use_passes
@@ -33,7 +36,7 @@ def _sum(
     return layer
 
 
-def _run(layer: nn.Module, input: Tensor, residual: Tensor) -> list[Tensor]:
+def _run(layer: Callable[..., Tensor], input: Tensor, residual: Tensor) -> list[Tensor]:
     """Return the output and both gradients of a fixed loss."""
     leaves = [
         item.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -168,6 +171,11 @@ class _Counting(TorchPasses):
         return super().quantize(*args, **options)
 
 
+class _Refusing(TorchPasses):
+    def add_dequantized(self, *args: Any, **options: Any) -> Tensor:
+        raise AssertionError("no integers are to be added")
+
+
 def test_a_residual_is_quantized_once_for_its_layer_and_the_sum() -> None:
     torch.manual_seed(0)
     images = torch.randn(2, 4, 6, 6)
@@ -176,6 +184,100 @@ def test_a_residual_is_quantized_once_for_its_layer_and_the_sum() -> None:
     with use_passes(counting):
         total(layer(images), images)
     assert counting.count == 1
+
+
+def test_a_block_quantizes_its_input_once_in_training_and_converted() -> None:
+    manager, model, images = _trained()
+    counting = _Counting()
+    with use_passes(counting):
+        model(images)
+    assert counting.count == 4  # the inputs of four convolutions, two of which are residuals
+    converted = manager.convert(images)
+    counting.count = 0
+    with use_passes(counting), torch.no_grad():
+        converted(images)
+    assert counting.count == 4
+    manager.close()
+
+
+def test_a_converted_sum_is_the_trained_one_to_the_last_bit() -> None:
+    manager, model, images = _trained()
+    converted = manager.convert(images)
+    hidden = torch.randn(images.shape)
+    with torch.no_grad():
+        expected = model.eval()[0].add(hidden, images)
+        assert torch.equal(converted[0].add(hidden, images), expected)
+        with use_passes(_Refusing()):  # the one without integers
+            assert torch.equal(converted[0].add(hidden.double(), images).float(), expected)
+    manager.close()
+
+
+def test_a_residual_that_was_changed_in_place_is_quantized_anew() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(2, 4, 6, 6)
+    layer, total = quantized(nn.Conv2d(4, 4, 3, padding=1), images, "integer"), _sum(images)
+    hidden = layer(images)
+    images.mul_(0.5)
+    assert torch.equal(total(hidden, images), _sum(images * 2)(hidden, images.clone()))
+
+
+def test_checkpointing_changes_nothing() -> None:
+    torch.manual_seed(0)
+    input, residual = torch.randn(2, 3, 8)
+    layer = _sum(residual * 0.5)
+
+    def repeated(*operands: Tensor) -> Tensor:
+        return cast(Tensor, checkpoint(layer, *operands, use_reentrant=False))
+
+    for got, want in zip(
+        _run(repeated, input, residual), _run(layer, input, residual), strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_one_tensor_can_be_both_operands() -> None:
+    values = torch.linspace(-1, 1, 24).requires_grad_()
+    total = _sum(values.detach() * 0.5)(values, values)
+    total.sum().backward()
+    assert values.grad is not None
+    assert set(values.grad.tolist()) == {1.0, 2.0}
+
+
+def test_a_residual_without_gradient_costs_none() -> None:
+    input, residual = torch.randn(4, requires_grad=True), torch.randn(4)
+    _sum(residual * 0.5)(input, residual).sum().backward()
+    assert input.grad is not None
+    assert torch.equal(input.grad, torch.ones(4))
+
+
+def test_differentiating_twice_is_refused() -> None:
+    input, residual = torch.randn(2, 4)
+    leaf = residual.requires_grad_()
+    total = _sum(residual.detach())(input, leaf)
+    (gradient,) = torch.autograd.grad(total.square().sum(), leaf, create_graph=True)
+    with pytest.raises(QuantizationError, match=r'use QATConfig\(forward="fake"\)'):
+        gradient.sum().backward()
+
+
+def test_autocast_is_left_to_fake_quantization() -> None:
+    torch.manual_seed(0)
+    input, residual = torch.randn(2, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = _run(_sum(residual * 0.5), input.bfloat16(), residual)
+        wanted = _run(_sum(residual * 0.5, "fake"), input.bfloat16(), residual)
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_report_says_how_sums_are_computed() -> None:
+    manager, model, images = _trained()
+    rows = {row.name: row.arithmetic for row in manager.report().layers}
+    assert rows["0.add"] == "sums with the real numbers of integers"
+    with torch.no_grad():
+        model[1].add(images.double(), images)
+    found = {row.name: row.arithmetic for row in manager.report().layers}["1.add"]
+    assert found == "sums with fake-quantized numbers (it computes in torch.float64)"
+    manager.close()
 
 
 @pytest.mark.parametrize("forward", ["auto", "fake"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization.layers.products import last_decision
+from compression_manager.quantization.layers.decisions import last_decision
 from compression_manager.quantization.layers.relu import BitMaskReLU
 from integer_layers import quantized
 

@@ -148,13 +148,13 @@ EXPORT void dequantize_elements(
        : dequantize(codes, size, has_sign, scale, zero_point, static_cast<float*>(output));
 }
 
-EXPORT void add_dequantized(
+EXPORT void add_dequantized_elements(
     const float* addend, const void* codes, int64_t size, bool has_sign, float scale,
     int32_t zero_point, float* output) {
   has_sign
-      ? native::add_dequantized(
+      ? add_dequantized(
             addend, static_cast<const int8_t*>(codes), size, scale, zero_point, output)
-      : native::add_dequantized(
+      : add_dequantized(
             addend, static_cast<const uint8_t*>(codes), size, scale, zero_point, output);
 }
 

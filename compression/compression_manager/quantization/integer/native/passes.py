@@ -135,7 +135,7 @@ class NativePasses(NativeIntegers):
         check("addend", addend, torch.float32)
         check_values(addend, codes)
         output = torch.empty_like(addend)
-        self._functions.add_dequantized(
+        self._functions.add_dequantized_elements(
             addend.data_ptr(),
             codes.data_ptr(),
             codes.numel(),

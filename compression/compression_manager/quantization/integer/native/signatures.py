@@ -16,7 +16,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
     ),
     "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),
-    "add_dequantized": (
+    "add_dequantized_elements": (
         None,
         [_pointer, _pointer, _size, _bool, _float, _integer, _pointer],
     ),
