@@ -1,8 +1,8 @@
 """What was computed of tensors that are still alive, so that layers share it.
 
 Query, key and value of attention read one tensor, and so do the first convolution of a residual
-block, its shortcut and its sum. An entry lives as long as its tensor, and counts as long as that is not
-changed in place.
+block, its shortcut and its sum. An entry lives as long as its tensor, and counts as long as that
+is not changed in place.
 """
 
 from __future__ import annotations

@@ -28,7 +28,13 @@ from measuring.report import RESULTS, bar_chart, write_json
 
 ROOT = Path(__file__).parents[3]
 OURS = "compression manager"
-OWN_ROUTES = ("int8, eager", "int8, Inductor", "int8, onnxruntime", "int8, OpenVINO")
+OWN_ROUTES = (
+    "int8, eager",
+    "int8, Inductor",
+    "int8, AOTInductor",
+    "int8, onnxruntime",
+    "int8, OpenVINO",
+)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Linear, convolution and sum on integer operands, differentiable.
 
-Between forward and backward the integers of factors are kept, and bits of what was clipped; no float
-copies.
-The gradients are those of the straight-through estimator: with float32 products they are, bit for
-bit, those of the functions of `arithmetic`.
+Between forward and backward the integers of factors are kept, and bits of what was clipped; no
+float copies. The gradients are those of the straight-through estimator: with float32 products they
+are, bit for bit, those of the functions of `arithmetic`.
 """
 
 from __future__ import annotations

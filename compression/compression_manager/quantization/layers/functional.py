@@ -1,7 +1,7 @@
 """Products and sums of two activations as modules, so that their operands can be quantized.
 
-A model that calls `torch.matmul` or `scaled_dot_product_attention`, or adds, itself has no layer
-there that could change its class; it calls one of these instead. In a float model they only forward.
+A model that adds, or calls `torch.matmul` or `scaled_dot_product_attention`, has no layer there
+that could change its class; it calls one of these instead. In a float model they only forward.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ from compression_manager.quantization.scheme import QuantizationScheme
 
 _FAKE = Decision("fake")
 
+
 def linear(part: Part, options: ProductOptions, input: Tensor) -> Tensor:
     """Return `F.linear` of the quantized operands of `part`: (*, out features)."""
     passes = passes_for(input.device)
