@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from compression_manager.deploy import products
 from compression_manager.deploy.composite import ConvertedComposite
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.quantization.layers.base import QuantizedLayer
 from compression_manager.quantization.layers.functional import (
     QuantizedAdd,
     QuantizedAttention,
@@ -34,11 +35,19 @@ class ConvertedInput(ConvertedLayer):
 
 
 class _ConvertedInputs(ConvertedComposite):
-    def __init__(self, float_layer: nn.Module, spec: LayerSpec, names: tuple[str, ...]) -> None:
+    """Base of the layers without weights; the inputs that are quantized are its children.
+
+    Attributes:
+        trained_class: the quantization-aware form, which names the inputs.
+    """
+
+    trained_class: ClassVar[type[QuantizedLayer]]
+
+    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__(spec, {})
         # A float layer has no tensor that could tell the device.
         known = next(float_layer.buffers(), torch.empty(0))
-        for name in names:
+        for name in self.trained_class.operands_of(float_layer):
             self.add_module(name, ConvertedInput(replace(spec, bias=False), known.device))
 
     def quantized(self, name: str, input: Tensor) -> Tensor:
@@ -48,8 +57,7 @@ class _ConvertedInputs(ConvertedComposite):
 class ConvertedMatmul(_ConvertedInputs):
     """Deployed `QuantizableMatmul`; its inputs are the children `left` and `right`."""
 
-    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
-        super().__init__(float_layer, spec, tuple(QuantizedMatmul.operands_of(float_layer)))
+    trained_class = QuantizedMatmul
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         """Return left @ right."""
@@ -59,8 +67,7 @@ class ConvertedMatmul(_ConvertedInputs):
 class ConvertedAdd(_ConvertedInputs):
     """Deployed `QuantizableAdd`; its child is `residual`."""
 
-    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
-        super().__init__(float_layer, spec, tuple(QuantizedAdd.operands_of(float_layer)))
+    trained_class = QuantizedAdd
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         """Return input + residual."""
@@ -71,8 +78,7 @@ class ConvertedAdd(_ConvertedInputs):
 class ConvertedAttention(_ConvertedInputs):
     """Deployed `QuantizableAttention`; its children are `query`, `key` and `value`."""
 
-    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
-        super().__init__(float_layer, spec, tuple(QuantizedAttention.operands_of(float_layer)))
+    trained_class = QuantizedAttention
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **options: Any
