@@ -207,3 +207,36 @@ def test_a_quantized_constant_is_not_added_to_in_place(
     with torch.no_grad():
         for _ in range(3):
             torch.testing.assert_close(run(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+class Turned(nn.Module):
+    """Convolutions, and a linear layer over the transposed result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(images).relu()).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("packs", [False, True], ids=["compiled", "package"])
+def test_inputs_may_lie_in_memory_in_any_way(
+    packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    torch.manual_seed(0)
+    images = torch.randn(5, 3, 7, 7)
+    model = overflow_free(trained(Turned(), images).convert())
+    if packs:
+        deploy.export(model, tmp_path / "model.pt2", "aot_inductor", images)
+        run: Runner = deploy.load_exported(tmp_path / "model.pt2")
+    else:
+        run = deploy.compile(model, images)
+    last = images.to(memory_format=torch.channels_last)
+    for input in (images, last, images.transpose(2, 3), last[1:], last[:1], images[::2]):
+        with torch.no_grad(), inductor.counting_kernels() as count:
+            torch.testing.assert_close(run(input), model(input), rtol=1e-3, atol=1e-3)
+        # What is compiled anew for another layout has 8-bit kernels as well.
+        assert packs or input is not last or count() == 3

@@ -47,7 +47,7 @@ class CompiledModel:
 
         # Choosing the compiler's settings takes longer than some models do.
         tensors = tensors_in((args, kwargs))
-        kind = tuple((item.shape, item.dtype, item.device) for item in tensors)
+        kind = tuple((item.shape, item.stride(), item.dtype, item.device) for item in tensors)
         if kind in self._compiled:
             with torch.no_grad():
                 return self._run(*args, **kwargs)

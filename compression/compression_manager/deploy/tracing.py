@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from compression_manager.errors import ConfigError, NotExportableError
 from compression_manager.model_call import quiet_evaluation, tensors_in
 from compression_manager.quantization.exporting import View, exporting
+from compression_manager.quantization.memory_format import has_gaps
 
 
 def batch_size(inputs: Any) -> int:
@@ -34,13 +35,15 @@ def with_batch(inputs: Any, size: int) -> Any:
     """Return inputs of `size` samples, the given ones in turn.
 
     Every tensor whose first dimension is `batch_size(inputs)` has samples in it; all others stay
-    as they are.
+    as they are, unless they have gaps in memory, which compiled code would count on.
     """
     present = batch_size(inputs)
     order = torch.arange(size) % present
 
     def resize(leaf: Any) -> Any:
-        return leaf[order.to(leaf.device)] if is_batch(leaf, present) else leaf
+        if is_batch(leaf, present):
+            return leaf[order.to(leaf.device)]
+        return leaf.contiguous() if isinstance(leaf, Tensor) and has_gaps(leaf) else leaf
 
     return tree_map(resize, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 

@@ -21,8 +21,11 @@ from torch.export import ExportedProgram
 
 from compression_manager.deploy.tracing import batch_shapes, batch_size, is_batch
 from compression_manager.integrations.inductor_graph import to_inductor_operators
+from compression_manager.integrations.layouts import layouts_of, with_layouts
 from compression_manager.model_call import tensors_in
 
+# What a package calls the layouts of its inputs.
+_LAYOUTS = "input_layouts"
 _MATCHES = ("qlinear_weight_prepack_matcher_count", "qconv_weight_prepack_matcher_count")
 
 
@@ -100,13 +103,24 @@ def write_package(program: ExportedProgram, path: Path) -> None:
         if layers:
             program = _trace_again(program, module)
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs={"freezing": True}
+            program,
+            package_path=str(path),
+            inductor_configs={
+                "freezing": True,
+                "aot_inductor.metadata": {_LAYOUTS: layouts_of(program)},
+            },
         )
 
 
 def load_package(path: Path) -> Callable[..., Any]:
-    """Return what is called as the model is."""
-    return cast(Callable[..., Any], torch._inductor.aoti_load_package(str(path)))
+    """Return what is called as the model is.
+
+    The code takes for granted that inputs lie in memory as the examples did, and asks nobody.
+    """
+    package = torch._inductor.aoti_load_package(str(path))
+    run = cast(Callable[..., Any], package)
+    layouts = package.get_metadata().get(_LAYOUTS)
+    return run if layouts is None else with_layouts(run, layouts)
 
 
 def _trace_again(program: ExportedProgram, module: nn.Module) -> ExportedProgram:

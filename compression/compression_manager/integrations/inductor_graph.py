@@ -85,6 +85,8 @@ def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
     graph, namespace = node.graph, torch.ops.quantized_decomposed
     values = _constant(module, scale), _constant(module, zero_point)
     with graph.inserting_before(node):
+        if any(user.target is torch.ops.aten.linear.default for user in node.users):
+            input = _contiguous(input)
         if values[0] is not None and values[1] is not None:
             scale, zero_point = float(values[0]), int(values[1]) - low
             overload = "default"
@@ -96,6 +98,21 @@ def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
         integers = graph.call_function(quantize, (input, *parameters))
         dequantize = getattr(namespace.dequantize_per_tensor, overload)
         return graph.call_function(dequantize, (integers, *parameters))
+
+
+def _contiguous(input: Node) -> Node:
+    """Insert what makes the input of a linear layer contiguous, if it is a transposed one.
+
+    Inductor (2.13) fails on a layer over a transposed input of three axes and an open batch size.
+    """
+    value = input.meta["val"]
+    if value.dim() < 3 or value.is_contiguous():
+        return input
+    clone = input.graph.call_function(
+        torch.ops.aten.clone.default, (input,), {"memory_format": torch.contiguous_format}
+    )
+    clone.meta["val"] = value.contiguous()
+    return clone
 
 
 def _is_kernels_weight(module: fx.GraphModule, node: Node) -> bool:

@@ -20,6 +20,11 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
+def has_gaps(tensor: Tensor) -> bool:
+    """Return whether elements have gaps between them in memory, or overlap."""
+    return not torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
 def formatted_like(tensor: Tensor, other: Tensor) -> Tensor:
     """Return `tensor` in the format of `other`, which is dense: a copy if need be."""
     if other.is_contiguous():

@@ -29,6 +29,16 @@ def test_samples_are_taken_in_turn_and_the_rest_is_kept() -> None:
     assert with_batch({"x": samples}, 2)["x"].tolist() == samples.tolist()
 
 
+def test_what_stays_is_copied_if_it_has_gaps() -> None:
+    samples, mask = torch.ones(2, 3), torch.arange(24.0).reshape(4, 6)
+    turned, cut, spread = with_batch((samples, mask.t(), mask[:, :2], mask[:, :1].expand(4, 3)), 2)[
+        1:
+    ]
+    assert turned.stride() == (1, 6)
+    assert (cut.stride(), cut.tolist()) == ((2, 1), mask[:, :2].tolist())
+    assert (spread.stride(), spread[:, 2].tolist()) == ((3, 1), mask[:, 0].tolist())
+
+
 def test_the_batch_is_that_of_the_first_tensor_with_dimensions() -> None:
     assert batch_size((torch.tensor(3), {"x": torch.zeros(5, 2)}, torch.zeros(4))) == 5
     with pytest.raises(ConfigError, match="at least one sample"):

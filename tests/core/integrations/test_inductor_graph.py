@@ -238,6 +238,25 @@ class Block(nn.Module):
         return self.shift(self.second(hidden), self.constant)
 
 
+class Turned(nn.Module):
+    """A linear layer over a transposed tensor, and one over a contiguous one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.second(self.first(input.transpose(1, 2)))
+
+
+def test_a_transposed_input_of_a_linear_layer_is_made_contiguous() -> None:
+    inputs = randn(3, 6, 5)
+    converted, module, weights, operators = translated(Turned(), inputs)
+    assert weights == 2
+    assert operators["clone.default"] == 1
+    assert_same(converted, module, inputs)
+
+
 def test_a_residual_is_quantized_as_the_layer_that_reads_it() -> None:
     inputs = randn(3, 4, 5, 5)
     converted, module, weights, operators = translated(Block(), inputs)

@@ -9,6 +9,7 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import mask_bytes
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.passes import MAX_SUMMED
+from compression_manager.quantization.memory_format import has_gaps
 
 CODES = (torch.uint8, torch.int8)
 
@@ -25,7 +26,7 @@ def check(what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
 def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided:
         return False
-    return tensor.is_contiguous() or bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
+    return tensor.is_contiguous() or not has_gaps(tensor)
 
 
 def check_range(zero_point: int, quant_min: int, quant_max: int) -> None:
