@@ -240,3 +240,29 @@ def test_inputs_may_lie_in_memory_in_any_way(
             torch.testing.assert_close(run(input), model(input), rtol=1e-3, atol=1e-3)
         # What is compiled anew for another layout has 8-bit kernels as well.
         assert packs or input is not last or count() == 3
+
+
+class Activated(nn.Module):
+    """Adds its input, quantized, to what an activation returned."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        self.activation, self.add = activation, QuantizableAdd()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.second(self.add(self.activation(self.first(images)), images))
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish, nn.ReLU6])
+def test_a_quantized_residual_may_follow_an_activation(
+    activation: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: True)
+    torch.manual_seed(0)
+    images = torch.randn(4, 8, 6, 6)
+    model = overflow_free(trained(Activated(activation()), images).convert())
+    run = deploy.compile(model, images)
+    assert run.int8_kernels == run.layers == 2
+    with torch.no_grad():
+        torch.testing.assert_close(run(images), model(images), rtol=1e-3, atol=1e-3)

@@ -165,7 +165,7 @@ def _constants(graph: fx.Graph) -> set[Node]:
 
 
 def _keep_operand(node: Node, constants: set[Node]) -> None:
-    """Let nothing add to an input of the model, or to a constant, in place.
+    """Let nothing add to an input of the model, or to a constant, in place; nor what fails.
 
     Inductor (2.13) fuses a layer and a sum into a kernel that writes to the other operand if no
     later node reads it, which an input's owner and the next call do. It knows sums only: x + y is
@@ -174,13 +174,23 @@ def _keep_operand(node: Node, constants: set[Node]) -> None:
     left, right = node.args[:2]
     if node.kwargs or not all(isinstance(item, fx.Node) for item in (left, right)):
         return  # a factor or a number, which it does not fuse
-    if _is_owned(left, constants) and node.target is torch.ops.aten.add.Tensor:
-        left, right = right, left
-    if not _is_owned(right, constants):
+    keeps_left = _is_owned(left, constants) or _is_residual_of_none(left, right)
+    keeps_right = _is_owned(right, constants) or _is_residual_of_none(right, left)
+    if not (keeps_left or keeps_right):
         return
+    if keeps_left and node.target is torch.ops.aten.add.Tensor:
+        left, right = right, left
     with node.graph.inserting_before(node):
         negated = node.graph.call_function(torch.ops.aten.neg.default, (right,))
         _replace(node, node.graph.call_function(_SUMS[node.target], (left, negated)))
+
+
+def _is_residual_of_none(node: Node, other: Node) -> bool:
+    """Return whether 8-bit numbers are added to what is not a layer's own output.
+
+    Inductor (2.13) fails where it fused an activation with the layer before such a sum.
+    """
+    return "dequantize_per_tensor" in str(node.target) and other.target not in _LAYERS
 
 
 def _is_owned(node: Node, constants: set[Node]) -> bool:

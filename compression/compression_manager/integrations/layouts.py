@@ -1,4 +1,4 @@
-"""Calling compiled code whose inputs have to lie in memory as its examples did."""
+"""Calling compiled code, which takes its inputs to be what its examples were and asks nobody."""
 
 from __future__ import annotations
 
@@ -10,25 +10,41 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_with_path
 
+from compression_manager.deploy.tracing import batch_size, is_batch
+from compression_manager.errors import ConfigError
+
 
 def layouts_of(program: ExportedProgram) -> str:
-    """Return how each example input of a program lies in memory, for `with_layouts`.
+    """Return what each example input of a program is, for `with_layouts`.
 
-    JSON: the place among the arguments -> the axes, that of the longest steps in memory first.
+    JSON: the place among the arguments -> dtype; shape, with "batch" for the open size; and the
+    axes, that of the longest steps in memory first.
     """
-    leaves, _ = tree_flatten_with_path(program.example_inputs or ((), {}))
+    inputs: Any = program.example_inputs or ((), {})
+    leaves, _ = tree_flatten_with_path(inputs)
+    samples = batch_size(inputs)
     return json.dumps(
-        {keystr(path): _axes(leaf) for path, leaf in leaves if isinstance(leaf, Tensor)}
+        {
+            keystr(path): _described(leaf, samples)
+            for path, leaf in leaves
+            if isinstance(leaf, Tensor)
+        }
     )
 
 
 def with_layouts(run: Callable[..., Any], layouts: str) -> Callable[..., Any]:
-    """Return `run`, called with tensors that lie in memory as `layouts` says: copies if need be."""
-    axes: Mapping[str, list[int]] = json.loads(layouts)
+    """Return `run`, called with tensors that lie in memory as `layouts` says: copies if need be.
+
+    What it returns raises ConfigError for a tensor of another dtype or shape.
+    """
+    expected: Mapping[str, dict[str, Any]] = json.loads(layouts)
 
     def lay_out(path: Any, leaf: Any) -> Any:
-        order = axes.get(keystr(path)) if isinstance(leaf, Tensor) else None
-        return leaf if order is None or len(order) != leaf.dim() else _laid_out(leaf, order)
+        example = expected.get(keystr(path))
+        if example is None or not isinstance(leaf, Tensor):
+            return leaf
+        _check(leaf, example)
+        return _laid_out(leaf, example["axes"])
 
     def call(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map_with_path(lay_out, (args, kwargs))
@@ -37,8 +53,29 @@ def with_layouts(run: Callable[..., Any], layouts: str) -> Callable[..., Any]:
     return call
 
 
-def _axes(tensor: Tensor) -> list[int]:
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+def _described(tensor: Tensor, samples: int) -> dict[str, Any]:
+    shape: list[int | str] = list(tensor.shape)
+    if is_batch(tensor, samples):
+        shape[0] = "batch"
+    axes = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return {"dtype": _name(tensor), "shape": shape, "axes": axes}
+
+
+def _check(tensor: Tensor, example: Mapping[str, Any]) -> None:
+    shape = example["shape"]
+    fits = len(shape) == tensor.dim() and all(
+        wanted in ("batch", size) for wanted, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or _name(tensor) != example["dtype"]:
+        sizes = ", ".join(map(str, shape))
+        raise ConfigError(
+            f"this package was compiled for a tensor of {example['dtype']} ({sizes}), got "
+            f"{_name(tensor)} {tuple(tensor.shape)}; export it with such inputs, or convert them."
+        )
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _laid_out(tensor: Tensor, axes: list[int]) -> Tensor:

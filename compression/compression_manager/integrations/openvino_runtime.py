@@ -35,6 +35,8 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Or it quantizes inputs of linear layers with integer weights that are to stay as they are.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     if not int8:
         settings["LP_TRANSFORMS_MODE"] = False

@@ -127,3 +127,18 @@ def test_weights_that_cannot_be_replaced_leave_the_older_graph(
     with pytest.raises(ConfigError, match=r"model\.bin is something else"):
         deploy.export(quick.model, graph, "openvino", VECTORS)
     assert graph.read_text() == "older"
+
+
+@pytest.mark.parametrize("activation", [{}, {"activation": None}], ids=["int8", "weight only"])
+def test_inputs_that_stay_in_float32_are_not_quantized_by_the_runtime(
+    activation: dict[str, None], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))
+    inputs = torch.randn(16, 64)
+    converted = trained(model, inputs, **activation).convert()
+    deploy.export(converted, tmp_path / "model.xml", "openvino", inputs)
+    run = deploy.load_exported(tmp_path / "model.xml", int8=False)
+    with torch.no_grad():
+        expected = converted(inputs)
+    assert (run(inputs) - expected).norm() <= 1e-4 * expected.norm()

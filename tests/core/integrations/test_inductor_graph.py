@@ -238,6 +238,25 @@ class Block(nn.Module):
         return self.shift(self.second(hidden), self.constant)
 
 
+def test_a_residual_of_an_activation_is_not_fused() -> None:
+    class Darknet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+            self.add, self.plain = QuantizableAdd(), QuantizableAdd()
+
+        def forward(self, input: Tensor) -> Tensor:
+            hidden = self.first(input).relu()
+            return self.plain(self.second(self.add(hidden, input)), hidden)
+
+    inputs = randn(3, 4, 5, 5)
+    converted, module, weights, operators = translated(Darknet(), inputs)
+    assert weights == 2
+    # The other sum is that of a layer's own output.
+    assert (operators["add.Tensor"], operators["sub.Tensor"]) == (1, 1)
+    assert_same(converted, module, inputs)
+
+
 class Turned(nn.Module):
     """A linear layer over a transposed tensor, and one over a contiguous one."""
 

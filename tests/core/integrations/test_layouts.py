@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compression_manager.errors import ConfigError
 from compression_manager.integrations.layouts import layouts_of, with_layouts
 
 
@@ -21,7 +22,7 @@ def seen(*args: Any, **kwargs: Any) -> Any:
 
 
 IMAGES = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
-MASK = torch.randn(4, 6).t()
+MASK = torch.randn(4, 6).t()  # no samples: its first size is another
 
 
 def test_inputs_are_laid_out_as_the_examples_were() -> None:
@@ -51,3 +52,20 @@ def test_inputs_with_gaps_are_copied(input: Tensor) -> None:
     (images, _), _ = with_layouts(seen, layouts_of(program))(input, {"mask": MASK})
     assert torch.equal(images, input)
     assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.randn(2, 3, 4, 5).double(),
+            r"float32 \(batch, 3, 4, 5\), got float64 \(2, 3, 4, 5\)",
+        ),
+        (torch.randn(2, 3, 5, 5), r"got float32 \(2, 3, 5, 5\)"),
+        (torch.randn(3, 4, 5), r"got float32 \(3, 4, 5\)"),
+    ],
+)
+def test_other_types_and_shapes_are_refused(images: Tensor, message: str) -> None:
+    program = torch.export.export(Several(), (IMAGES, {"mask": MASK}))
+    with pytest.raises(ConfigError, match=message):
+        with_layouts(seen, layouts_of(program))(images, {"mask": MASK})
