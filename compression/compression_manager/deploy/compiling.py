@@ -40,8 +40,8 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model returns; arguments as the model's.
 
-        A batch size of one is compiled anew at its first call unless the examples had it; all
-        others share one program.
+        A batch size of one, and another memory format, are compiled anew at their first call unless
+        the examples had them; all other batch sizes share one program.
         """
         from compression_manager.integrations.inductor import compiling
 

@@ -32,6 +32,10 @@ class ExportedModel:
         Returns:
             What the model returned, from `torch` and `aot_inductor`; from `onnx` and `openvino` its
             output tensor, or the tuple of them, on the CPU.
+
+        Raises:
+            ConfigError: other tensors than the file takes: their number or names (`onnx`,
+                `openvino`), their dtype or sizes (`aot_inductor`).
         """
         return self._run(*args, **kwargs)
 

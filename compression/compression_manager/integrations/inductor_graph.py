@@ -28,6 +28,13 @@ _CONVOLUTIONS = frozenset(
 )
 _LAYERS = _CONVOLUTIONS | {torch.ops.aten.linear.default}
 
+_DEQUANTIZED = frozenset(
+    {
+        torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+        torch.ops.quantized_decomposed.dequantize_per_tensor.tensor,
+    }
+)
+
 # Sums, and differences that are equal to them once the other operand is negated.
 _SUMS = {
     torch.ops.aten.add.Tensor: torch.ops.aten.sub.Tensor,
@@ -165,15 +172,15 @@ def _constants(graph: fx.Graph) -> set[Node]:
 
 
 def _keep_operand(node: Node, constants: set[Node]) -> None:
-    """Let nothing add to an input of the model, or to a constant, in place; nor what fails.
+    """Keep Inductor from sums of floats that it would compute in place, or fail on.
 
-    Inductor (2.13) fuses a layer and a sum into a kernel that writes to the other operand if no
-    later node reads it, which an input's owner and the next call do. It knows sums only: x + y is
-    x - (-y), to the last bit.
+    It (2.13) fuses a layer and a sum into a kernel that writes to the other operand if no later
+    node reads it; the owner of an input and the next call do. It knows sums only: x + y is
+    x - (-y), to the last bit. Other types are not fused, and a mask cannot be negated.
     """
     left, right = node.args[:2]
-    if node.kwargs or not all(isinstance(item, fx.Node) for item in (left, right)):
-        return  # a factor or a number, which it does not fuse
+    if node.kwargs or not (_is_float(left) and _is_float(right)):
+        return
     keeps_left = _is_owned(left, constants) or _is_residual_of_none(left, right)
     keeps_right = _is_owned(right, constants) or _is_residual_of_none(right, left)
     if not (keeps_left or keeps_right):
@@ -190,17 +197,17 @@ def _is_residual_of_none(node: Node, other: Node) -> bool:
 
     Inductor (2.13) fails where it fused an activation with the layer before such a sum.
     """
-    return "dequantize_per_tensor" in str(node.target) and other.target not in _LAYERS
+    return node.target in _DEQUANTIZED and other.target not in _LAYERS
+
+
+def _is_float(value: Any) -> bool:
+    """Return whether this is a node, and its value a tensor of floats."""
+    found = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return isinstance(found, Tensor) and found.is_floating_point()
 
 
 def _is_owned(node: Node, constants: set[Node]) -> bool:
-    """Return whether floats are those of an input of the model, or a constant, in whatever shape.
-
-    Other types are not fused, and a mask or unsigned integers cannot be negated.
-    """
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return False
+    """Return whether this is an input of the model, or a constant, in whatever shape."""
     while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
         node = node.args[0]
     return node.op == "placeholder" or node in constants

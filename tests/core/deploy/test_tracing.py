@@ -31,9 +31,8 @@ def test_samples_are_taken_in_turn_and_the_rest_is_kept() -> None:
 
 def test_what_stays_is_copied_if_it_has_gaps() -> None:
     samples, mask = torch.ones(2, 3), torch.arange(24.0).reshape(4, 6)
-    turned, cut, spread = with_batch((samples, mask.t(), mask[:, :2], mask[:, :1].expand(4, 3)), 2)[
-        1:
-    ]
+    inputs = samples, mask.t(), mask[:, :2], mask[:, :1].expand(4, 3)
+    _, turned, cut, spread = with_batch(inputs, 2)
     assert turned.stride() == (1, 6)
     assert (cut.stride(), cut.tolist()) == ((2, 1), mask[:, :2].tolist())
     assert (spread.stride(), spread[:, 2].tolist()) == ((3, 1), mask[:, 0].tolist())

@@ -213,7 +213,10 @@ def test_inputs_that_are_no_floats_are_added_as_they_are(dtype: torch.dtype) -> 
             self.layer = nn.Linear(6, 6)
 
         def forward(self, input: Tensor, mask: Tensor) -> Tensor:
-            return self.layer(input) + mask + input.shape[0]
+            total = self.layer(input) + mask + (input + mask) + input.shape[0]
+            input = input * 1.0
+            input += mask
+            return total + input
 
     inputs = randn(5, 6), torch.arange(30).reshape(5, 6).to(dtype)
     converted, module, weights, operators = translated(Masked(), inputs)
