@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.deploy import products
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
-from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.options import FORWARD, Forward
 from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.storage.weight import WeightFormat
@@ -32,12 +33,14 @@ class LayerSpec:
         weight: scheme of all its weights, or None if it has none.
         input: scheme of all its inputs, or None if they stay in floating point.
         bias: whether the deployed layer adds a bias (folding BatchNorm creates one).
+        forward: how a linear layer, convolution or sum computes.
     """
 
     kind: str
     weight: QuantizationScheme | None
     input: QuantizationScheme | None
     bias: bool
+    forward: Forward = "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `from_dict` takes them back."""
@@ -49,12 +52,21 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Return the spec that `to_dict` described."""
+        """Return the spec that `to_dict` described.
+
+        Raises:
+            QuantizationError: a scheme or `forward` that there is not.
+        """
+        # Files of releases that did not write it down were loaded as this.
+        forward = values.get("forward", "auto")
+        if forward not in FORWARD:
+            raise QuantizationError(f"forward has to be one of {FORWARD}, is {forward!r}.")
         return cls(
             kind=values["kind"],
             weight=_scheme_or_none(values["weight"]),
             input=_scheme_or_none(values["input"]),
             bias=values["bias"],
+            forward=forward,
         )
 
 
@@ -74,10 +86,8 @@ class ConvertedLayer(nn.Module):
         input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
         input_zero_point: int32 (); present with `input_scale`.
         bias: float, or None.
-        product_options: how a linear layer, convolution or sum computes; not part of the state.
     """
 
-    product_options: ProductOptions = ProductOptions("auto")
     weight_format: WeightFormat
     weight: Tensor
     weight_scale: Tensor

@@ -28,6 +28,7 @@ from compression_manager.quantization.integer.operands import (
     why_no_integer_input,
     why_no_integer_weight,
 )
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
@@ -69,12 +70,12 @@ def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None
         input: what it is added to.
         residual: the same shape, or one that broadcasts.
     """
-    scheme, options = layer.spec.input, layer.product_options
+    scheme = layer.spec.input
     if scheme is None or why_no_integer_input(scheme) is not None:
         return None
     if _is_seen_through(input) or _is_seen_through(residual):
         return None
-    if why_no_integers(options, input, residual) is not None:
+    if why_no_integers(ProductOptions(layer.spec.forward), input, residual) is not None:
         return None
     passes = passes_for(residual.device)
     operand = _integers_of(layer, residual, passes)
@@ -100,7 +101,8 @@ def _computes_integers(
     """Return whether integers are multiplied."""
     if _is_seen_through(input) or not _has_operands(layer):
         return False
-    decision = decide(layer.product_options, input, None, size(), passes, training=False)
+    options = ProductOptions(layer.spec.forward)
+    decision = decide(options, input, None, size(), passes, training=False)
     return decision.path == "integer"
 
 

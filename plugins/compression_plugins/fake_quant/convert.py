@@ -33,11 +33,11 @@ def convert_layer(layer: QuantizedLayer, batch_norm: _BatchNorm | None = None) -
         weight=layer.weight_scheme,
         input=layer.input_scheme if calibrated else None,
         bias=any(part.bias is not None for part in parts.values()),
+        forward=layer.product_options.forward,
     )
     converted = CONVERTED_CLASSES[spec.kind](layer, spec)
     for name, part in parts.items():
         stored = cast(ConvertedLayer, converted.get_submodule(name))
-        stored.product_options = layer.product_options
         _fill(stored, part, factor)
     return converted
 

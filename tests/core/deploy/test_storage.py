@@ -24,6 +24,7 @@ from compression_manager.errors import (
 )
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.state import atomic_directory
+from conformance_models import Block
 from quantization_reference import prepared, trained
 
 IMAGES = toys.images().tensors[0]
@@ -76,6 +77,25 @@ def test_a_saved_model_loads_exactly(name, tmp_path):
         assert expected[key].dtype == actual[key].dtype
         assert torch.equal(expected[key], actual[key])
     assert torch.equal(loaded(inputs), converted(inputs))
+
+
+@pytest.mark.parametrize("forward", ["auto", "integer", "fake"])
+def test_a_loaded_model_computes_as_it_was_trained(forward, tmp_path):
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), Block(nn.Identity()), nn.Flatten(), nn.Linear(8 * 14 * 14, 32),
+            nn.ReLU(), nn.Linear(32, 32),
+        )  # fmt: skip
+
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 16, 16)
+    manager = trained(build(), images, forward=forward)
+    converted = manager.convert()
+    manager.save_converted(tmp_path / "int8")
+    loaded = deploy.load(tmp_path / "int8", build())
+    assert torch.equal(loaded(images), converted(images))
+    specs = [layer.spec for layer in loaded.modules() if isinstance(layer, deploy.ConvertedLayer)]
+    assert {spec.forward for spec in specs} == {forward}
 
 
 def test_tied_weights_are_saved_once_and_tied_again(tmp_path):
@@ -262,6 +282,8 @@ def test_a_foreign_directory_is_refused(tmp_path):
         "{}",
         '{"layers": [{}], "tied": {}}',
         '{"layers": 3, "tied": {}}',
+        '{"layers": [{"name": "0", "absorbed": [], "kind": "Linear", "weight": null, '
+        '"input": null, "bias": false, "forward": "fast"}], "tied": {}}',
         "not json",
         "[" * 9999,
     ],
