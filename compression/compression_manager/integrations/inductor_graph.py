@@ -58,16 +58,17 @@ def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int
     assert operators.fake_quantize is not None  # the import registers the operators
     module = program.module()
     ours = torch.ops.compression_manager
+    constants = _Constants(module)
     weights = 0
     for node in list(module.graph.nodes):
         if node.target is ours.fake_quantize.default:
-            _replace(node, _quantized_input(module, node))
+            _replace(node, _quantized_input(constants, node))
         elif node.target is ours.dequantize.default:
-            is_weight = _is_kernels_weight(module, node)
+            is_weight = _is_kernels_weight(constants, node)
             weights += is_weight
-            _replace(node, _kernels_weight(module, node) if is_weight else _formula(node))
+            _replace(node, _kernels_weight(constants, node) if is_weight else _formula(node))
     if weights:
-        constants = _constants(module.graph)
+        constants = _Constants(module)
         for node in list(module.graph.nodes):
             if node.target in _SUMS:
                 _keep_operand(node, constants)
@@ -76,13 +77,45 @@ def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int
     return module, weights
 
 
+class _Constants:
+    """The nodes of a graph that depend on no input, whose values freezing keeps.
+
+    Found in one pass: asking each node for its inputs doubles the work with each layer.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self._nodes: set[Node] = set()
+        for node in module.graph.nodes:
+            is_computed = node.op == "call_function" and self._nodes.issuperset(
+                node.all_input_nodes
+            )
+            if node.op == "get_attr" or is_computed:
+                self._nodes.add(node)
+
+    def __contains__(self, node: Node) -> bool:
+        return node in self._nodes
+
+    def value(self, value: Any) -> Any:
+        """Return the tensor that a node always has, or None; what is no node as it is."""
+        if not isinstance(value, fx.Node):
+            return value
+        if value not in self:
+            return None
+        if value.op == "get_attr":
+            return operator.attrgetter(cast(str, value.target))(self.module)
+        target: Any = value.target
+        args, kwargs = fx.map_arg((value.args, value.kwargs), self.value)
+        return target(*args, **kwargs)
+
+
 def _replace(node: Node, new: Node) -> None:
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
-def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
+def _quantized_input(constants: _Constants, node: Node) -> Node:
     """Insert the operators of an input: float32, with one scale.
 
     Convolutions take uint8 alone. Integers and zero point of a signed input, both larger by 128,
@@ -90,7 +123,7 @@ def _quantized_input(module: fx.GraphModule, node: Node) -> Node:
     """
     input, scale, zero_point, low = node.args[:4]
     graph, namespace = node.graph, torch.ops.quantized_decomposed
-    values = _constant(module, scale), _constant(module, zero_point)
+    values = constants.value(scale), constants.value(zero_point)
     with graph.inserting_before(node):
         if any(user.target is torch.ops.aten.linear.default for user in node.users):
             input = _contiguous(input)
@@ -122,12 +155,12 @@ def _contiguous(input: Node) -> Node:
     return clone
 
 
-def _is_kernels_weight(module: fx.GraphModule, node: Node) -> bool:
+def _is_kernels_weight(constants: _Constants, node: Node) -> bool:
     """Return whether this is a layer's weight: int8, symmetric, per output channel at most."""
     if not all(user.target in _LAYERS and user.args[1] is node for user in node.users):
         return False  # rows of a table, say, whose indices are constant
-    weight = _constant(module, node.args[0])
-    if weight is None or _constant(module, node.args[1]) is None:
+    weight = constants.value(node.args[0])
+    if weight is None or constants.value(node.args[1]) is None:
         return False
     return weight.dim() > 1 and _axis(node) in (None, 0) and not _has_one_channel(node)
 
@@ -144,15 +177,15 @@ def _has_one_channel(node: Node) -> bool:
     )
 
 
-def _kernels_weight(module: fx.GraphModule, node: Node) -> Node:
+def _kernels_weight(constants: _Constants, node: Node) -> Node:
     """Insert the operator of a weight; scale and zero point are one for each output channel."""
-    channels = _constant(module, node.args[0]).shape[0]
-    scale = _constant(module, node.args[1]).expand(channels).contiguous()
+    channels = constants.value(node.args[0]).shape[0]
+    scale = constants.value(node.args[1]).expand(channels).contiguous()
     zero_point = torch.zeros(channels, dtype=torch.int64, device=scale.device)
     graph = node.graph
     with graph.inserting_before(node):
         parameters = [
-            graph.get_attr(_add_buffer(module, f"{node.name}_{suffix}", value))
+            graph.get_attr(_add_buffer(constants.module, f"{node.name}_{suffix}", value))
             for suffix, value in (("scale", scale), ("zero_point", zero_point))
         ]
         return graph.call_function(
@@ -161,17 +194,7 @@ def _kernels_weight(module: fx.GraphModule, node: Node) -> Node:
         )
 
 
-def _constants(graph: fx.Graph) -> set[Node]:
-    """Return the nodes that depend on no input, whose values freezing keeps."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        is_computed = node.op == "call_function" and found.issuperset(node.all_input_nodes)
-        if node.op == "get_attr" or is_computed:
-            found.add(node)
-    return found
-
-
-def _keep_operand(node: Node, constants: set[Node]) -> None:
+def _keep_operand(node: Node, constants: _Constants) -> None:
     """Keep Inductor from sums of floats that it would compute in place, or fail on.
 
     It (2.13) fuses a layer and a sum into a kernel that writes to the other operand if no later
@@ -206,7 +229,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(found, Tensor) and found.is_floating_point()
 
 
-def _is_owned(node: Node, constants: set[Node]) -> bool:
+def _is_owned(node: Node, constants: _Constants) -> bool:
     """Return whether this is an input of the model, or a constant, in whatever shape."""
     while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
         node = node.args[0]
@@ -233,22 +256,6 @@ def _formula(node: Node) -> Node:
 def _axis(node: Node) -> int | None:
     axis = node.args[3] if len(node.args) > 3 else None
     return None if axis is None else int(axis) % node.meta["val"].dim()
-
-
-def _constant(module: fx.GraphModule, value: Any) -> Any:
-    """Return the tensor that a node of the graph always has, or None."""
-    if not isinstance(value, fx.Node):
-        return value
-    if value.op == "get_attr":
-        return operator.attrgetter(cast(str, value.target))(module)
-    if value.op != "call_function":
-        return None
-    inputs = {node: _constant(module, node) for node in value.all_input_nodes}
-    if any(item is None for item in inputs.values()):
-        return None
-    target: Any = value.target
-    args, kwargs = fx.map_arg((value.args, value.kwargs), inputs.__getitem__)
-    return target(*args, **kwargs)
 
 
 def _add_buffer(module: fx.GraphModule, name: str, value: Tensor) -> str:

@@ -110,6 +110,16 @@ def test_an_input_with_its_own_range_has_a_tensor_for_a_scale() -> None:
     assert_same(converted, module, randn(2, 6))
 
 
+@pytest.mark.timeout(60)
+def test_ranges_of_inputs_behind_many_layers_are_translated_in_one_pass() -> None:
+    # Looking back from each range to all that it depends on took twice as long with each layer.
+    scheme = QuantizationScheme(symmetric=False, signed=False, dynamic=True)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+    converted, module, weights, _ = translated(model, randn(5, 6), activation=scheme)
+    assert weights == 12
+    assert_same(converted, module, randn(5, 6))
+
+
 @pytest.mark.parametrize(
     "options",
     [
