@@ -20,6 +20,7 @@ REFERENCE = Path(__file__).parent / "reference"
 
 PUBLIC_MODULES = (
     "compression_manager",
+    "compression_manager.report",
     "compression_manager.quantization",
     "compression_manager.deploy",
     "compression_manager.integrations.onnx_translation",

@@ -17,8 +17,14 @@ from compression_manager.layer_measurements import LayerMeasurement, measure_lay
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.quantization.layers import QuantizedLayer, weight_identity
-from compression_manager.quantization.layers.decisions import describe_arithmetic
+from compression_manager.quantization.layers.decisions import (
+    LayerArithmetic,
+    arithmetic_lines,
+    arithmetic_of,
+)
 from compression_manager.sensitivity import Sensitivity
+
+__all__ = ["LayerArithmetic", "LayerReport", "Report"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,8 @@ class LayerReport:
         sqnr_db: signal-to-quantization-noise ratio of its output against the float layer on
             the same input, in decibels, infinite without noise; None if the layer was not
             reached, is not quantized, or fake quantization has not begun.
-        arithmetic: how its products were computed last, and why not on integers; "" if it has
-            none, or was not called yet.
+        arithmetic: how its products were computed last, why not on integers, and by which
+            kernel; None if it has none, or was not called yet.
         time_ratio: time of its integer kernel to that of float32 on this machine; None if it
             was not measured or does not compute on integers.
     """
@@ -49,7 +55,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     sqnr_db: float | None
-    arithmetic: str = ""
+    arithmetic: LayerArithmetic | None = None
     time_ratio: float | None = None
 
 
@@ -130,12 +136,14 @@ class Report:
         return "\n".join(lines)
 
     def _arithmetic_lines(self) -> list[str]:
-        """Return who computes on what, layers with one answer in one line."""
-        layers_of: dict[str, list[str]] = {}
-        for layer in self.layers:
-            if layer.arithmetic:
-                layers_of.setdefault(layer.arithmetic, []).append(layer.name or "(the model)")
-        lines = [f"{arithmetic}: {', '.join(names)}" for arithmetic, names in layers_of.items()]
+        """Return who computes on what, and who gains nothing by integers."""
+        lines = arithmetic_lines(
+            {
+                layer.name or "(the model)": layer.arithmetic
+                for layer in self.layers
+                if layer.arithmetic is not None
+            }
+        )
         slower = [
             f"{layer.name or '(the model)'} ({layer.time_ratio:.1f} times float32's time)"
             for layer in self.layers
@@ -250,7 +258,7 @@ def _quantized(
         before,
         after,
         None if measured is None else measured.sqnr_db,
-        describe_arithmetic(layer),
+        arithmetic_of(layer),
         None if measured is None else measured.time_ratio,
     )
 

@@ -13,6 +13,7 @@ import toys
 from compression_manager import prepare_compression
 from compression_manager.errors import ConfigError
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.layers.decisions import LayerArithmetic
 from compression_manager.report import LayerReport, Report
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from quantization_reference import (
@@ -227,13 +228,17 @@ def test_a_lazy_layer_is_reported_before_its_first_forward_pass():
     ("value", "plain"), [(math.inf, "inf"), (-math.inf, "-inf"), (41.5, 41.5), (None, None)]
 )
 def test_the_report_is_valid_json(value, plain):
-    row = LayerReport("fc", "Linear", True, "int8", 40, 10, value)
+    arithmetic = LayerArithmetic("a", "b", ("c",), "d")
+    row = LayerReport("fc", "Linear", True, "int8", 40, 10, value, arithmetic)
     document = json.loads(json.dumps(Report((row,)).to_dict(), allow_nan=False))
     assert document == {
         "layers": [
             {
                 "name": "fc", "kind": "Linear", "quantized": True, "detail": "int8",
-                "bytes_before": 40, "bytes_after": 10, "sqnr_db": plain, "arithmetic": "",
+                "bytes_before": 40, "bytes_after": 10, "sqnr_db": plain,
+                "arithmetic": {
+                    "training": "a", "evaluation": "b", "reasons": ["c"], "kernel": "d",
+                },
                 "time_ratio": None,
             }
         ],

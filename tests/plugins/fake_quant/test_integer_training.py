@@ -214,24 +214,30 @@ def test_the_report_says_who_computes_on_what_and_why() -> None:
     skipped = prepared(model, [SEQUENCES] * 2, forward="integer")
     with torch.autocast("cpu", torch.bfloat16):
         step(skipped, SEQUENCES, 2)
-    described = {layer.arithmetic for layer in skipped.report().layers if layer.quantized}
+    report = skipped.report()
+    described = [layer.arithmetic for layer in report.layers if layer.arithmetic is not None]
+    assert len(described) == sum(layer.quantized for layer in report.layers)
     # The report itself runs the model in evaluation, without autocast.
     kernel = linear_kernel(torch.device("cpu"), active_passes(), packs=False)
     reasons = ("autocast chooses the type of the products", "it computes in torch.bfloat16")
-    fake = tuple(f"float32 products of fake-quantized operands ({reason})" for reason in reasons)
-    assert all(item.startswith(fake) for item in described)
-    assert all(f"; in evaluation {INTEGERS} ({kernel}" in item for item in described)
-    assert f"; in evaluation {INTEGERS} ({kernel}" in str(skipped.report())
+    fake = "float32 products of fake-quantized operands"
+    assert {(item.training, item.evaluation) for item in described} == {(fake, INTEGERS)}
+    assert all(set(item.reasons) <= set(reasons) and item.reasons for item in described)
+    assert all(item.kernel.startswith(kernel) for item in described)
+    lines = str(report).splitlines()
+    assert any(line.startswith(f"{fake}; in evaluation {INTEGERS}: ") for line in lines)
+    assert any(line.startswith(f"  {reasons[0]}") for line in lines)
+    assert any(line.startswith(f"products of integers by {kernel}") for line in lines)
 
 
 def test_the_report_says_why_training_is_not_on_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_passes(TORCH), pretended(monkeypatch, vnni=False, amx=False):
-        lines = [layer.arithmetic for layer in trained(cnn(), IMAGES).report().layers]
-    told = [line for line in lines if line]
+        layers = trained(cnn(), IMAGES).report().layers
+    told = [layer.arithmetic for layer in layers if layer.arithmetic is not None]
     reason = "the torch kernels need VNNI to gain; this CPU has neither VNNI nor AMX"
     assert told
-    assert all(f"kept for backward ({reason})" in line for line in told)
-    assert all(f"; in evaluation {INTEGERS} (" in line for line in told)
+    assert all("kept for the backward pass" in item.training for item in told)
+    assert all(item.reasons == (reason,) and item.evaluation == INTEGERS for item in told)
 
 
 @pytest.mark.parametrize("vnni", [False, True])
@@ -241,10 +247,11 @@ def test_the_report_names_the_kernels(vnni: bool, monkeypatch: pytest.MonkeyPatc
     for module in (products, torch_passes):
         monkeypatch.setattr(module, "cpu_features", lambda: features)
     with use_passes(TORCH):
-        described = [layer.arithmetic for layer in manager.report().layers if layer.quantized]
+        layers = manager.report().layers
+    described = [layer.arithmetic.kernel for layer in layers if layer.arithmetic is not None]
     convolutions, linear = described[:2], described[2]
     assert all(("onednn.qconv_pointwise" in item) == vnni for item in convolutions)
-    assert ("torch._int_mm" in linear and "once converted onednn.qlinear" in linear) == vnni
+    assert ("torch._int_mm" in linear and "once converted by onednn.qlinear" in linear) == vnni
     assert all("float32 products, summed exactly" in item for item in described) != vnni
 
 
@@ -252,8 +259,8 @@ def test_integer_kernels_slower_than_float_are_named() -> None:
     from compression_manager.report import LayerReport, Report
 
     rows = (
-        LayerReport("a", "Linear", True, "", 4, 1, 40.0, "integers", 2.5),
-        LayerReport("b", "Linear", True, "", 4, 1, 40.0, "integers", 0.5),
+        LayerReport("a", "Linear", True, "", 4, 1, 40.0, None, 2.5),
+        LayerReport("b", "Linear", True, "", 4, 1, 40.0, None, 0.5),
     )
     assert "slower on integers than in float32 here: a (2.5 times float32's time)" in str(
         Report(rows)

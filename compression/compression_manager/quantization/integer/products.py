@@ -36,7 +36,7 @@ def linear_kernel(device: torch.device, passes: Passes, *, packs: bool) -> str:
         packs: as for `linear`.
     """
     if _takes_packed(device, packs):
-        return f"onednn.qlinear_pointwise; {_FUSED}"
+        return f"onednn.qlinear_pointwise ({_FUSED})"
     return _multiplier(passes).integer_kernel(device)
 
 
@@ -50,7 +50,7 @@ def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
     """
     convolver = _convolver(passes, groups)
     if _takes_onednn(convolver, packs):
-        return f"onednn.qconv_pointwise; {_FUSED}"
+        return f"onednn.qconv_pointwise ({_FUSED})"
     return convolver.integer_kernel(torch.device("cpu"))
 
 

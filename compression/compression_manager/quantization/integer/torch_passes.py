@@ -164,7 +164,7 @@ class TorchPasses(Passes):
     def integer_kernel(self, device: torch.device) -> str:
         """Return the name of the operator."""
         if _has_integer_product(device):
-            return "torch._int_mm; scales and bias in a second pass"
+            return "torch._int_mm (scales and bias in a second pass)"
         return "float32 products, summed exactly"
 
     def multiply_integers(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -21,7 +23,7 @@ _in_evaluation: _Decisions = WeakKeyDictionary()
 
 _PRODUCTS = {
     "integer": "products of integers with 32-bit sums",
-    "codes": "float32 products, integers kept for backward",
+    "codes": "float32 products, integers kept for the backward pass",
     "fake": "float32 products of fake-quantized operands",
 }
 _SUMS = {
@@ -50,15 +52,64 @@ def last_decision(part: Part) -> Decision | None:
     return first.get(quantizer) or second.get(quantizer)
 
 
-def describe_arithmetic(layer: QuantizedLayer) -> str:
-    """Return how `layer` was computed last: by which kernel, or why by none.
+@dataclass(frozen=True)
+class LayerArithmetic:
+    """How one layer was computed last.
 
-    That of evaluation is told where training computes otherwise.
+    Attributes:
+        training: what it computed in training; "" if it was not called there.
+        evaluation: the same in evaluation.
+        reasons: why not on integers, where it did not.
+        kernel: what multiplies its integers; "" if nothing does.
     """
-    trained, evaluated = (_described(layer, known) for known in (_in_training, _in_evaluation))
-    if not trained or not evaluated or trained == evaluated:
-        return trained or evaluated
-    return f"{trained}; in evaluation {evaluated}"
+
+    training: str
+    evaluation: str
+    reasons: tuple[str, ...] = ()
+    kernel: str = ""
+
+    def __str__(self) -> str:
+        """Return what both modes compute, in one clause if they agree."""
+        if not self.training or not self.evaluation or self.training == self.evaluation:
+            return self.training or self.evaluation
+        return f"{self.training}; in evaluation {self.evaluation}"
+
+
+def arithmetic_of(layer: QuantizedLayer) -> LayerArithmetic | None:
+    """Return how `layer` was computed last, or None if it was not called yet."""
+    trained, evaluated = (_decided(layer, known) for known in (_in_training, _in_evaluation))
+    decisions = [decision for _, decision in trained + evaluated]
+    if not decisions:
+        return None
+    multiplies = any(
+        part.weight is not None and item.path == "integer" for part, item in trained + evaluated
+    )
+    return LayerArithmetic(
+        _in_words(trained),
+        _in_words(evaluated),
+        tuple(dict.fromkeys(item.reason for item in decisions if item.reason)),
+        _kernels(layer) if multiplies else "",
+    )
+
+
+def arithmetic_lines(layers: Mapping[str, LayerArithmetic]) -> list[str]:
+    """Return lines that say who computes on what, why, and by which kernel.
+
+    Args:
+        layers: by name; those with one answer share a line.
+    """
+    lines = []
+    for answer, names in _grouped(layers, str).items():
+        lines.append(f"{answer}: {', '.join(names)}")
+        reasons = _grouped({name: layers[name] for name in names}, _reasons)
+        lines += [f"  {reason}: {', '.join(those)}" for reason, those in reasons.items() if reason]
+    kernels = _grouped(layers, lambda arithmetic: arithmetic.kernel)
+    lines += [
+        f"products of integers by {kernel}: {', '.join(names)}"
+        for kernel, names in kernels.items()
+        if kernel
+    ]
+    return lines
 
 
 def computes_integers(layer: QuantizedLayer) -> bool:
@@ -73,16 +124,34 @@ def _quantizer_of(part: Part) -> FakeQuantizer | None:
     return part.weight_quantizer or part.input_quantizer
 
 
-def _described(layer: QuantizedLayer, known: _Decisions) -> str:
-    lines = []
+def _decided(layer: QuantizedLayer, known: _Decisions) -> list[tuple[Part, Decision]]:
+    """Return the parts of `layer` that were computed in one mode, and how."""
+    found = []
     for part in layer.parts().values():
         quantizer = _quantizer_of(part)
         decision = None if quantizer is None else known.get(quantizer)
         if decision is not None:
-            words = (_SUMS if part.weight is None else _PRODUCTS)[decision.path]
-            more = decision.reason or (_kernels(layer) if decision.path == "integer" else "")
-            lines.append(f"{words} ({more})" if more else words)
-    return "; ".join(dict.fromkeys(lines))
+            found.append((part, decision))
+    return found
+
+
+def _in_words(decided: list[tuple[Part, Decision]]) -> str:
+    words = ((_SUMS if part.weight is None else _PRODUCTS)[item.path] for part, item in decided)
+    return "; ".join(dict.fromkeys(words))
+
+
+def _reasons(arithmetic: LayerArithmetic) -> str:
+    return "; ".join(arithmetic.reasons)
+
+
+def _grouped(
+    layers: Mapping[str, LayerArithmetic], answer: Callable[[LayerArithmetic], str]
+) -> dict[str, list[str]]:
+    """Return answer -> names of the layers that give it, in their order."""
+    names_of: dict[str, list[str]] = {}
+    for name, arithmetic in layers.items():
+        names_of.setdefault(answer(arithmetic), []).append(name)
+    return names_of
 
 
 def _kernels(layer: QuantizedLayer) -> str:
@@ -95,4 +164,4 @@ def _kernels(layer: QuantizedLayer) -> str:
         else linear_kernel(device, passes, packs=packs)
         for packs in (False, True)
     )
-    return training if training == stays else f"{training}; once converted {stays}"
+    return training if training == stays else f"{training}, once converted by {stays}"

@@ -272,11 +272,15 @@ def test_autocast_is_left_to_fake_quantization() -> None:
 def test_the_report_says_how_sums_are_computed() -> None:
     manager, model, images = _trained()
     rows = {row.name: row.arithmetic for row in manager.report().layers}
-    assert rows["0.add"] == "sums with the real numbers of integers"
+    assert str(rows["0.add"]) == "sums with the real numbers of integers"
     with torch.no_grad():
         model[1].add(images.double(), images)
     found = {row.name: row.arithmetic for row in manager.report().layers}["1.add"]
-    assert found.startswith("sums with fake-quantized numbers (it computes in torch.float64);")
+    assert found is not None
+    assert found.training == "sums with fake-quantized numbers"
+    assert found.evaluation == "sums with the real numbers of integers"
+    assert found.reasons == ("it computes in torch.float64",)
+    assert found.kernel == ""
     manager.close()
 
 

@@ -39,9 +39,8 @@ class NativeIntegers(Passes):
 
     def integer_kernel(self, device: torch.device) -> str:
         """See `Passes.integer_kernel`."""
-        return (
-            f"the native {self._instructions or 'plain'} product; scales, zero point and bias fused"
-        )
+        instructions = self._instructions or "plain"
+        return f"the native {instructions} product (scales, zero point and bias fused)"
 
     def multiply_integers(
         self,
