@@ -137,3 +137,26 @@ def each_passes(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with use_passes(active_passes()):
         yield "native"
+
+
+class Counting(TorchPasses):
+    """Counts what is quantized, and what is turned back."""
+
+    def __init__(self) -> None:
+        self.inputs = self.weights = self.input_values = self.weight_values = 0
+
+    def quantize(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+        self.inputs += 1
+        return super().quantize(*args, **options)
+
+    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.weights += 1
+        return super().quantize_rows(weight, values)
+
+    def dequantize(self, *args: Any) -> Tensor:
+        self.input_values += 1
+        return super().dequantize(*args)
+
+    def dequantize_rows(self, *args: Any) -> Tensor:
+        self.weight_values += 1
+        return super().dequantize_rows(*args)

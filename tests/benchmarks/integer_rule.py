@@ -23,9 +23,9 @@ from torch import nn
 from compression_manager import prepare_compression
 from compression_manager.quantization.integer import rule
 from compression_manager.quantization.integer.geometry import Size
-from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.selection import active_passes
+from compression_manager.quantization.integer.weights import forget_weights
 from compression_plugins import QATConfig
 from measuring import machine
 from measuring.report import RESULTS, row, write_json

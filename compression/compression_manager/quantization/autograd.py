@@ -27,10 +27,19 @@ def apply_to_parts(function: type[torch.autograd.Function], *arguments: Any) -> 
     return call(*arguments)
 
 
-def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gradients]:
+def differentiable_once(
+    backward: Callable[..., Gradients], *, has_constant_factor: bool = False
+) -> Callable[..., Gradients]:
     """Make the `backward` of a function refuse to be differentiated itself.
 
-    As torch's `once_differentiable`, with an error that says what to do.
+    As torch's `once_differentiable`, with an error that says what to do; and also where the
+    incoming gradient is a constant, as that of the output is in a gradient penalty, because what
+    it is multiplied by is none.
+
+    Args:
+        backward: of a `torch.autograd.Function`.
+        has_constant_factor: whether it is one, as for activations and sums, so that only the
+            gradient can be differentiated.
     """
 
     @wraps(backward)
@@ -39,7 +48,7 @@ def differentiable_once(backward: Callable[..., Gradients]) -> Callable[..., Gra
             return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not any(item.requires_grad for item in gradients):
+        if has_constant_factor and not any(item.requires_grad for item in gradients):
             return results
         leaves = [None if item is None else item.detach().requires_grad_() for item in results]
         return cast(Gradients, cast(Any, _Refused).apply(*leaves))

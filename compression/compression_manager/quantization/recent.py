@@ -3,6 +3,9 @@
 Query, key and value of attention read one tensor, and so do the first convolution of a residual
 block, its shortcut and its sum. An entry lives as long as its tensor, and counts as long as that
 is not changed in place.
+
+Only of results that autograd follows. What comes from outside of the model may be a buffer that is
+filled anew for each call, by numpy, by another process or through `.data`, which leaves no trace.
 """
 
 from __future__ import annotations
@@ -41,8 +44,12 @@ _recent = _Entries()
 
 
 def remembered(tensor: Tensor) -> dict[object, Any]:
-    """Return what was computed of `tensor`, or of an alias of it, for the caller to add to."""
-    if tensor.is_inference():
+    """Return what was computed of `tensor`, or of an alias of it, for the caller to add to.
+
+    An empty dict of the caller's own if nobody may share it.
+    """
+    # What is computed in inference mode cannot be kept for a backward pass.
+    if tensor.grad_fn is None or torch.is_inference_mode_enabled():
         return {}
     key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
     for entry in _recent.entries:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compression_manager import hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.weights import forget_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.plan import plan_model
@@ -50,6 +52,13 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         """Plan everything, so that mistakes show before the model is touched."""
         self._plan = plan_model(context.model, self.config)
 
+    @hookimpl
+    def prepare_model(self, context: Context) -> None:
+        """Change the planned layers, and watch the optimizers, which may change weights unseen."""
+        super().prepare_model(context)
+        watch = register_optimizer_step_post_hook(_forget_weights)
+        context.add_cleanup(watch.remove, owner=self.name)
+
     # Phases ----------------------------------------------------------------------------------
 
     @hookimpl
@@ -73,7 +82,7 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
 
     @hookimpl
     def on_after_optimizer_step(self) -> None:
-        """Quantize the weights anew, however the optimizer changed them."""
+        """Quantize the weights anew, if the optimizer is none of torch's."""
         forget_weights()
 
     # Conversion ------------------------------------------------------------------------------
@@ -119,6 +128,12 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
                 context.model_hooks.add_forward_pre_hook(module, _set_eval)
         for module in _batch_norms(context.model):
             module.eval()
+
+
+def _forget_weights(*_: object) -> None:
+    # A compiled step leaves its trace, and would be compiled anew for each value of the counter.
+    if not torch.compiler.is_compiling():
+        forget_weights()
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -250,7 +250,7 @@ class IntegerSum(torch.autograd.Function):
         return products.add(input, integers, passes)
 
     @staticmethod
-    @differentiable_once
+    @partial(differentiable_once, has_constant_factor=True)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once, as activation checkpointing demands
         for_residual = gradient

@@ -5,24 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from compression_manager.quantization import arithmetic, kernels, scalars
-from compression_manager.quantization.integer.bits import pack_mask
+from compression_manager.quantization import scalars
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.scratch import claim, hold
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.memory_format import dense, in_memory_order
-from compression_manager.quantization.observers.extremes import (
-    MinMaxObserver,
-    MovingAverageObserver,
-)
-from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.memory_format import in_memory_order
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
-from compression_manager.quantization.recent import remembered, version_of
+from compression_manager.quantization.recent import remembered
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _BITS = 8
@@ -217,76 +209,3 @@ def quantize_on_accelerator(
     codes, clipped = TORCH.quantize(input, *grid, below=True, above=True)
     finite_scale = torch.where(input.sum().isnan(), torch.nan, scale)
     return IntegerInput(codes, finite_scale, zero_point.clone(), clipped)
-
-
-# Counts the calls of `forget_weights`.
-_generation = 0
-_weights: WeakKeyDictionary[ObservedFakeQuantizer, tuple[object, IntegerWeight]] = (
-    WeakKeyDictionary()
-)
-
-
-def integer_weight(
-    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, *, values: bool = False
-) -> IntegerWeight:
-    """Return the integers of `weight`, computed anew only if it changed.
-
-    Args:
-        quantizer: quantizes already, with a scheme that `why_no_integer_weight` accepts.
-        weight: float32, (rows, ...).
-        values: whether the real numbers of the integers are asked for next, so that they may be
-            computed along with them.
-    """
-    base = weight if weight._base is None else weight._base
-    state = (
-        _generation, id(base), version_of(base), weight.data_ptr(), weight.shape, weight.stride(),
-        passes.name,
-    )  # fmt: skip
-    known = _weights.get(quantizer)
-    if known is not None and known[0] == state:
-        return known[1]
-    computed = _quantize_weight(quantizer, weight.detach(), passes, values)
-    _weights[quantizer] = state, computed
-    return computed
-
-
-def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
-    """Return whether each row of a weight is quantized by itself, with its own range."""
-    return (
-        type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
-        and quantizer.scheme.granularity == "channel"
-        and (quantizer.scheme.quant_min, quantizer.scheme.quant_max) == (-127, 127)
-    )
-
-
-def forget_weights() -> None:
-    """Compute the integers of all weights anew in their next forward pass.
-
-    What is written through `parameter.data` leaves no trace, so that optimizer steps and changes
-    of the mode end in a call of this.
-    """
-    global _generation
-    _generation += 1
-
-
-def _quantize_weight(
-    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, values: bool
-) -> IntegerWeight:
-    if quantizes_rows(quantizer) and weight.numel():
-        # The range of such an observer is the weight's own, so that nothing is outside of it.
-        weight = dense(weight)
-        memory = claim(weight, torch.float32, "weight") if values else None
-        codes, scale = passes.quantize_rows(weight, memory)
-        if memory is not None:
-            hold("weight", codes, memory)
-        return IntegerWeight(codes, scale, None)
-    scheme, rows = quantizer.scheme, weight.shape[0]
-    scale, zero_point = compute_qparams(*quantizer.observer.compute_range(weight), scheme)
-    numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
-    weight = dense(weight)
-    codes = arithmetic.quantize(weight, *numbers)
-    clipped = in_memory_order(kernels.is_clipped(weight, *numbers))
-    any_clipped = weight.device.type != "cpu" or bool(clipped.any())
-    return IntegerWeight(
-        codes, scale.expand(rows).contiguous(), pack_mask(clipped) if any_clipped else None
-    )

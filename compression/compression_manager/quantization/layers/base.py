@@ -7,8 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor, nn
 
-from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.options import ProductOptions
+from compression_manager.quantization.integer.weights import forget_weights
 from compression_manager.quantization.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 

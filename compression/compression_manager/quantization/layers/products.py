@@ -24,8 +24,6 @@ from compression_manager.quantization.integer.geometry import (
 from compression_manager.quantization.integer.operands import (
     IntegerInput,
     integer_input,
-    integer_weight,
-    quantizes_rows,
     why_no_integer_input,
     why_no_integer_weight,
 )
@@ -34,6 +32,7 @@ from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.products import training_convolver
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
+from compression_manager.quantization.integer.weights import integer_weight, quantizes_rows
 from compression_manager.quantization.layers.base import Part
 from compression_manager.quantization.layers.decisions import remember
 from compression_manager.quantization.memory_format import dense

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -59,7 +60,7 @@ class _BitMaskReLU(torch.autograd.Function):
         return output
 
     @staticmethod
-    @differentiable_once
+    @partial(differentiable_once, has_constant_factor=True)
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (positive,) = ctx.saved_tensors  # read once, as activation checkpointing demands
         if gradient.stride() != ctx.stride:

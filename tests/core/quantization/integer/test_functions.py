@@ -186,6 +186,20 @@ def test_differentiating_twice_is_refused_and_left_to_fake_quantization() -> Non
     gradient.sum().backward()
 
 
+@pytest.mark.parametrize("case", ["matrix", "padded"])
+def test_a_penalty_on_the_gradient_is_refused_where_the_output_is_what_is_differentiated(
+    case: str,
+) -> None:
+    # The incoming gradient is a constant then; what comes back depends on the weight all the same.
+    layer, input = _case(case)
+    leaf = input.requires_grad_()
+    changed = quantized(layer, input.detach(), "auto")
+    (gradient,) = torch.autograd.grad(changed(leaf).sum(), leaf, create_graph=True)
+    assert gradient.requires_grad
+    with pytest.raises(QuantizationError, match=r'use QATConfig\(forward="fake"\)'):
+        gradient.square().sum().backward()
+
+
 def test_only_what_is_wanted_is_differentiated() -> None:
     layer, input = _case("padded")
     changed = quantized(layer, input, "auto")

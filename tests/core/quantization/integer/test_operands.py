@@ -1,4 +1,4 @@
-"""Inputs are quantized once for all their readers, weights once for each of their values."""
+"""Inputs are quantized once for all their readers."""
 
 from __future__ import annotations
 
@@ -7,42 +7,24 @@ import gc
 from typing import Any
 from weakref import ref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization.integer.operands import forget_weights
 from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
-from integer_layers import pretended, quantized, run
-
-
-class Counting(TorchPasses):
-    """Counts what is quantized."""
-
-    def __init__(self) -> None:
-        self.inputs = self.weights = self.input_values = self.weight_values = 0
-
-    def quantize(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
-        self.inputs += 1
-        return super().quantize(*args, **options)
-
-    def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self.weights += 1
-        return super().quantize_rows(weight, values)
-
-    def dequantize(self, *args: Any) -> Tensor:
-        self.input_values += 1
-        return super().dequantize(*args)
-
-    def dequantize_rows(self, *args: Any) -> Tensor:
-        self.weight_values += 1
-        return super().dequantize_rows(*args)
+from integer_layers import Counting, pretended, quantized, run
 
 
 def _layers(count: int, range_of: Tensor) -> list[nn.Module]:
     torch.manual_seed(0)
     return [quantized(nn.Linear(8, 4), range_of) for _ in range(count)]
+
+
+def computed(values: Tensor) -> Tensor:
+    """`values` as a result of the model, which layers share."""
+    return values.clone().requires_grad_() * 1.0
 
 
 @pytest.fixture
@@ -53,8 +35,8 @@ def counting() -> Any:
 
 
 def test_one_input_of_several_layers_is_quantized_once(counting: Counting) -> None:
-    input = torch.randn(6, 8)
-    layers = _layers(3, input)
+    input = computed(torch.randn(6, 8))
+    layers = _layers(3, input.detach())
     alone = [run(copy.deepcopy(layer), input)[0] for layer in layers]
     counting.inputs = 0
     for layer, expected in zip(layers, alone, strict=True):
@@ -65,7 +47,7 @@ def test_one_input_of_several_layers_is_quantized_once(counting: Counting) -> No
 def test_float32_products_share_the_values_of_one_input(
     counting: Counting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    input = torch.randn(6, 8, requires_grad=True)
+    input = computed(torch.randn(6, 8))
     layers = _layers(3, input.detach())
     with pretended(monkeypatch, vnni=False, amx=False):
         outputs = [layer(input) for layer in layers]
@@ -77,21 +59,33 @@ def test_float32_products_share_the_values_of_one_input(
 
 
 def test_other_scales_mean_other_integers(counting: Counting) -> None:
-    input = torch.randn(6, 8)
-    first, second = _layers(1, input)[0], _layers(1, input * 2)[0]
+    input = computed(torch.randn(6, 8))
+    first, second = (_layers(1, input.detach() * factor)[0] for factor in (1, 2))
     first(input), second(input)
     assert counting.inputs == 2
 
 
 def test_an_input_changed_in_place_is_quantized_anew(counting: Counting) -> None:
-    input = torch.randn(6, 8)
-    layer, other = _layers(2, input)
+    input = computed(torch.randn(6, 8))
+    layer, other = _layers(2, input.detach())
     layer(input)
     input.mul_(0.5)
     with use_passes(TorchPasses()):
         expected = copy.deepcopy(other)(input.clone())
     assert torch.equal(other(input), expected)
     assert counting.inputs == 2
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_a_buffer_that_numpy_fills_anew_is_quantized_anew(counting: Counting, mode: str) -> None:
+    memory = np.zeros((6, 8), np.float32)
+    buffer = torch.from_numpy(memory)
+    layer = _layers(1, torch.randn(6, 8))[0].train(mode == "training")
+    for seed in range(3):
+        memory[:] = np.random.default_rng(seed).normal(size=(6, 8))
+        with torch.set_grad_enabled(mode == "training"):
+            expected = copy.deepcopy(layer)(buffer.clone())
+            assert torch.equal(layer(buffer), expected)
 
 
 def test_another_input_in_the_same_memory_is_quantized_anew(counting: Counting) -> None:
@@ -106,67 +100,13 @@ def test_another_input_in_the_same_memory_is_quantized_anew(counting: Counting) 
 
 def test_nothing_keeps_an_input_alive(counting: Counting) -> None:
     layer = _layers(1, torch.randn(6, 8))[0]
-    input = torch.randn(6, 8)
+    input = computed(torch.randn(6, 8))
     with torch.no_grad():
         layer(input)
     watched = ref(input)
     del input
     gc.collect()
     assert watched() is None
-
-
-def test_weights_are_quantized_once_for_accumulated_gradients_and_evaluation(
-    counting: Counting,
-) -> None:
-    input = torch.randn(6, 8)
-    layer = _layers(1, input)[0]
-    for _ in range(3):
-        layer(input).sum().backward()
-    assert counting.weights == 1
-    layer.eval()
-    with torch.no_grad():
-        for _ in range(3):
-            layer(input)
-    assert counting.weights == 2  # once more, because weights may be exchanged for evaluation
-
-
-def test_a_changed_weight_is_quantized_anew(counting: Counting) -> None:
-    input = torch.randn(6, 8)
-    layer = _layers(1, input)[0]
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-    for count in range(1, 4):
-        layer(input).sum().backward()
-        optimizer.step()
-        assert counting.weights == count
-
-
-@pytest.mark.parametrize("change", ["replaced", "written and forgotten", "written before eval"])
-def test_weights_changed_behind_autograd_are_seen(counting: Counting, change: str) -> None:
-    input = torch.randn(6, 8)
-    layer = _layers(1, input)[0]
-    layer(input)
-    weight = layer.get_parameter("weight")
-    if change == "replaced":
-        weight.data = torch.randn(4, 8)
-    else:
-        weight.data.mul_(-1.0)
-    if change == "written and forgotten":
-        forget_weights()
-    if change == "written before eval":
-        layer.eval()
-    expected = copy.deepcopy(layer)(input)
-    assert torch.equal(layer(input), expected)
-
-
-def test_a_copy_has_integers_of_its_own(counting: Counting) -> None:
-    input = torch.randn(6, 8)
-    layer = _layers(1, input)[0]
-    before = layer(input)
-    twin = copy.deepcopy(layer)
-    with torch.no_grad():
-        twin.get_parameter("weight").mul_(-1.0)
-    assert not torch.equal(twin(input), before)
-    assert torch.equal(layer(input), before)
 
 
 def test_inference_mode(counting: Counting) -> None:

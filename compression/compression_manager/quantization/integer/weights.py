@@ -1,0 +1,136 @@
+"""Integers of weights that are being trained, computed anew only if the weight changed.
+
+Changes are seen by autograd's counter, by the hooks that call `forget_weights`, and, because fused
+optimizers and what is written through `.data` leave no trace there, by a sample of the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from compression_manager.quantization import arithmetic, kernels
+from compression_manager.quantization.integer.bits import pack_mask
+from compression_manager.quantization.integer.operands import IntegerWeight
+from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.scratch import claim, hold
+from compression_manager.quantization.memory_format import dense, in_memory_order
+from compression_manager.quantization.observers.extremes import (
+    MinMaxObserver,
+    MovingAverageObserver,
+)
+from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
+from compression_manager.quantization.recent import version_of
+
+_SAMPLED = 32
+
+
+@dataclass(eq=False, slots=True)
+class _Known:
+    """The integers of a weight, and what it was when they were computed.
+
+    Attributes:
+        base: the tensor that the weight is, or a view of. Addresses are used again; it is not.
+        state: what changes with the weight.
+        sample: some of its values.
+        integers: what was computed.
+    """
+
+    base: TensorWeakRef
+    state: tuple[object, ...]
+    sample: list[float]
+    integers: IntegerWeight
+
+
+# Counts the calls of `forget_weights`.
+_generation = 0
+_weights: WeakKeyDictionary[ObservedFakeQuantizer, _Known] = WeakKeyDictionary()
+
+
+def integer_weight(
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, *, values: bool = False
+) -> IntegerWeight:
+    """Return the integers of `weight`, computed anew only if it changed.
+
+    Args:
+        quantizer: quantizes already, with a scheme that `why_no_integer_weight` accepts.
+        weight: float32, (rows, ...).
+        values: whether the real numbers of the integers are asked for next, so that they may be
+            computed along with them.
+    """
+    base = weight if weight._base is None else weight._base
+    state = (
+        _generation, version_of(base), weight.data_ptr(), weight.shape, weight.stride(),
+        passes.name,
+    )  # fmt: skip
+    known, sample = _weights.get(quantizer), _sample(weight.detach())
+    if (
+        known is not None
+        and known.base() is base
+        and known.state == state
+        and known.sample == sample
+    ):
+        return known.integers
+    # Or they could not be kept for a backward pass later.
+    with torch.inference_mode(False):
+        computed = _quantize_weight(quantizer, weight.detach(), passes, values)
+    _weights[quantizer] = _Known(TensorWeakRef(base), state, sample, computed)
+    return computed
+
+
+def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
+    """Return whether each row of a weight is quantized by itself, with its own range."""
+    return (
+        type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
+        and quantizer.scheme.granularity == "channel"
+        and (quantizer.scheme.quant_min, quantizer.scheme.quant_max) == (-127, 127)
+    )
+
+
+def forget_weights() -> None:
+    """Compute the integers of all weights anew in their next forward pass.
+
+    Optimizer steps and changes of the mode end in a call of this.
+    """
+    global _generation
+    _generation += 1
+
+
+def _quantize_weight(
+    quantizer: ObservedFakeQuantizer, weight: Tensor, passes: Passes, values: bool
+) -> IntegerWeight:
+    if quantizes_rows(quantizer) and weight.numel():
+        # The range of such an observer is the weight's own, so that nothing is outside of it.
+        weight = dense(weight)
+        memory = claim(weight, torch.float32, "weight") if values else None
+        codes, scale = passes.quantize_rows(weight, memory)
+        if memory is not None:
+            hold("weight", codes, memory)
+        return IntegerWeight(codes, scale, None)
+    scheme, rows = quantizer.scheme, weight.shape[0]
+    scale, zero_point = compute_qparams(*quantizer.observer.compute_range(weight), scheme)
+    numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
+    weight = dense(weight)
+    codes = arithmetic.quantize(weight, *numbers)
+    clipped = in_memory_order(kernels.is_clipped(weight, *numbers))
+    any_clipped = weight.device.type != "cpu" or bool(clipped.any())
+    return IntegerWeight(
+        codes, scale.expand(rows).contiguous(), pack_mask(clipped) if any_clipped else None
+    )
+
+
+def _sample(weight: Tensor) -> list[float]:
+    """Return values from all over a weight on the CPU; an accelerator is not waited for."""
+    return weight.take(_places(weight.numel())).tolist() if weight.is_cpu and weight.numel() else []
+
+
+@cache
+def _places(count: int) -> Tensor:
+    """Return where to look: at random, because rows and columns may be dead."""
+    return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
