@@ -39,23 +39,13 @@ class DynamicFakeQuantizer(FakeQuantizer):
     The buffer `quantizing` (bool) holds the phase, so that checkpoints do.
     """
 
-    quantizing: Tensor
-
     def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
         super().__init__(scheme, site)
         self.register_buffer("quantizing", torch.zeros((), dtype=torch.bool, device=site.device))
-        self._phase = Phase(observing=False, quantizing=False)
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
-
-    @property
-    def phase(self) -> Phase:
-        """What was switched on; observing means nothing here."""
-        return self._phase
 
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
-        """Switch quantizing on or off."""
-        self.quantizing.fill_(quantizing)
-        self._phase = Phase(observing, quantizing)
+        """Switch quantizing on or off; observing means nothing here."""
+        self._write_phase(Phase(observing, quantizing))
 
     def is_calibrated(self) -> bool:
         """Return True: every input brings its range."""
@@ -63,7 +53,7 @@ class DynamicFakeQuantizer(FakeQuantizer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` quantized, or `input` itself when off."""
-        return fake_quantize_dynamically(input, self.scheme) if self._phase.quantizing else input
+        return fake_quantize_dynamically(input, self.scheme) if self.phase.quantizing else input
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes `input`.
@@ -83,9 +73,3 @@ class DynamicFakeQuantizer(FakeQuantizer):
     def extra_repr(self) -> str:
         """Return the scheme and the role, for `print(model)`."""
         return f"{self.scheme}, {self.site.role}"
-
-
-def _refresh(module: torch.nn.Module, incompatible_keys: object) -> None:
-    """Read the phase back from the buffer after `load_state_dict`."""
-    if isinstance(module, DynamicFakeQuantizer):
-        module._phase = Phase(module._phase.observing, bool(module.quantizing))

@@ -20,6 +20,7 @@ from compression_manager.quantization.parameters import (
     zero_point_dtype,
 )
 from compression_manager.quantization.precision import Float32Buffers
+from compression_manager.quantization.recent import version_of
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
@@ -39,22 +40,38 @@ class Phase(NamedTuple):
 class FakeQuantizer(Float32Buffers, ABC):
     """What answers the service `make_fake_quantizer`: the quantizer of one site.
 
-    A state_dict without any key of this module (of the float model) leaves it as it is.
+    A state_dict without any key of this module (of the float model) leaves it as it is. Subclasses
+    keep their phase in the bool buffers `quantizing` and, if they observe, `observing`, or override
+    `phase`.
 
     Attributes:
         scheme: how the tensor is quantized.
         site: which tensor of which layer it is.
     """
 
+    quantizing: Tensor
+
     def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
         super().__init__()
         self.scheme = scheme
         self.site = site
+        self._phase = Phase(observing=False, quantizing=False)
+        # The version of the buffers that `_phase` is a copy of.
+        self._phase_version = 0
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @property
-    @abstractmethod
     def phase(self) -> Phase:
-        """What is switched on."""
+        """What is switched on; both off at construction.
+
+        A Python copy of the buffers, for which branches need not wait for an accelerator. It is
+        read anew where somebody else wrote to them, such as a moving average of the model.
+        """
+        if not torch.compiler.is_compiling():
+            version = version_of(self._buffer("quantizing"))
+            if version != self._phase_version:
+                self._read_phase()
+        return self._phase
 
     @abstractmethod
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
@@ -78,6 +95,19 @@ class FakeQuantizer(Float32Buffers, ABC):
         Raises:
             QuantizationError: there is no range yet, or it is not finite.
         """
+
+    def _write_phase(self, phase: Phase) -> None:
+        """Keep `phase` in the buffers and in the copy."""
+        for name, value in phase._asdict().items():
+            if name in self._buffers:
+                self._buffer(name).fill_(value)
+        self._phase, self._phase_version = phase, version_of(self._buffer("quantizing"))
+
+    def _read_phase(self) -> None:
+        """Take the phase from the buffers; subclasses add what else they hold copies of."""
+        observing = bool(self._buffers.get("observing", self._phase.observing))
+        self._phase = Phase(observing, bool(self._buffer("quantizing")))
+        self._phase_version = version_of(self._buffer("quantizing"))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -117,7 +147,6 @@ class ObservedFakeQuantizer(FakeQuantizer):
         self.observer = observer
         self.register_buffer("observing", torch.zeros((), dtype=torch.bool, device=site.device))
         self.register_buffer("quantizing", torch.zeros((), dtype=torch.bool, device=site.device))
-        self._phase = Phase(observing=False, quantizing=False)
         self._is_weight = site.role == "weight"
         self._calibrated = self._is_weight
         if not self._is_weight:
@@ -125,19 +154,11 @@ class ObservedFakeQuantizer(FakeQuantizer):
             self.register_buffer(
                 "zero_point", torch.zeros(shape, dtype=zero_point_dtype(scheme), device=site.device)
             )
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
-
-    @property
-    def phase(self) -> Phase:
-        """What is switched on; both off at construction."""
-        return self._phase
 
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
         """Switch observing and quantizing on or off."""
-        self.observing.fill_(observing)
-        self.quantizing.fill_(quantizing)
-        begins = quantizing and not self._phase.quantizing
-        self._phase = Phase(observing, quantizing)
+        begins = quantizing and not self.phase.quantizing
+        self._write_phase(Phase(observing, quantizing))
         # Asked here, between steps, so that a compiled forward finds the answer cached.
         if self.is_calibrated() and begins and not self._is_weight:
             self._follow_observer()
@@ -153,13 +174,14 @@ class ObservedFakeQuantizer(FakeQuantizer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` quantized, or `input` itself when off or before any finite batch."""
+        phase = self.phase
         if self._is_weight:
-            if not self._phase.quantizing:
+            if not phase.quantizing:
                 return input
             scale, zero_point = self._weight_qparams(input)
         else:
             self.follow(input)
-            if not self._phase.quantizing or not self.is_calibrated():
+            if not phase.quantizing or not self.is_calibrated():
                 return input
             scale, zero_point = self.scale, self.zero_point
         scheme = self.scheme
@@ -230,7 +252,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
                     f"{self.site}: no finite value was observed, so that there is no range to "
                     "quantize with; run at least one training step with this layer in use."
                 )
-            if not self._phase.quantizing:
+            if not self.phase.quantizing:
                 self._follow_observer()
             scale, zero_point = self.scale.clone(), self.zero_point.clone()
         scheme = self.scheme
@@ -246,6 +268,11 @@ class ObservedFakeQuantizer(FakeQuantizer):
     def extra_repr(self) -> str:
         """Return the scheme and the role, for `print(model)`."""
         return f"{self.scheme}, {self.site.role}"
+
+    def _read_phase(self) -> None:
+        super()._read_phase()
+        self._calibrated = self._is_weight
+        self.is_calibrated()
 
     def _weight_qparams(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return compute_qparams(*self.observer.compute_range(weight.detach()), self.scheme)
@@ -268,9 +295,6 @@ class ObservedFakeQuantizer(FakeQuantizer):
         return scale, zero_point
 
 
-def _refresh(module: nn.Module, incompatible_keys: object) -> None:
-    """Read the phase back from the buffers after `load_state_dict`."""
-    if isinstance(module, ObservedFakeQuantizer):
-        module._phase = Phase(bool(module.observing), bool(module.quantizing))
-        module._calibrated = module._is_weight
-        module.is_calibrated()
+def _after_load(module: nn.Module, incompatible_keys: object) -> None:
+    if isinstance(module, FakeQuantizer) and "quantizing" in module._buffers:
+        module._read_phase()

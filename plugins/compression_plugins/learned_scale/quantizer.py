@@ -106,21 +106,12 @@ class LearnedScaleQuantizer(FakeQuantizer):
         if not self._is_weight:
             self.register_buffer("magnitude", torch.zeros(shape, device=device))
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
-        self._phase = Phase(observing=False, quantizing=False)
         self._started = False
         self._calibrated = self._is_weight
-        self.register_load_state_dict_post_hook(_refresh)  # type: ignore[no-untyped-call]  # untyped in torch
-
-    @property
-    def phase(self) -> Phase:
-        """What is switched on; both off at construction."""
-        return self._phase
 
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
         """Switch observing and quantizing on or off."""
-        self.observing.fill_(observing)
-        self.quantizing.fill_(quantizing)
-        self._phase = Phase(observing, quantizing)
+        self._write_phase(Phase(observing, quantizing))
         self.is_calibrated()
         self._freeze_or_train()
 
@@ -158,10 +149,11 @@ class LearnedScaleQuantizer(FakeQuantizer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` quantized, or `input` itself when off or before any finite batch."""
-        follows = self.training and self._phase.observing and not runs_backward()
+        phase = self.phase
+        follows = self.training and phase.observing and not runs_backward()
         if follows and not (self._started or self._is_weight):
             self._observe(input.detach())
-        if not self._phase.quantizing or not self.is_calibrated():
+        if not phase.quantizing or not self.is_calibrated():
             return self._with_parameters(input)
         # Starting reads values back, which a compiled forward cannot.
         if self.training and not self._started and not torch.compiler.is_compiling():
@@ -304,6 +296,13 @@ class LearnedScaleQuantizer(FakeQuantizer):
         """Whether the parameters have no part in the output, or none that is trained."""
         return not (self._started and self._phase.quantizing) or self._is_frozen
 
+    def _read_phase(self) -> None:
+        super()._read_phase()
+        self._started = bool(self.started)
+        self._calibrated = self._is_weight
+        self.is_calibrated()
+        self._freeze_or_train()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: value.data for name, value in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
@@ -311,13 +310,3 @@ class LearnedScaleQuantizer(FakeQuantizer):
             if parameter.dtype != torch.float32:
                 parameter.data = before[name].to(parameter.device)
         return self
-
-
-def _refresh(module: nn.Module, incompatible_keys: object) -> None:
-    """Read the phase back from the buffers after `load_state_dict`."""
-    if isinstance(module, LearnedScaleQuantizer):
-        module._phase = Phase(bool(module.observing), bool(module.quantizing))
-        module._started = bool(module.started)
-        module._calibrated = module._is_weight
-        module.is_calibrated()
-        module._freeze_or_train()
