@@ -63,7 +63,7 @@ class Tracked(Mapping[str, Any]):
     def learning_rates(self) -> dict[str, float]:
         """Return metric name -> present learning rate of every parameter group.
 
-        A group with a name (`group["name"]`) is shown by it.
+        A group with a name (`group["name"]`) is shown by it, one without a rate not at all.
         """
         rates: dict[str, float] = {}
         optimizers = self.optimizers
@@ -72,6 +72,8 @@ class Tracked(Mapping[str, Any]):
             base = f"learning_rate/{name}" if several else "learning_rate"
             unnamed = sum("name" not in group for group in optimizer.param_groups)
             for index, group in enumerate(optimizer.param_groups):
+                if "lr" not in group:
+                    continue
                 key = f"{base}/{group.get('name', f'group_{index}')}"
                 rates[base if unnamed == 1 and "name" not in group else key] = float(group["lr"])
         return rates

@@ -120,7 +120,7 @@ class ConvertedLayer(nn.Module):
         scheme = self.spec.input
         if scheme is None or scheme.dynamic:
             return
-        self.register_buffer("input_scale", torch.ones((), device=device))
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32, device=device))
         zero_point = torch.zeros((), dtype=zero_point_dtype(scheme), device=device)
         self.register_buffer("input_zero_point", zero_point)
 

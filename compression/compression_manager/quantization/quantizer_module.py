@@ -150,7 +150,8 @@ class ObservedFakeQuantizer(FakeQuantizer):
         self._is_weight = site.role == "weight"
         self._calibrated = self._is_weight
         if not self._is_weight:
-            self.register_buffer("scale", torch.ones(shape, device=site.device))
+            scale = torch.ones(shape, dtype=torch.float32, device=site.device)
+            self.register_buffer("scale", scale)
             self.register_buffer(
                 "zero_point", torch.zeros(shape, dtype=zero_point_dtype(scheme), device=site.device)
             )

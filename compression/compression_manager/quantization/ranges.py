@@ -63,7 +63,7 @@ def tensor_range(input: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Ten
     input = input.detach()
     shape = range_shape(scheme, input.shape)
     if input.numel() == 0:
-        zeros = torch.zeros(shape, device=input.device)
+        zeros = torch.zeros(shape, dtype=torch.float32, device=input.device)
         return zeros, zeros.clone()
     low, high = _extremes(input, scheme, shape)
     return low.to(torch.float32), high.to(torch.float32)

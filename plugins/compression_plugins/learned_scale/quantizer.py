@@ -91,20 +91,21 @@ class LearnedScaleQuantizer(FakeQuantizer):
             raise QuantizationError(
                 f"{site}: a learned scale takes at most {MAX_FLOAT32_BITS} bits, got {scheme}."
             )
-        shape, device = site.range_shape(scheme), site.device
+        device = site.device
+        zeros = torch.zeros(site.range_shape(scheme), dtype=torch.float32, device=device)
         self.observer = observer
         self.gradient_scaling = gradient_scaling
         self.minimum_scale = minimum_scale
-        self.log_scale = nn.Parameter(torch.zeros(shape, device=device))
+        self.log_scale = nn.Parameter(zeros.clone())
         self.register_parameter(
             "zero_fraction",
-            None if scheme.symmetric else nn.Parameter(torch.zeros(shape, device=device)),
+            None if scheme.symmetric else nn.Parameter(zeros.clone()),
         )
         for name in ("observing", "quantizing", "started"):
             self.register_buffer(name, torch.zeros((), dtype=torch.bool, device=device))
         self._is_weight = site.role == "weight"
         if not self._is_weight:
-            self.register_buffer("magnitude", torch.zeros(shape, device=device))
+            self.register_buffer("magnitude", zeros.clone())
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
         self._started = False
         self._calibrated = self._is_weight

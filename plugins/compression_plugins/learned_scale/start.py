@@ -45,7 +45,7 @@ def mean_magnitude_of_ranks(input: Tensor, scheme: QuantizationScheme, shape: to
     A rank's tensor may be empty; NaN if all are. Every rank has to call it.
     """
     if input.numel() == 0:
-        sums = counts = torch.zeros(shape, device=input.device)
+        sums = counts = torch.zeros(shape, dtype=torch.float32, device=input.device)
     else:
         sums, counts = _sums_and_counts(input, scheme)
     sums, counts = sum_of_ranks(torch.stack([sums, counts])).unbind()

@@ -130,7 +130,8 @@ class RangeObserver(Observer):
 
     def _add_range(self, name: str) -> None:
         shape = self._site.range_shape(self._scheme)
-        self.register_buffer(name, torch.zeros(shape, device=self._site.device))
+        zeros = torch.zeros(shape, dtype=torch.float32, device=self._site.device)
+        self.register_buffer(name, zeros)
 
     def _widen(self, low: Tensor, high: Tensor, valid: Tensor) -> None:
         """Extend the range to `low` and `high`, if `valid`; the first ones set it."""

@@ -28,7 +28,9 @@ class FixedRangeObserver(Observer):
         self._site = site
         shape = site.range_shape(scheme)
         for name, value in (("minimum", minimum), ("maximum", maximum)):
-            self.register_buffer(name, torch.full(shape, value, device=site.device))
+            self.register_buffer(
+                name, torch.full(shape, value, dtype=torch.float32, device=site.device)
+            )
 
     def observe(self, input: Tensor) -> None:
         """Do nothing."""

@@ -121,7 +121,7 @@ class PercentileObserver(BinnedObserver):
 
         def value_at(place: Tensor) -> Tensor:
             index = (cumulative <= place.unsqueeze(1)).sum(1)
-            centre = torch.minimum(top - (index + 0.5) * width, extreme)
+            centre = torch.minimum(top - (index.to(torch.float32) + 0.5) * width, extreme)
             return torch.where(place == 0, extreme, centre)
 
         return torch.lerp(value_at(place), value_at(place + (rest > 0)), rest)

@@ -45,7 +45,7 @@ def search_range(
     """
     low, high = minimum.clamp(max=0.0), maximum.clamp(min=0.0)
     search = _Search(low, high, error)
-    steps = torch.arange(_COARSE_STEPS, device=low.device).unsqueeze(1) / 2
+    steps = torch.arange(_COARSE_STEPS, dtype=torch.float32, device=low.device).unsqueeze(1) / 2
     search.try_all(steps, steps)
     if scheme.symmetric:
         for step in _FINE:

@@ -75,7 +75,8 @@ class WeightFormat:
             dtype=torch.uint8 if self.is_packed else scheme.storage_dtype,
             device=device,
         )
-        scale = torch.ones(range_shape(scheme, self.shape), device=device)
+        shape = range_shape(scheme, self.shape)
+        scale = torch.ones(shape, dtype=torch.float32, device=device)
         return self._tensors(integers, scale, torch.zeros_like(scale))
 
     def decode(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:

@@ -135,7 +135,7 @@ class _Assigning(torch.optim.Optimizer):
     """Leaves no trace in autograd's counter, and changes a single weight in each step."""
 
     def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 1.0})
+        super().__init__(parameters, {})
         self.steps = 0
 
     @torch.no_grad()
