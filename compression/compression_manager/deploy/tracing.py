@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from compression_manager.errors import ConfigError, NotExportableError
 from compression_manager.model_call import quiet_evaluation, tensors_in
 from compression_manager.quantization.exporting import View, exporting
 from compression_manager.quantization.memory_format import has_gaps
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def batch_size(inputs: Any) -> int:
@@ -86,9 +89,21 @@ def batch_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def brief(error: BaseException) -> str:
-    """Return the kind and the first lines of an error; those of exporters fill pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:3])
+    """Return the kind and the first lines of an error, and those of what caused it.
+
+    Those of exporters fill pages, and say at the top what to do with their own sources.
+    """
+    cause = error
+    while (deeper := cause.__cause__ or cause.__context__) is not None:
+        cause = deeper
+    text = _first_lines(error)
+    return text if cause is error else f"{text} Caused by {_first_lines(cause)}"
+
+
+def _first_lines(error: BaseException) -> str:
+    plain = _TERMINAL_CODES.sub("", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    text = " ".join(lines[:6])
     return f"{type(error).__name__}: {text if len(text) <= 400 else text[:400] + ' ...'}"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ def to_onnx(program: ExportedProgram) -> bytes:
         Exception: whatever the exporter raises, for example for more than 2 GiB, which a
             ModelProto cannot hold.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_notes_on_torchvision():
         # The exporter calls what torch itself has deprecated.
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         converted = torch.onnx.export(
@@ -32,6 +35,18 @@ def to_onnx(program: ExportedProgram) -> bytes:
     assert converted is not None  # with dynamo it never is
     content: bytes = converted.model_proto.SerializeToString()
     return content
+
+
+@contextmanager
+def _without_notes_on_torchvision() -> Iterator[None]:
+    """Keep the exporter from listing the operators that it skips where torchvision is missing."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _named_batch(program: ExportedProgram) -> list[Any]:

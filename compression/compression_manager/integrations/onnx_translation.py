@@ -14,6 +14,7 @@ with them unpacks small weights. `optimize=False` keeps it from that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -199,9 +200,11 @@ def _shaped(
     """Return scale (float) and zero point (of the type `compute`) to broadcast against `input`."""
     zero_point = op.Cast(zero_point, to=compute)
     if group_size is not None:
-        rows, groups = (int(size) for size in scale.shape)
-        block = [rows, groups, group_size]
-        return _spread(scale, input, block), _spread(zero_point, input, block)
+        groups = int(scale.shape[1])
+        return (
+            _spread(scale, input, groups, group_size),
+            _spread(zero_point, input, groups, group_size),
+        )
     if axis is None or len(scale.shape) == 0:
         return scale, zero_point
     shape = [1] * len(input.shape)
@@ -210,19 +213,14 @@ def _shaped(
     return op.Reshape(scale, target), op.Reshape(zero_point, target)
 
 
-def _spread(value: Any, input: Any, block: list[int]) -> Any:
-    """Repeat (rows, groups) so that each value stands at every element of its group."""
-    rows, groups, group_size = block
-    length = 1
-    for size in list(input.shape)[1:]:
-        length *= int(size)
-    column = op.Reshape(value, op.Constant(value_ints=[rows, groups, 1]))
-    wide = op.Expand(column, op.Constant(value_ints=block))
-    flat = op.Reshape(wide, op.Constant(value_ints=[rows, groups * group_size]))
-    cut = op.Slice(
-        flat,
-        op.Constant(value_ints=[0]),
-        op.Constant(value_ints=[length]),
-        op.Constant(value_ints=[1]),
-    )
-    return op.Reshape(cut, op.Constant(value_ints=[int(size) for size in input.shape]))
+def _spread(value: Any, input: Any, groups: int, group_size: int) -> Any:
+    """Repeat (rows, groups) so that each value stands at every element of its group.
+
+    The number of rows may be open, as where they are looked up in a table.
+    """
+    length = math.prod(int(size) for size in list(input.shape)[1:])
+    column = op.Unsqueeze(value, op.Constant(value_ints=[2]))
+    wide = op.Expand(column, op.Constant(value_ints=[1, 1, group_size]))
+    flat = op.Reshape(wide, op.Constant(value_ints=[0, groups * group_size]))
+    first, last, axis = (op.Constant(value_ints=[value]) for value in (0, length, 1))
+    return op.Reshape(op.Slice(flat, first, last, axis), op.Shape(input))

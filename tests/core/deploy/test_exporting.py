@@ -27,6 +27,7 @@ from compression_manager.errors import (
 )
 from compression_manager.integrations import onnx_export
 from compression_manager.model_call import call_model, tensors_in
+from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_plugins import QATConfig
 from quantization_reference import prepared, trained
@@ -156,6 +157,27 @@ def test_a_terminal_or_a_line_says_that_it_works(
 ) -> None:
     deploy.export(mlp(), tmp_path / "model.pt2", "torch", VECTORS)
     assert capsys.readouterr().err == "exporting model.pt2 (torch) ...\n"
+
+
+def test_onnx_is_silent_about_what_is_not_installed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    deploy.export(mlp(), tmp_path / "model.onnx", "onnx", VECTORS)
+    assert capfd.readouterr().err == "exporting model.onnx (onnx) ...\n"
+    assert "torchvision" not in caplog.text
+
+
+def test_rows_of_a_table_with_scales_per_group_are_looked_up(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    indices = torch.randint(20, (5, 3), generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Embedding(20, 16), nn.Flatten(), nn.Linear(48, 4))
+    groups = QuantizationScheme(4, granularity="group", group_size=6)
+    manager = prepared(model, [indices] * 2, weight=groups, activation=None)
+    converted = manager.convert(indices)
+    deploy.export(converted, tmp_path / "table.onnx", "onnx", indices)
+    for size in (1, 2, 5):
+        (output,) = load(tmp_path / "table.onnx", "onnx")(indices[:size])
+        torch.testing.assert_close(output, converted(indices[:size]))
 
 
 # Inputs of every form ------------------------------------------------------------------------

@@ -56,6 +56,21 @@ def test_a_graph_takes_any_batch_but_no_other_size() -> None:
 
 
 def test_an_error_is_shortened_to_its_first_lines() -> None:
-    text = brief(ValueError("\n first\n\nsecond \nthird\nfourth"))
-    assert text == "ValueError: first second third"
+    text = brief(ValueError("\n first\n\nsecond \n" + "line\n" * 9))
+    assert text == "ValueError: first second line line line line"
     assert len(brief(ValueError("x" * 1000))) < 450
+
+
+def test_an_error_is_told_with_its_first_cause_and_without_colors() -> None:
+    try:
+        try:
+            int("three")
+        except ValueError as error:
+            raise KeyError("between") from error
+    except KeyError as error:
+        wrapped = RuntimeError("Failed in \x1b[96mthis step\x1b[0m.")
+        wrapped.__cause__ = error
+    assert brief(wrapped) == (
+        "RuntimeError: Failed in this step. "
+        "Caused by ValueError: invalid literal for int() with base 10: 'three'"
+    )
