@@ -7,7 +7,15 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer
+from compression_manager.quantization.observers.extremes import (
+    MinMaxObserver,
+    MovingAverageObserver,
+)
+from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.ranges import tensor_range
 
 
 class _QuantizedTable(SinglePartLayer):
@@ -20,18 +28,45 @@ class _QuantizedTable(SinglePartLayer):
 
 
 class QuantizedEmbedding(_QuantizedTable, nn.Embedding):
-    """`nn.Embedding` with a fake-quantized table; input: integer indices of any shape."""
+    """`nn.Embedding` with a fake-quantized table; input: integer indices of any shape.
+
+    Where each row has a range of its own, only the rows that are looked up are quantized, unless
+    these are more than the table has: values and gradients are equal, to the last bit.
+    """
 
     float_class = nn.Embedding
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, embedding_dim)."""
+        quantizer = self.weight_quantizer
+        if input.numel() >= self.num_embeddings or not _has_ranges_of_rows(quantizer):
+            return self._rows(input, self.quantized_weight())
+        rows = self._rows(input, self.weight)
+        return _quantized_rows(quantizer, rows) if quantizer.phase.quantizing else rows
+
+    def _rows(self, input: Tensor, table: Tensor) -> Tensor:
         return F.embedding(
-            input,
-            self.quantized_weight(),
-            self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
+            input, table, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
         )
+
+
+def _has_ranges_of_rows(quantizer: FakeQuantizer) -> bool:
+    """Return whether the integers of a row follow from the row alone."""
+    return (
+        type(quantizer) is ObservedFakeQuantizer
+        and type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
+        and quantizer.scheme.granularity in ("channel", "group")
+        and quantizer.scheme.axis in (None, 0)
+    )
+
+
+def _quantized_rows(quantizer: FakeQuantizer, rows: Tensor) -> Tensor:
+    """Return rows (*, embedding_dim), each fake-quantized as it is in the table."""
+    scheme, flat = quantizer.scheme, rows.reshape(-1, rows.shape[-1])
+    scale, zero_point = compute_qparams(*tensor_range(flat, scheme), scheme)
+    limits = scheme.quant_min, scheme.quant_max, scheme.axis
+    values = fake_quantize(flat, scale, zero_point, *limits, group_size=scheme.group_size)
+    return values.reshape(rows.shape)
 
 
 class QuantizedEmbeddingBag(_QuantizedTable, nn.EmbeddingBag):

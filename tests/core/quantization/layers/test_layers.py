@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization.layers import embedding
 from layer_reference import check, quantized
 
 CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
@@ -62,9 +63,10 @@ def test_convolutions_equal_the_reference(
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("by_frequency", [False, True])
-def test_embedding_equals_the_reference(padding_idx, by_frequency):
+@pytest.mark.parametrize("rows", [6, 60])
+def test_embedding_equals_the_reference(padding_idx, by_frequency, rows):
     torch.manual_seed(0)
-    layer = nn.Embedding(6, 3, padding_idx, scale_grad_by_freq=by_frequency)
+    layer = nn.Embedding(rows, 3, padding_idx, scale_grad_by_freq=by_frequency)
     with torch.no_grad():
         layer.weight.normal_()
     layer = quantized(layer, weight_only=True)
@@ -79,6 +81,38 @@ def test_embedding_equals_the_reference(padding_idx, by_frequency):
     )
     if padding_idx is not None:
         assert not layer.weight.grad[padding_idx].any()
+
+
+ROW_SCHEMES = [
+    QuantizationScheme(granularity="channel"),
+    QuantizationScheme(3, symmetric=False, granularity="channel", signed=False),
+    QuantizationScheme(4, granularity="group", group_size=3),
+]
+
+
+@pytest.mark.parametrize("scheme", ROW_SCHEMES, ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (0,)], ids=str)
+def test_rows_that_are_looked_up_are_quantized_alone_and_equally(scheme, shape, monkeypatch):
+    torch.manual_seed(0)
+    layer = quantized(nn.Embedding(20, 8, padding_idx=1), scheme=scheme, weight_only=True)
+    with torch.no_grad():
+        layer.weight[3] = torch.nan
+    indices = torch.randint(20, shape)
+
+    def run():
+        layer.zero_grad()
+        output = layer(indices)
+        (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
+        return output.detach(), layer.weight.grad.clone()
+
+    tables = []
+    monkeypatch.setattr(layer, "quantized_weight", lambda: tables.append(1))
+    found = run()
+    monkeypatch.undo()
+    assert not tables
+    monkeypatch.setattr(embedding, "_has_ranges_of_rows", lambda quantizer: False)
+    for one, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1, -1])
