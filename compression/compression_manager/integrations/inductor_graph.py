@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from compression_manager.quantization import operators
+from compression_manager.quantization.scheme import kernel_range
 
 # Of torch.fx: their arguments have a type that nothing can be done with before asserting.
 Node = Any
@@ -119,9 +120,13 @@ def _quantized_input(constants: _Constants, node: Node) -> Node:
     """Insert the operators of an input: float32, with one scale.
 
     Convolutions take uint8 alone. Integers and zero point of a signed input, both larger by 128,
-    stand for the same numbers.
+    stand for the same numbers. A narrow range lacks the lowest integer, to which the kernels would
+    clip: smaller numbers are clipped before.
     """
-    input, scale, zero_point, low = node.args[:4]
+    input, scale, zero_point, quant_min, quant_max = node.args[:5]
+    whole = kernel_range(quant_min, quant_max)
+    assert whole is not None  # or the view `eight bits` would have shown the formula
+    low, _ = whole
     graph, namespace = node.graph, torch.ops.quantized_decomposed
     values = constants.value(scale), constants.value(zero_point)
     with graph.inserting_before(node):
@@ -129,8 +134,11 @@ def _quantized_input(constants: _Constants, node: Node) -> Node:
             input = _contiguous(input)
         if values[0] is not None and values[1] is not None:
             scale, zero_point = float(values[0]), int(values[1]) - low
+            if quant_min > low:
+                least = (1 - zero_point) * scale
+                input = graph.call_function(torch.ops.aten.clamp.default, (input, least))
             overload = "default"
-        else:  # of a range that each input brings along
+        else:  # of a range that each input brings along, and does not leave
             zero_point = graph.call_function(torch.ops.aten.sub.Tensor, (zero_point, low))
             overload = "tensor"
         parameters = (scale, zero_point, 0, 255, torch.uint8)

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from compression_manager.integrations.onnx_graph import write_attention
 from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
 
 
 def to_onnx(program: ExportedProgram) -> bytes:
-    """Return the ModelProto of a program whose first dimensions may be symbolic.
+    """Return the ModelProto of a program whose first dimensions may be symbolic; changes its graph.
 
     Raises:
         Exception: whatever the exporter raises, for example for more than 2 GiB, which a
             ModelProto cannot hold.
     """
+    write_attention(program)
     with warnings.catch_warnings(), _without_notes_on_torchvision():
         # The exporter calls what torch itself has deprecated.
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)

@@ -3,8 +3,8 @@
     program = torch.onnx.export(model, (inputs,), dynamo=True,
                                 custom_translation_table=onnx_translation_table())
 
-Ranges that fill int8 or uint8, with one scale per tensor or per channel, become
-QuantizeLinear and DequantizeLinear, which runtimes turn into integer kernels. ONNX divides by the
+Ranges of 8 bits, with one scale per tensor or per channel, become QuantizeLinear and
+DequantizeLinear, which runtimes turn into integer kernels. ONNX divides by the
 scale where torch multiplies by its reciprocal, so that values in the middle between two integers
 may fall on the other one. All other schemes become the formula itself, whose results are equal.
 
@@ -22,7 +22,11 @@ import torch
 from onnxscript import opset18
 
 from compression_manager.quantization import operators
-from compression_manager.quantization.scheme import MAX_FLOAT32_BITS, storage_dtype
+from compression_manager.quantization.scheme import (
+    MAX_FLOAT32_BITS,
+    kernel_range,
+    storage_dtype,
+)
 from compression_manager.quantization.storage.packing import packing_period
 
 # Its declared types are those of ONNX tensors, not of what the exporter hands over.
@@ -43,10 +47,11 @@ _ONNX_TYPES: dict[torch.dtype, int] = {
     torch.bfloat16: 16,
 }
 _FLOAT, _DOUBLE = _ONNX_TYPES[torch.float32], _ONNX_TYPES[torch.float64]
+_INT64 = _ONNX_TYPES[torch.int64]
 _WIDE_INTEGERS = (_ONNX_TYPES[torch.int32], _ONNX_TYPES[torch.int64])
 _UINT8, _UINT32 = _ONNX_TYPES[torch.uint8], _ONNX_TYPES[torch.uint32]
 # 16-bit types would need opset 21; torch exports to 18 unless told otherwise.
-_LINEAR_RANGES = {(-128, 127): 3, (0, 255): 2}
+_LINEAR_TYPES = {-128: 3, 0: 2}
 
 
 def onnx_translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -75,9 +80,19 @@ def _fake_quantize(
     pass_clipped_gradient: bool = False,
 ) -> Any:
     zero_point = _one_per_scale(zero_point, scale)
-    linear = _LINEAR_RANGES.get((quant_min, quant_max))
-    if linear is not None and _fits_linear(input, scale, axis, group_size):
-        zero = op.Cast(zero_point, to=linear)
+    whole = kernel_range(quant_min, quant_max)
+    if whole is not None and _fits_linear(input, scale, axis, group_size):
+        low, _ = whole
+        if quant_min > low:
+            # QuantizeLinear clips to the lowest integer, which a narrow range lacks.
+            least, most = (_level(value, scale, zero_point) for value in (quant_min, quant_max))
+            # Runtimes merge a Clip between numbers with what is before it.
+            input = (
+                op.Clip(input, least, most)
+                if len(scale.shape) == 0
+                else op.Max(input, _over_axis(least, input, axis))
+            )
+        zero = op.Cast(zero_point, to=_LINEAR_TYPES[low])
         integers = op.QuantizeLinear(input, scale, zero, axis=axis or 0)
         return op.DequantizeLinear(integers, scale, zero, axis=axis or 0)
     compute = _compute_type(input, quant_min, quant_max)
@@ -98,9 +113,9 @@ def _quantize(
 ) -> Any:
     zero_point = _one_per_scale(zero_point, scale)
     target = _ONNX_TYPES[storage_dtype(quant_min, quant_max)]
-    linear = _LINEAR_RANGES.get((quant_min, quant_max))
-    if linear == target and _fits_linear(input, scale, axis, group_size):
-        return op.QuantizeLinear(input, scale, op.Cast(zero_point, to=linear), axis=axis or 0)
+    is_whole = kernel_range(quant_min, quant_max) is not None and quant_min in _LINEAR_TYPES
+    if is_whole and _fits_linear(input, scale, axis, group_size):
+        return op.QuantizeLinear(input, scale, op.Cast(zero_point, to=target), axis=axis or 0)
     compute = _compute_type(input, quant_min, quant_max)
     scale, zero_point = _shaped(input, scale, zero_point, axis, group_size, compute)
     return op.Cast(_clipped(input, scale, zero_point, quant_min, quant_max, compute), to=target)
@@ -115,7 +130,7 @@ def _dequantize(
     dtype: int = _FLOAT,
 ) -> Any:
     zero_point = _one_per_scale(zero_point, scale)
-    is_linear = int(quantized.dtype) in _LINEAR_RANGES.values() and dtype == _FLOAT
+    is_linear = int(quantized.dtype) in _LINEAR_TYPES.values() and dtype == _FLOAT
     if is_linear and _has_linear_shape(scale, axis, group_size):
         zero = op.CastLike(zero_point, quantized)
         return op.DequantizeLinear(quantized, scale, zero, axis=axis or 0)
@@ -205,12 +220,24 @@ def _shaped(
             _spread(scale, input, groups, group_size),
             _spread(zero_point, input, groups, group_size),
         )
-    if axis is None or len(scale.shape) == 0:
+    if len(scale.shape) == 0:
         return scale, zero_point
+    return _over_axis(scale, input, axis), _over_axis(zero_point, input, axis)
+
+
+def _level(integer: int, scale: Any, zero_point: Any) -> Any:
+    """Return the number that an integer stands for, in the shape of the scale."""
+    steps = op.Sub(op.Constant(value_int=integer), op.Cast(zero_point, to=_INT64))
+    return op.Mul(op.Cast(steps, to=_FLOAT), scale)
+
+
+def _over_axis(value: Any, input: Any, axis: int | None) -> Any:
+    """Return one number for all of `input`, or one per channel, to broadcast against it."""
+    if axis is None:
+        return value
     shape = [1] * len(input.shape)
     shape[axis] = -1
-    target = op.Constant(value_ints=shape)
-    return op.Reshape(scale, target), op.Reshape(zero_point, target)
+    return op.Reshape(value, op.Constant(value_ints=shape))
 
 
 def _spread(value: Any, input: Any, groups: int, group_size: int) -> Any:

@@ -22,9 +22,7 @@ from compression_manager.quantization import kernels, operators
 from compression_manager.quantization.exporting import exports_operators
 from compression_manager.quantization.grid import as_tensor, check_numbers
 from compression_manager.quantization.overridable import overridable
-
-# Kernels clip to the whole of the type, so that a narrower range is not theirs.
-_EIGHT_BITS = ((0, 255), (-128, 127))
+from compression_manager.quantization.scheme import kernel_range
 
 
 @overridable
@@ -149,7 +147,7 @@ def fake_quantize(
         input.dtype == torch.float32
         and scale.dim() == 0
         and axis is None
-        and (quant_min, quant_max) in _EIGHT_BITS
+        and kernel_range(quant_min, quant_max) is not None
     )
     is_operator = exports_operators(eight_bits=eight_bits)
     compute = operators.fake_quantize if is_operator else kernels.fake_quantize

@@ -29,7 +29,7 @@ def exports_operators(*, eight_bits: bool) -> bool:
 
     Args:
         eight_bits: whether the arguments are those of 8-bit kernels: float32 numbers, and integers
-            that fill int8 or uint8 or are a symmetric int8 weight.
+            of a `kernel_range`, or a symmetric int8 weight.
     """
     return is_exporting() and (_view == "operators" or (_view == "eight bits" and eight_bits))
 

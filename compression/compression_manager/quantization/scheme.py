@@ -194,6 +194,18 @@ def storage_dtype(quant_min: int, quant_max: int) -> torch.dtype:
     raise QuantizationError(f"no integer type holds the range {quant_min} to {quant_max}.")
 
 
+def kernel_range(quant_min: int, quant_max: int) -> tuple[int, int] | None:
+    """Return the range of the 8-bit type whose kernels compute with these integers, or None.
+
+    Kernels clip to the whole of a type. A narrow range lacks its lowest integer, which numbers do
+    not reach that are clipped before they are quantized.
+    """
+    for low, high in ((-128, 127), (0, 255)):
+        if quant_min in (low, low + 1) and quant_max == high:
+            return low, high
+    return None
+
+
 def _check_int(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise QuantizationError(f"{name} of a quantization scheme is an integer, got {value!r}.")

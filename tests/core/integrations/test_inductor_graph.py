@@ -110,6 +110,23 @@ def test_an_input_with_its_own_range_has_a_tensor_for_a_scale() -> None:
     assert_same(converted, module, randn(2, 6))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_narrow_range_is_clipped_before_the_kernel(signed: bool, dynamic: bool) -> None:
+    # From -127 to 127, where kernels clip at -128, or from 1 to 255.
+    scheme = QuantizationScheme(8, signed=signed, dynamic=dynamic)
+    converted, module, weights, operators = translated(
+        nn.Sequential(nn.Linear(6, 4)), randn(5, 6), activation=scheme
+    )
+    overload = "tensor" if dynamic else "default"
+    assert (weights, operators[f"quantize_per_tensor.{overload}"]) == (1, 1)
+    for factor in (0.5, 1.0, 100.0):
+        assert_same(converted, module, factor * randn(200, 6))
+    edges = torch.tensor([torch.inf, -torch.inf, 0.0, -0.0, 1e-30, -1e30]).expand(2, 6)
+    if not dynamic:
+        assert_same(converted, module, edges)
+
+
 @pytest.mark.timeout(60)
 def test_ranges_of_inputs_behind_many_layers_are_translated_in_one_pass() -> None:
     # Looking back from each range to all that it depends on took twice as long with each layer.
@@ -140,7 +157,6 @@ def test_weights_that_no_kernel_takes_stay_formulas(options: dict[str, Any]) -> 
 @pytest.mark.parametrize(
     "scheme",
     [
-        QuantizationScheme(8),  # from -127 to 127, and kernels clip at -128
         QuantizationScheme(4, symmetric=False, signed=False),
         QuantizationScheme(8, False, "token", dynamic=True),
     ],

@@ -108,6 +108,28 @@ def test_whole_integer_types_become_linear_nodes(scheme):
         assert (difference > 1e-6).mean() <= 0.001
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_narrow_range_is_clipped_before_a_linear_node(granularity, signed):
+    scheme = QuantizationScheme(8, granularity=granularity, signed=signed)
+    input = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0))
+    scale, zero_point = choose_qparams(*tensor_range(input / 2, scheme), scheme)
+
+    class Narrow(nn.Module):
+        def forward(self, input):
+            limits = (scheme.quant_min, scheme.quant_max, scheme.axis)
+            return (fake_quantize(input, scale, zero_point, *limits),)
+
+    expected, actual, kinds = run(Narrow(), input)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert "Round" not in kinds
+    lowest = (scheme.quant_min - scheme.symmetric_zero_point) * float(scale.max())
+    np.testing.assert_allclose(actual[0].min(), lowest, rtol=1e-6)
+    difference = np.abs(expected[0].astype(np.float64) - actual[0])
+    assert difference.max() <= float(scale.max()) * 1.0001
+    assert (difference > 1e-6).mean() <= 0.001
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_ranges_at_run_time(granularity):
