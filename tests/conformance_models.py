@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager.quantization import QuantizableAdd
+from compression_manager.quantization import (
+    QuantizableAdd,
+    QuantizableAttention,
+    QuantizationScheme,
+)
 from quantization_reference import trained
 
 VOCABULARY, LENGTH = 30, 8
@@ -33,6 +37,25 @@ class Encoder(nn.Module):
         """Return the logits; token 0 is padding."""
         hidden = self.encoder(self.embedding(tokens), src_key_padding_mask=tokens == 0)
         return self.head(hidden.mean(1))
+
+
+class Attention(nn.Module):
+    """Tokens (N, L) -> logits (N, 5): attention whose query, key and value are quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 16)
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.attention, self.head = QuantizableAttention(), nn.Linear(16, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits."""
+        hidden = self.embedding(tokens)
+        heads = (
+            layer(hidden).unflatten(-1, (2, -1)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        return self.head((hidden + self.attention(*heads).transpose(1, 2).flatten(2)).mean(1))
 
 
 class Recommender(nn.Module):
@@ -118,10 +141,11 @@ def _sentences(batch: int, generator: torch.Generator) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """How a model is built, and what it is called with."""
+    """How a model is built and quantized, and what it is called with."""
 
     build: Callable[[], nn.Module]
     make_inputs: Callable[[int, torch.Generator], Any]
+    config: dict[str, Any] = field(default_factory=dict)
 
     def inputs(self, batch: int, seed: int) -> Any:
         """Return what the model is called with."""
@@ -133,6 +157,7 @@ CASES = {
     "ResNet": Case(lambda: _example("teacher"), _images),
     "residual blocks": Case(_residual_blocks, _colored_images),
     "encoder": Case(Encoder, _tokens),
+    "attention": Case(Attention, _tokens, {"activation": QuantizationScheme(8)}),
     "embedding": Case(Recommender, _visits),
     "BERT": Case(_bert, _sentences),
 }
@@ -141,7 +166,7 @@ CASES = {
 def converted(case: Case) -> nn.Module:
     """Return the model, trained quantization-aware for three steps, with integer weights."""
     torch.manual_seed(0)
-    manager = trained(case.build(), case.inputs(8, seed=0))
+    manager = trained(case.build(), case.inputs(8, seed=0), **case.config)
     model = manager.convert()
     manager.close()
     return model

@@ -34,6 +34,20 @@ def test_every_figure_is_shown_and_written(tmp_path, capsys):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_attention_is_quantized_for_its_own_route_and_where_there_is_one():
+    subject = inference.subject_of(inference.WORKLOADS["encoder"](8))
+    kinds = [
+        {type(module).__name__ for module in model.modules()}
+        for model in (subject.float_model, subject.converted, subject.with_attention)
+    ]
+    assert [{"ConvertedAttention", "QuantizableAttention"} & kind for kind in kinds] == [
+        set(), set(), {"ConvertedAttention"},
+    ]  # fmt: skip
+    routes = [inference.ROUTES[0], inference.ROUTES[-1]]
+    results = inference.measure(inference.WORKLOADS["resnet"](8), routes, 2, None)
+    assert results[1].skipped == "LookupError: the model has no attention"
+
+
 def test_speed_ups_are_over_float32_of_the_same_round():
     durations = {
         "float32": [Duration(0.4, 1), Duration(0.6, 1)],
@@ -45,7 +59,7 @@ def test_speed_ups_are_over_float32_of_the_same_round():
 
 
 def test_a_route_that_fails_is_listed_with_the_reason():
-    def refuse(subject):
+    def refuse(model, inputs):
         raise ImportError("no such engine\nmore lines")
 
     routes = [inference.ROUTES[0], Route("broken", "broken", refuse)]

@@ -31,7 +31,10 @@ Runner = Callable[..., Any]
 ALLOWED = 2e-3
 # Linear layers and convolutions; the CNN and the ResNet compute their first layer, over a single
 # channel, in float32.
-LAYERS = {"demo CNN": 3, "ResNet": 9, "residual blocks": 7, "encoder": 7, "embedding": 2, "BERT": 8}
+LAYERS = {
+    "demo CNN": 3, "ResNet": 9, "residual blocks": 7, "encoder": 7, "attention": 4, "embedding": 2,
+    "BERT": 8,
+}  # fmt: skip
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def inference_arms(
 
         subject = inference.subject_of(workload)
         route = next(route for route in inference.ROUTES if route.title == name.split(": ")[1])
-        return arm(name, route.build(subject))
+        return arm(name, route.runner(subject))
 
     def peer(name: str) -> Callable[[int], object]:
         return arm(name, adapters.INFERENCE[name](workload.build().eval(), inputs.clone()))
