@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from compression_manager import prepare_compression
+from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.integer import rule
 from compression_manager.quantization.integer.geometry import Size
 from compression_manager.quantization.integer.options import ProductOptions
@@ -101,9 +102,11 @@ def _turn(layer: nn.Module, input: torch.Tensor, forward: str) -> Callable[[], N
         manager.on_step_end()
     gradient = torch.randn_like(output)
 
+    quantizers = [item for item in model.modules() if isinstance(item, FakeQuantizer)]
+
     def run() -> None:
         model(leaf).backward(gradient)
-        forget_weights()  # as after every optimizer step
+        forget_weights(quantizers)  # as after every optimizer step
 
     return run
 

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from compression_manager.deploy.composite import ConvertedComposite
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
-from compression_manager.quantization.layers.recurrent import QuantizedLSTM
+from compression_manager.quantization.layers.recurrent import QuantizedLSTM, with_weights
 
 
 class ConvertedRecurrent(ConvertedComposite):
@@ -30,14 +30,8 @@ class ConvertedRecurrent(ConvertedComposite):
         """Return the outputs and the last state."""
         data = input.data if isinstance(input, PackedSequence) else cast(Tensor, input)
         (kernel,) = self._kernel
-        empty = kernel._flat_weights
-        kernel._flat_weights = [
-            self._float_tensor(name, data.dtype) for name in kernel._flat_weights_names
-        ]
-        try:
-            return kernel.forward(input, hx)
-        finally:
-            kernel._flat_weights = empty
+        weights = [self._float_tensor(name, data.dtype) for name in kernel._flat_weights_names]
+        return with_weights(kernel, weights).forward(input, hx)
 
     def flatten_parameters(self) -> None:
         """Do nothing; models call this for the sake of cuDNN."""

@@ -26,10 +26,10 @@ from compression_manager.quantization.observers import (
     RangeObserver,
 )
 from compression_manager.quantization.parameters import QuantizationParameters, choose_qparams
+from compression_manager.quantization.phase import Phase
 from compression_manager.quantization.quantizer_module import (
     FakeQuantizer,
     ObservedFakeQuantizer,
-    Phase,
 )
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite

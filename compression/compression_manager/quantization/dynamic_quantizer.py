@@ -9,7 +9,8 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.overridable import overridable
 from compression_manager.quantization.parameters import QuantizationParameters, compute_qparams
-from compression_manager.quantization.quantizer_module import FakeQuantizer, Phase
+from compression_manager.quantization.phase import Phase
+from compression_manager.quantization.quantizer_module import FakeQuantizer
 from compression_manager.quantization.ranges import tensor_range
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite

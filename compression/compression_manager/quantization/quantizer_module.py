@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import scalars
@@ -19,25 +19,12 @@ from compression_manager.quantization.parameters import (
     compute_qparams,
     zero_point_dtype,
 )
-from compression_manager.quantization.precision import Float32Buffers
-from compression_manager.quantization.recent import version_of
+from compression_manager.quantization.phase import Phase, PhaseBuffers
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 
 
-class Phase(NamedTuple):
-    """What a fake quantizer does in training.
-
-    Attributes:
-        observing: ranges follow what passes through.
-        quantizing: the output is quantized; otherwise it is the input itself.
-    """
-
-    observing: bool
-    quantizing: bool
-
-
-class FakeQuantizer(Float32Buffers, ABC):
+class FakeQuantizer(PhaseBuffers, ABC):
     """What answers the service `make_fake_quantizer`: the quantizer of one site.
 
     A state_dict without any key of this module (of the float model) leaves it as it is. Subclasses
@@ -49,29 +36,10 @@ class FakeQuantizer(Float32Buffers, ABC):
         site: which tensor of which layer it is.
     """
 
-    quantizing: Tensor
-
     def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
         super().__init__()
         self.scheme = scheme
         self.site = site
-        self._phase = Phase(observing=False, quantizing=False)
-        # The version of the buffers that `_phase` is a copy of.
-        self._phase_version = 0
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # untyped in torch
-
-    @property
-    def phase(self) -> Phase:
-        """What is switched on; both off at construction.
-
-        A Python copy of the buffers, for which branches need not wait for an accelerator. It is
-        read anew where somebody else wrote to them, such as a moving average of the model.
-        """
-        if not torch.compiler.is_compiling():
-            version = version_of(self._buffer("quantizing"))
-            if version != self._phase_version:
-                self._read_phase()
-        return self._phase
 
     @abstractmethod
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
@@ -95,19 +63,6 @@ class FakeQuantizer(Float32Buffers, ABC):
         Raises:
             QuantizationError: there is no range yet, or it is not finite.
         """
-
-    def _write_phase(self, phase: Phase) -> None:
-        """Keep `phase` in the buffers and in the copy."""
-        for name, value in phase._asdict().items():
-            if name in self._buffers:
-                self._buffer(name).fill_(value)
-        self._phase, self._phase_version = phase, version_of(self._buffer("quantizing"))
-
-    def _read_phase(self) -> None:
-        """Take the phase from the buffers; subclasses add what else they hold copies of."""
-        observing = bool(self._buffers.get("observing", self._phase.observing))
-        self._phase = Phase(observing, bool(self._buffer("quantizing")))
-        self._phase_version = version_of(self._buffer("quantizing"))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -294,8 +249,3 @@ class ObservedFakeQuantizer(FakeQuantizer):
         self._buffer("scale").fill_(scale)
         self._buffer("zero_point").fill_(zero_point)
         return scale, zero_point
-
-
-def _after_load(module: nn.Module, incompatible_keys: object) -> None:
-    if isinstance(module, FakeQuantizer) and "quantizing" in module._buffers:
-        module._read_phase()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from compression_manager import hookimpl
 from compression_manager.context import Context
@@ -52,13 +50,6 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         """Plan everything, so that mistakes show before the model is touched."""
         self._plan = plan_model(context.model, self.config)
 
-    @hookimpl
-    def prepare_model(self, context: Context) -> None:
-        """Change the planned layers, and watch the optimizers, which may change weights unseen."""
-        super().prepare_model(context)
-        watch = register_optimizer_step_post_hook(_forget_weights)
-        context.add_cleanup(watch.remove, owner=self.name)
-
     # Phases ----------------------------------------------------------------------------------
 
     @hookimpl
@@ -81,9 +72,10 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             self._freeze_batch_norm(context)
 
     @hookimpl
-    def on_after_optimizer_step(self) -> None:
+    def on_after_optimizer_step(self, context: Context) -> None:
         """Quantize the weights anew, if the optimizer is none of torch's."""
-        forget_weights()
+        for layer in self._layers(context.model).values():
+            forget_weights(layer.quantizers())
 
     # Conversion ------------------------------------------------------------------------------
 
@@ -128,12 +120,6 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
                 context.model_hooks.add_forward_pre_hook(module, _set_eval)
         for module in _batch_norms(context.model):
             module.eval()
-
-
-def _forget_weights(*_: object) -> None:
-    # A compiled step leaves its trace, and would be compiled anew for each value of the counter.
-    if not torch.compiler.is_compiling():
-        forget_weights()
 
 
 def _batch_norms(model: nn.Module) -> list[_BatchNorm]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,3 +63,60 @@ def test_an_average_that_forgets_at_once_computes_what_the_model_does(
     with torch.no_grad():
         assert torch.equal(average(inputs), model(inputs))
     manager.close()
+
+
+def test_a_frozen_average_stays_frozen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 4))
+    manager = prepare_compression(model, [QATConfig(), LearnedScaleConfig()])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    manager.track(optimizer=optimizer)
+    average = copy.deepcopy(model).requires_grad_(False)
+    inputs = torch.randn(8, 16)
+    manager.on_train_begin()
+    manager.on_epoch_begin(0)
+    for index in range(3):
+        step(manager, inputs, index, optimizer)
+        for name, value in model.state_dict().items():
+            average.state_dict()[name].copy_(value)
+        average(inputs)
+        assert not any(parameter.requires_grad for parameter in average.parameters())
+    manager.close()
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_copy_is_read_anew_however_often_its_buffers_were_written(writes: int) -> None:
+    model = nn.Sequential(nn.Linear(16, 4))
+    manager = prepare_compression(model, [QATConfig()])
+    (weight_quantizer, _) = model[0].quantizers()
+    for _ in range(writes):
+        weight_quantizer.set_phase(observing=True, quantizing=False)
+    twin = copy.deepcopy(model)[0].quantizers()[0]
+    for _ in range(4):
+        twin.quantizing.logical_not_()
+        assert twin.phase.quantizing == bool(twin.quantizing)
+    manager.close()
+
+
+def test_transforms_over_stacked_models_take_the_phase_as_it_is() -> None:
+    torch.manual_seed(0)
+    models = [nn.Sequential(nn.Linear(16, 4)) for _ in range(2)]
+    inputs, managers = torch.randn(8, 16), []
+    for model in models:
+        managers.append(prepare_compression(model, [QATConfig()]))
+        managers[-1].on_train_begin()
+        managers[-1].on_epoch_begin(0)
+        for index in range(2):
+            step(managers[-1], inputs, index)
+        model.eval()
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def call(parameters: Any, buffers: Any) -> Any:
+        return torch.func.functional_call(models[0], (parameters, buffers), (inputs,))
+
+    with torch.no_grad():
+        outputs = torch.vmap(call)(parameters, buffers)
+        for output, model in zip(outputs, models, strict=True):
+            torch.testing.assert_close(output, model(inputs))
+    for manager in managers:
+        manager.close()

@@ -1,17 +1,20 @@
 """Integers of weights that are being trained, computed anew only if the weight changed.
 
-Changes are seen by autograd's counter, by the hooks that call `forget_weights`, and, because fused
-optimizers and what is written through `.data` leave no trace there, by a sample of the values.
+Changes are seen by autograd's counter, by the steps of torch's optimizers, by the hooks that call
+`forget_weights`, and, because fused optimizers and what is written through `.data` leave no trace
+in that counter, by a sample of the values.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from compression_manager.quantization import arithmetic, kernels
@@ -25,7 +28,7 @@ from compression_manager.quantization.observers.extremes import (
     MovingAverageObserver,
 )
 from compression_manager.quantization.parameters import compute_qparams
-from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
+from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.recent import version_of
 
 _SAMPLED = 32
@@ -48,8 +51,6 @@ class _Known:
     integers: IntegerWeight
 
 
-# Counts the calls of `forget_weights`.
-_generation = 0
 _weights: WeakKeyDictionary[ObservedFakeQuantizer, _Known] = WeakKeyDictionary()
 
 
@@ -66,8 +67,7 @@ def integer_weight(
     """
     base = weight if weight._base is None else weight._base
     state = (
-        _generation, version_of(base), weight.data_ptr(), weight.shape, weight.stride(),
-        passes.name,
+        version_of(base), weight.data_ptr(), weight.shape, weight.stride(), passes.name,
     )  # fmt: skip
     known, sample = _weights.get(quantizer), _sample(weight.detach())
     if (
@@ -80,6 +80,7 @@ def integer_weight(
     # Or they could not be kept for a backward pass later.
     with torch.inference_mode(False):
         computed = _quantize_weight(quantizer, weight.detach(), passes, values)
+    _watch_optimizers()
     _weights[quantizer] = _Known(TensorWeakRef(base), state, sample, computed)
     return computed
 
@@ -93,13 +94,27 @@ def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
     )
 
 
-def forget_weights() -> None:
-    """Compute the integers of all weights anew in their next forward pass.
+def forget_weights(quantizers: Iterable[FakeQuantizer]) -> None:
+    """Compute the integers of the weights of these quantizers anew in their next forward pass."""
+    for quantizer in quantizers:
+        if isinstance(quantizer, ObservedFakeQuantizer):
+            _weights.pop(quantizer, None)
 
-    Optimizer steps and changes of the mode end in a call of this.
-    """
-    global _generation
-    _generation += 1
+
+@cache
+def _watch_optimizers() -> None:
+    """Forget the weights of an optimizer whenever it has made a step; for this process, once."""
+    register_optimizer_step_post_hook(_forget_stepped)
+
+
+def _forget_stepped(optimizer: Optimizer, *_: object) -> None:
+    # A compiled step leaves its trace.
+    if torch.compiler.is_compiling():
+        return
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for quantizer, known in list(_weights.items()):
+        if id(known.base()) in stepped:
+            del _weights[quantizer]
 
 
 def _quantize_weight(

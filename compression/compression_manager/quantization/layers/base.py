@@ -75,7 +75,7 @@ class QuantizedLayer(nn.Module):
         leave no trace in them.
         """
         if mode != self.training:
-            forget_weights()
+            forget_weights(self.quantizers())
         return super().train(mode)
 
     @staticmethod
@@ -160,6 +160,16 @@ def place_quantizers(layer: QuantizedLayer, part: str, quantizers: Quantizers) -
     prefix = f"{part}_" if part else ""
     layer.add_module(f"{prefix}weight_quantizer", quantizers.weight)
     layer.add_module(f"{prefix}input_quantizer", quantizers.input)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether somebody looks at what goes in or out of `module`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def weight_identity(weight: Tensor) -> tuple[object, ...]:

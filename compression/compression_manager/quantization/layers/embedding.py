@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.arithmetic import fake_quantize
-from compression_manager.quantization.layers.base import Operand, SinglePartLayer
+from compression_manager.quantization.exporting import is_exporting
+from compression_manager.quantization.layers.base import Operand, SinglePartLayer, has_hooks
 from compression_manager.quantization.observers.extremes import (
     MinMaxObserver,
     MovingAverageObserver,
@@ -39,7 +40,7 @@ class QuantizedEmbedding(_QuantizedTable, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, embedding_dim)."""
         quantizer = self.weight_quantizer
-        if input.numel() >= self.num_embeddings or not _has_ranges_of_rows(quantizer):
+        if not _has_ranges_of_rows(quantizer) or input.numel() >= self.num_embeddings:
             return self._rows(input, self.quantized_weight())
         rows = self._rows(input, self.weight)
         return _quantized_rows(quantizer, rows) if quantizer.phase.quantizing else rows
@@ -51,9 +52,14 @@ class QuantizedEmbedding(_QuantizedTable, nn.Embedding):
 
 
 def _has_ranges_of_rows(quantizer: FakeQuantizer) -> bool:
-    """Return whether the integers of a row follow from the row alone."""
+    """Return whether the integers of a row follow from the row alone, and nobody looks on.
+
+    A graph for any batch must not depend on how many rows are looked up.
+    """
     return (
-        type(quantizer) is ObservedFakeQuantizer
+        not is_exporting()
+        and not has_hooks(quantizer)
+        and type(quantizer) is ObservedFakeQuantizer
         and type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
         and quantizer.scheme.granularity in ("channel", "group")
         and quantizer.scheme.axis in (None, 0)

@@ -33,7 +33,7 @@ from compression_manager.quantization.integer.products import training_convolver
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.integer.weights import integer_weight, quantizes_rows
-from compression_manager.quantization.layers.base import Part
+from compression_manager.quantization.layers.base import Part, has_hooks
 from compression_manager.quantization.layers.decisions import remember
 from compression_manager.quantization.memory_format import dense
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
@@ -194,20 +194,11 @@ def why_no_integers_of(
         quantizer: of an input or a weight.
         check: returns what rules out its scheme.
     """
-    if type(quantizer) is not ObservedFakeQuantizer or _has_hooks(quantizer):
+    if type(quantizer) is not ObservedFakeQuantizer or has_hooks(quantizer):
         return f"its {type(quantizer).__name__} has arithmetic of its own"
     if not quantizer.phase.quantizing:
         return "fake quantization has not begun"
     return check(quantizer.scheme)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _weight_quantizer(part: Part) -> FakeQuantizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.layers.base import Operand, QuantizedLayer
@@ -39,11 +40,19 @@ class _QuantizedRecurrent(QuantizedLayer):
         layer = cast(nn.RNNBase, self)
         # Brings the list of weights up to date now; done in forward it would replace ours.
         layer._update_flat_weights()
-        float_weights = layer._flat_weights
-        layer._flat_weights = [
+        weights = [
             self._quantized(name, cast(Tensor, weight)) if name.startswith("weight_") else weight
-            for name, weight in zip(layer._flat_weights_names, float_weights, strict=True)
+            for name, weight in zip(layer._flat_weights_names, layer._flat_weights, strict=True)
         ]
+        if torch.compiler.is_compiling():
+            return self._forward_in_place(weights, input, hx)
+        return self.float_class.forward(with_weights(layer, weights), input, hx)
+
+    def _forward_in_place(self, weights: list[Any], input: Any, hx: Any) -> Any:
+        # A compiler cannot trace how another object of the class is made.
+        layer = cast(nn.RNNBase, self)
+        float_weights = layer._flat_weights
+        layer._flat_weights = weights
         try:
             return self.float_class.forward(self, input, hx)
         finally:
@@ -52,6 +61,16 @@ class _QuantizedRecurrent(QuantizedLayer):
     def _quantized(self, name: str, weight: Tensor) -> Tensor:
         quantizer = cast(FakeQuantizer, self._quantizers_of(name.removeprefix("weight_")).weight)
         return cast(Tensor, quantizer(weight))
+
+
+def with_weights(layer: nn.RNNBase, weights: list[Any]) -> nn.RNNBase:
+    """Return a layer for one call that is `layer`, but for its weights.
+
+    Threads call one layer at the same time, so that the weights cannot be exchanged in it.
+    """
+    changed = object.__new__(type(layer))
+    vars(changed).update(vars(layer), _flat_weights=weights)
+    return changed
 
 
 class QuantizedLSTM(_QuantizedRecurrent, nn.LSTM):

@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from compression_manager import prepare_compression
 from compression_manager.quantization.integer.selection import use_passes
 from compression_manager.quantization.integer.weights import forget_weights
-from compression_plugins import QATConfig
+from compression_plugins import PTQConfig, QATConfig
 from integer_layers import Counting, quantized
 
 
@@ -68,7 +68,7 @@ def test_weights_changed_behind_autograd_are_seen(counting: Counting, change: st
     else:
         weight.data.mul_(-1.0)
     if change == "written and forgotten":
-        forget_weights()
+        forget_weights(layer.quantizers())
     if change == "written before eval":
         layer.eval()
     expected = copy.deepcopy(layer)(input)
@@ -174,10 +174,34 @@ def test_optimizers_that_leave_no_trace_train(build: Callable[..., Any]) -> None
     assert len(set(losses("integer"))) == 6
 
 
-def test_the_optimizers_are_watched_as_long_as_the_manager_lives() -> None:
-    hooks = _global_optimizer_post_hooks
-    before = len(hooks)
-    manager = prepare_compression(nn.Sequential(nn.Linear(4, 4)), [QATConfig()])
-    assert len(hooks) == before + 1
+def test_a_step_of_another_optimizer_forgets_nothing(counting: Counting) -> None:
+    input = torch.randn(6, 8)
+    layer, other = _layer(input), _layer(input)
+    optimizer = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(3):
+        layer(input)
+        other(input).sum().backward()
+        optimizer.step()
+    assert counting.weights == 1 + 3
+
+
+def test_models_quantized_after_training_are_watched_as_well() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(16, 64)
+    manager = prepare_compression(model, [PTQConfig(calibration_data=[inputs])])
+    optimizer = _Assigning(model.parameters())
+    outputs = []
+    for _ in range(3):
+        outputs.append(model(inputs).detach())
+        optimizer.step()
+    assert not torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[1], outputs[2])
     manager.close()
-    assert len(hooks) == before
+
+
+def test_one_hook_watches_all_optimizers() -> None:
+    for _ in range(2):
+        layer = _layer(torch.randn(6, 8))
+        layer(torch.randn(6, 8))
+    names = [hook.__name__ for hook in _global_optimizer_post_hooks.values()]
+    assert names.count("_forget_stepped") == 1

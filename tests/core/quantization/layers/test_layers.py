@@ -115,6 +115,22 @@ def test_rows_that_are_looked_up_are_quantized_alone_and_equally(scheme, shape, 
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
+def test_whoever_looks_at_a_table_s_quantizer_is_shown_the_table():
+    layer = quantized(nn.Embedding(20, 8), weight_only=True)
+    seen = []
+    layer.weight_quantizer.register_forward_hook(lambda *call: seen.append(call[1][0].shape))
+    layer(torch.tensor([1, 2]))
+    assert seen == [(20, 8)]
+
+
+def test_a_table_is_exported_for_any_number_of_rows():
+    layer = quantized(nn.Embedding(20, 8), weight_only=True).eval()
+    batch = {"input": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(layer, (torch.arange(5),), dynamic_shapes=batch)
+    indices = torch.randint(20, (50,))
+    assert torch.equal(program.module()(indices), layer(indices))
+
+
 @pytest.mark.parametrize("axis", [None, 0, 1, -1])
 def test_the_scheme_chooses_the_weight_s_axis(axis):
     torch.manual_seed(0)

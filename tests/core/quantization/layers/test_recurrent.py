@@ -79,6 +79,19 @@ def test_dropout_between_layers_draws_as_in_torch():
     assert torch.equal(actual, expected)
 
 
+def test_a_call_changes_nothing_that_another_thread_reads(monkeypatch):
+    layer = quantized(nn.LSTM(3, 4), weight_only=True)
+    before, seen, forward = layer._flat_weights, [], nn.LSTM.forward
+
+    def spy(self, *args):
+        seen.append(layer._flat_weights is before and self._flat_weights is not before)
+        return forward(self, *args)
+
+    monkeypatch.setattr(nn.LSTM, "forward", spy)
+    layer(torch.randn(5, 2, 3))
+    assert seen == [True]
+
+
 def test_the_float_weights_are_back_after_every_call():
     layer = quantized(built("LSTM"))
     weights = layer._flat_weights
