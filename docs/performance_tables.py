@@ -9,6 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "benchmarks"))
 
+from compression_manager.deploy.parity import MODEL_TOLERANCE
 from measuring.machine import in_words
 from roofline import least_milliseconds
 
@@ -78,7 +79,7 @@ def inference_block(machines: Machines) -> list[str]:
 
     def cell(item: Document) -> str:
         low, high = item["quartiles"]
-        wrong = "" if item["error"] <= 1e-2 else ", wrong output"
+        wrong = "" if item["error"] <= MODEL_TOLERANCE else ", wrong output"
         return f"{item['speed_up']:.1f} ({low:.1f} to {high:.1f}){wrong}"
 
     return _compared(machines, "inference", "route", cell) + _charts(
