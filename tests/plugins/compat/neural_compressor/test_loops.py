@@ -477,6 +477,8 @@ def test_a_second_optimizer_beside_the_students_is_no_mistake():
 
 @pytest.mark.parametrize("ends", ["on_train_end", "close"])
 def test_no_hook_stays(ends):
+    # One of the library's own watches the optimizers of the whole process.
+    others = dict(torch_optimizer._global_optimizer_post_hooks)
     student, teacher = toys.mlp(5), toys.mlp(9)
     teacher.train()
     manager = prepare_compression(student, by_layers(teacher, [["0"]]))
@@ -485,7 +487,7 @@ def test_no_hook_stays(ends):
     modules = [*student.modules(), *teacher.modules()]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
     assert not torch_optimizer._global_optimizer_pre_hooks
-    assert not torch_optimizer._global_optimizer_post_hooks
+    assert dict(torch_optimizer._global_optimizer_post_hooks) == others
     assert teacher.training
 
 
