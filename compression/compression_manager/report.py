@@ -90,7 +90,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no infinity: that becomes the string 'inf'."""
         return {
-            "layers": [_plain(layer) for layer in self.layers],
+            "layers": [
+                {**asdict(layer), "sqnr_db": _json_number(layer.sqnr_db)} for layer in self.layers
+            ],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "parity": None if self.parity is None else asdict(self.parity),
@@ -273,13 +275,6 @@ def _saved_tensors(module: nn.Module) -> list[Tensor]:
 
 def _bytes(tensor: Tensor) -> int:
     return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
-
-
-def _plain(layer: LayerReport) -> dict[str, Any]:
-    values = {**asdict(layer), "sqnr_db": _json_number(layer.sqnr_db)}
-    if layer.arithmetic is not None:
-        values["arithmetic"]["reasons"] = list(layer.arithmetic.reasons)
-    return values
 
 
 def _json_number(value: float | None) -> float | str | None:

@@ -228,7 +228,7 @@ def test_a_lazy_layer_is_reported_before_its_first_forward_pass():
     ("value", "plain"), [(math.inf, "inf"), (-math.inf, "-inf"), (41.5, 41.5), (None, None)]
 )
 def test_the_report_is_valid_json(value, plain):
-    arithmetic = LayerArithmetic("a", "b", ("c",), "d")
+    arithmetic = LayerArithmetic("a", "b", ["c"], "d")
     row = LayerReport("fc", "Linear", True, "int8", 40, 10, value, arithmetic)
     document = json.loads(json.dumps(Report((row,)).to_dict(), allow_nan=False))
     assert document == {

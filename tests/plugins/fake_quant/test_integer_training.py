@@ -237,7 +237,7 @@ def test_the_report_says_why_training_is_not_on_integers(monkeypatch: pytest.Mon
     reason = "the torch kernels need VNNI to gain; this CPU has neither VNNI nor AMX"
     assert told
     assert all("kept for the backward pass" in item.training for item in told)
-    assert all(item.reasons == (reason,) and item.evaluation == INTEGERS for item in told)
+    assert all(item.reasons == [reason] and item.evaluation == INTEGERS for item in told)
 
 
 @pytest.mark.parametrize("vnni", [False, True])

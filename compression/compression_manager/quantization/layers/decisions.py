@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -65,7 +65,7 @@ class LayerArithmetic:
 
     training: str
     evaluation: str
-    reasons: tuple[str, ...] = ()
+    reasons: list[str] = field(default_factory=list)
     kernel: str = ""
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ def arithmetic_of(layer: QuantizedLayer) -> LayerArithmetic | None:
     return LayerArithmetic(
         _in_words(trained),
         _in_words(evaluated),
-        tuple(dict.fromkeys(item.reason for item in decisions if item.reason)),
+        list(dict.fromkeys(item.reason for item in decisions if item.reason)),
         _kernels(layer) if multiplies else "",
     )
 

@@ -276,7 +276,7 @@ def test_the_report_says_how_sums_are_computed() -> None:
     assert found is not None
     assert found.training == "sums with fake-quantized numbers"
     assert found.evaluation == "sums with the real numbers of integers"
-    assert found.reasons == ("it computes in torch.float64",)
+    assert found.reasons == ["it computes in torch.float64"]
     assert found.kernel == ""
     manager.close()
 
