@@ -43,7 +43,7 @@ class PhaseBuffers(Float32Buffers):
         self._phase = Phase(observing=False, quantizing=False)
         # The version of the buffers that `_phase` is a copy of.
         self._phase_version = _UNKNOWN
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_load_state_dict_post_hook(_tell)  # type: ignore[no-untyped-call]  # untyped in torch
 
     @property
     def phase(self) -> Phase:
@@ -76,9 +76,13 @@ class PhaseBuffers(Float32Buffers):
         self._phase = Phase(observing, bool(self._buffer("quantizing")))
         self._phase_version = version_of(self._buffer("quantizing"))
 
+    def _after_load(self) -> None:
+        """Take over what `load_state_dict` has put into the buffers."""
+        self._read_phase()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # The buffers of a copy count their changes from the beginning, and so do moved ones.
         super().__setstate__(state)  # type: ignore[no-untyped-call]  # untyped in torch
+        # The buffers of a copy, as those of a moved module, count their changes from the beginning.
         self._phase_version = _UNKNOWN
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -87,6 +91,7 @@ class PhaseBuffers(Float32Buffers):
         return self
 
 
-def _after_load(module: nn.Module, incompatible_keys: object) -> None:
+def _tell(module: nn.Module, incompatible_keys: object) -> None:
+    # A function, because a copy of the module would keep a method of the first one.
     if isinstance(module, PhaseBuffers) and "quantizing" in module._buffers:
-        module._read_phase()
+        module._after_load()

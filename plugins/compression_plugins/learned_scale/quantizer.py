@@ -109,7 +109,6 @@ class LearnedScaleQuantizer(FakeQuantizer):
             self.register_buffer("batches", torch.zeros((), dtype=torch.int64, device=device))
         self._started = False
         self._calibrated = self._is_weight
-        self.register_load_state_dict_post_hook(_freeze_or_train)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def set_phase(self, *, observing: bool, quantizing: bool) -> None:
         """Switch observing and quantizing on or off."""
@@ -304,6 +303,10 @@ class LearnedScaleQuantizer(FakeQuantizer):
         self._calibrated = self._is_weight
         self.is_calibrated()
 
+    def _after_load(self) -> None:
+        super()._after_load()
+        self._freeze_or_train()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: value.data for name, value in self.named_parameters(recurse=False)}
         super()._apply(fn, recurse)
@@ -311,8 +314,3 @@ class LearnedScaleQuantizer(FakeQuantizer):
             if parameter.dtype != torch.float32:
                 parameter.data = before[name].to(parameter.device)
         return self
-
-
-def _freeze_or_train(module: nn.Module, incompatible_keys: object) -> None:
-    if isinstance(module, LearnedScaleQuantizer):
-        module._freeze_or_train()

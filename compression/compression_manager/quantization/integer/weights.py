@@ -23,10 +23,7 @@ from compression_manager.quantization.integer.operands import IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.scratch import claim, hold
 from compression_manager.quantization.memory_format import dense, in_memory_order
-from compression_manager.quantization.observers.extremes import (
-    MinMaxObserver,
-    MovingAverageObserver,
-)
+from compression_manager.quantization.observers.extremes import gives_own_range
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.recent import version_of
@@ -88,7 +85,7 @@ def integer_weight(
 def quantizes_rows(quantizer: ObservedFakeQuantizer) -> bool:
     """Return whether each row of a weight is quantized by itself, with its own range."""
     return (
-        type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
+        gives_own_range(quantizer.observer)
         and quantizer.scheme.granularity == "channel"
         and (quantizer.scheme.quant_min, quantizer.scheme.quant_max) == (-127, 127)
     )

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer, has_hooks
-from compression_manager.quantization.observers.extremes import (
-    MinMaxObserver,
-    MovingAverageObserver,
-)
+from compression_manager.quantization.observers.extremes import gives_own_range
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.ranges import tensor_range
@@ -60,7 +57,7 @@ def _has_ranges_of_rows(quantizer: FakeQuantizer) -> bool:
         not is_exporting()
         and not has_hooks(quantizer)
         and type(quantizer) is ObservedFakeQuantizer
-        and type(quantizer.observer) in (MinMaxObserver, MovingAverageObserver)
+        and gives_own_range(quantizer.observer)
         and quantizer.scheme.granularity in ("channel", "group")
         and quantizer.scheme.axis in (None, 0)
     )

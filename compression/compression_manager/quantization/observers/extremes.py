@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.quantization import scalars
+from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.observers.base import RangeObserver
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
@@ -140,3 +141,8 @@ class MovingAverageObserver(_EndsObserver):
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "averaging_constant": self.averaging_constant}
+
+
+def gives_own_range(observer: Observer) -> bool:
+    """Return whether the range of a weight reaches from its smallest value to its largest one."""
+    return type(observer) in (MinMaxObserver, MovingAverageObserver)
