@@ -34,7 +34,11 @@ def _peers(monkeypatch):
         "idle": lambda model, inputs: model,
         "absent": refuse,
     }
-    inference = {"good": lambda model, inputs: Rounded(model), "absent": refuse}
+    inference = {
+        "good": lambda model, inputs: Rounded(model),
+        "idle": lambda model, inputs: model,
+        "absent": refuse,
+    }
     monkeypatch.setattr(adapters, "TRAINING", training)
     monkeypatch.setattr(adapters, "INFERENCE", inference)
 
@@ -56,14 +60,16 @@ def test_peers_take_turns_with_float32_and_failures_have_a_reason():
 def test_inference_says_how_far_the_output_is_from_float(tmp_path):
     own = f"{measure.OURS}: int8, eager"
     before, path = torch.get_num_threads(), tmp_path / "found.json"
-    arguments = ["--inference", "good", own, "--models", "encoder", "--shrink", "8"]
+    arguments = ["--inference", "good", own, "idle", "--models", "encoder", "--shrink", "8"]
     try:
         found = measure.main([*arguments, "--rounds", "2", "--threads", "1", "--json", str(path)])
     finally:
         torch.set_num_threads(before)
     assert found[1]["error"] == pytest.approx(0.1)
     assert 0 < found[2]["error"] < 0.1
-    assert [entry["peer"] for entry in json.loads(path.read_text())] == ["float32", "good", own]
+    assert found[3]["failed"].endswith("its output is that of the float model")
+    names = [entry["peer"] for entry in json.loads(path.read_text())]
+    assert names == ["float32", "good", own, "idle"]
 
 
 def test_a_speed_up_is_the_inverse_of_a_ratio(monkeypatch):

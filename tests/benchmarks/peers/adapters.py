@@ -25,7 +25,7 @@ def torchao_pt2e(model: nn.Module, inputs: Tensor) -> nn.Module:
     from torchao.quantization.pt2e import move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    graph = torch.export.export(model, (inputs,)).module()
+    graph = _exported(model, inputs)
     prepared = prepare_qat_pt2e(graph, _x86_quantizer(is_qat=True))
     move_exported_model_to_train(prepared)
     # An exported module refuses train(); the line above did what it does.
@@ -76,7 +76,7 @@ def torchao_inductor(model: nn.Module, inputs: Tensor) -> Runner:
     import torch._inductor.config as inductor
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    graph = torch.export.export(model, (inputs,)).module()
+    graph = _exported(model, inputs)
     prepared = prepare_pt2e(graph, _x86_quantizer(is_qat=False))
     prepared(inputs)
     converted = convert_pt2e(prepared)
@@ -143,6 +143,11 @@ def onnxruntime_qdq(model: nn.Module, inputs: Tensor) -> Runner:
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     return lambda batch: session.run(None, {"input": batch.numpy()})[0]
+
+
+def _exported(model: nn.Module, inputs: Tensor) -> nn.Module:
+    # torchao looks for what only strict tracing notes in torch 2.11, and quantizes nothing else.
+    return torch.export.export(model, (inputs,), strict=True).module()
 
 
 def _x86_quantizer(*, is_qat: bool) -> Any:
