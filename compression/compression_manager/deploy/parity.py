@@ -35,6 +35,10 @@ MODEL_TOLERANCE = 2e-2
 STEP_SHARE = 1e-3
 _STEPS = 255
 
+# Numbers so close, as a share of the largest, are the same but for the order of sums. Integers
+# of a few bits have few different sums, of which many can lie on a threshold, on either side.
+SAME_VALUE = 1e-6
+
 # Narrower types round each result (and a folded weight) by up to half their epsilon.
 _EPSILONS = 4
 
@@ -47,7 +51,8 @@ class Parity:
         layer_errors: layer -> largest absolute difference for equal input, divided by the
             largest absolute output. Layers that the input did not reach are absent.
         layer_steps: layer -> share of the output's elements that fall on another step of an
-            8-bit grid over its range, as the next layer's input would.
+            8-bit grid over its range, as the next layer's input would; differences of less than
+            `SAME_VALUE` of the largest output do not count.
         exact_layers: those whose outputs are equal to the last bit; with integer products all
             that absorbed no BatchNorm.
         output_error: root mean square difference of the model's outputs, divided by the root
@@ -231,7 +236,7 @@ def _compare(expected: list[Tensor], actual: list[Tensor], *, must_be_equal: boo
         for wanted, got in zip(expected, actual, strict=True):
             # Narrower types have fewer digits than 8 bits need.
             if wanted.dtype in (torch.float32, torch.float64) and wanted.numel():
-                distance = (_steps(wanted, wanted) - _steps(got, wanted)).abs()
+                distance = _steps_apart(wanted, got)
                 farthest = max(farthest, int(distance.max()))
                 share += float((distance > 0).sum())
                 count += wanted.numel()
@@ -243,6 +248,13 @@ def _compare(expected: list[Tensor], actual: list[Tensor], *, must_be_equal: boo
         farthest=farthest,
         must_be_equal=must_be_equal,
     )
+
+
+def _steps_apart(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return how many of 256 steps lie between the values, none between those that are the same."""
+    apart = (_steps(expected, expected) - _steps(actual, expected)).abs()
+    same = SAME_VALUE * _finite(expected).abs().max()
+    return torch.where(_difference(expected, actual).abs() <= same, 0.0, apart)
 
 
 def _steps(values: Tensor, like: Tensor) -> Tensor:

@@ -180,6 +180,26 @@ def test_inputs_that_the_model_does_not_take_are_explained():
     assert "TypeError" in str(caught.value)
 
 
+class Factor(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, input):
+        return input * self.factor
+
+
+def test_sums_on_a_rounding_threshold_may_fall_on_either_side():
+    """Every second of these integers lies in the middle between two of 256 steps over 0 to 102."""
+    trained, sums = nn.Sequential(Factor(1.0)), torch.arange(103.0).repeat(9)
+    other_order, other_value = (nn.Sequential(Factor(1 + much)) for much in (2.4e-7, 5e-6))
+    parity = check_parity(trained, other_order, [Replacement("0", other_order[0])], sums)
+    assert 0 < parity.layer_errors["0"] < 1e-6
+    assert parity.layer_steps["0"] == 0
+    with pytest.raises(ParityError, match=r"layer '0'.*up to 1 steps of 8 bits away"):
+        check_parity(trained, other_value, [Replacement("0", other_value[0])], sums)
+
+
 class SabotageConfig(PluginConfig):
     plugin = "sabotage"
 
