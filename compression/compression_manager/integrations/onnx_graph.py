@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from compression_manager.quantization import operators
@@ -49,21 +49,25 @@ def _write_formula(node: Node) -> None:
     """Write softmax(query @ key^T * scale) @ value."""
     aten = torch.ops.aten
     query, key, value = node.args[:3]
+    queries, keys, result = (item.meta["val"] for item in (query, key, node))
+    with result.fake_mode:
+        turned = keys.transpose(-2, -1)
+        # As its shape says: a product of these fixes the batch size in torch 2.11.
+        scores = result.new_empty((*result.shape[:-1], keys.shape[-2]))
     scale = node.kwargs.get("scale")
-    factor = 1.0 / math.sqrt(query.meta["val"].shape[-1]) if scale is None else scale
+    factor = 1.0 / math.sqrt(queries.shape[-1]) if scale is None else scale
     with node.graph.inserting_before(node):
-        keys = _call(node, aten.transpose.int, key, -2, -1)
-        scores = _call(node, aten.matmul.default, query, keys)
-        weights = _call(node, aten.softmax.int, _call(node, aten.mul.Tensor, scores, factor), -1)
-        result = _call(node, aten.matmul.default, weights, value)
-    node.replace_all_uses_with(result)
+        transposed = _call(node, turned, aten.transpose.int, key, -2, -1)
+        new = _call(node, scores, aten.matmul.default, query, transposed)
+        new = _call(node, scores, aten.mul.Tensor, new, factor)
+        new = _call(node, scores, aten.softmax.int, new, -1)
+        new = _call(node, result, aten.matmul.default, new, value)
+    node.replace_all_uses_with(new)
     node.graph.erase_node(node)
 
 
-def _call(node: Node, target: Any, *args: Any) -> Node:
+def _call(node: Node, value: Tensor, target: Any, *args: Any) -> Node:
     """Insert a call before `node`, with the value that exporters ask it for."""
     new = node.graph.call_function(target, args)
-    values = fx.map_arg(args, lambda item: item.meta["val"])
-    with node.meta["val"].fake_mode:
-        new.meta["val"] = target(*values)
+    new.meta["val"] = value
     return new

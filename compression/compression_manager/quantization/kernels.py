@@ -159,8 +159,11 @@ def _steps(input: Tensor, grid: Grid) -> Tensor:
 
 
 def _values(code: Tensor, grid: Grid) -> Tensor:
-    """Turn integers held in floating point into real numbers, in place of them."""
-    return code.sub_(grid.zero_point).mul_(grid.scale)
+    """Return the real numbers of integers held in floating point, which are overwritten."""
+    shifted = code.sub_(grid.zero_point)
+    # Compiled by torch 2.11, an autograd function that returns what was changed in place has a
+    # gradient of zero.
+    return shifted * grid.scale if torch.compiler.is_compiling() else shifted.mul_(grid.scale)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

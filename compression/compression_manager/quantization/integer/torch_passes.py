@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -161,7 +162,7 @@ class TorchPasses(Passes):
         """Return False: the operators that torch has for this itself are faster."""
         return False
 
-    def integer_kernel(self, device: torch.device) -> str:
+    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
         """Return the name of the operator."""
         if _has_integer_product(device):
             return "torch._int_mm (scales and bias in a second pass)"
@@ -273,7 +274,7 @@ def _is_not_zero(values: Tensor) -> Tensor:
 
 def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tuple[Tensor, Tensor]:
     """Return int32 sums and, for each column, what is to be subtracted for the zero point."""
-    if codes.device.type != "cpu":  # where only signed integers are taken
+    if codes.device.type != "cpu" or not _multiplies_unsigned():
         # Flipping the highest bit subtracts 128.
         codes, zero_point = (codes ^ 128).view(torch.int8), zero_point - 128
     codes, weight = codes.contiguous(), weight.contiguous()
@@ -283,6 +284,16 @@ def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tu
     left = codes.as_strided((rows, depth), (depth, 1))
     right = weight.as_strided((depth, columns), (1, depth) if depth > 1 else (columns, 1))
     return torch._int_mm(left, right), zero_point * weight.sum(1, dtype=torch.int32)
+
+
+@cache
+def _multiplies_unsigned() -> bool:
+    """Return whether torch multiplies unsigned integers on the CPU, which 2.11 refuses."""
+    try:
+        torch._int_mm(torch.ones(1, 1, dtype=torch.uint8), torch.ones(1, 1, dtype=torch.int8))
+    except RuntimeError:
+        return False
+    return True
 
 
 def _exact(codes: Tensor, zero_point: int) -> Tensor:

@@ -50,8 +50,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         for student_slice, teacher_slice in zip(slices(student), slices(teacher), strict=True):
             log_student = _log_softmax(student_slice, of_student)
             log_teacher = _log_softmax(teacher_slice, of_teacher)
-            value += divergence.value(log_student, log_teacher)
-            total_slope += divergence.slope(log_student, log_teacher).sum(-1)
+            # Not in place: compiled by torch 2.11, what is returned then has a gradient of zero.
+            value = value + divergence.value(log_student, log_teacher)
+            total_slope = total_slope + divergence.slope(log_student, log_teacher).sum(-1)
         context.save_for_backward(student, teacher, *of_student, *of_teacher, total_slope)
         context.slices, context.divergence = slices, divergence
         return value
