@@ -48,21 +48,20 @@ def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
         groups: of channels.
         packs: as for `convolve`.
     """
-    convolver = _convolver(passes, groups)
-    if _takes_onednn(convolver, packs):
+    chosen = convolver(passes, groups)
+    if _takes_onednn(chosen, packs):
         return f"onednn.qconv_pointwise ({_FUSED})"
-    return convolver.integer_kernel(torch.device("cpu"))
+    return chosen.integer_kernel(torch.device("cpu"), convolves=True)
 
 
-def training_convolver(passes: Passes, groups: int) -> Passes:
-    """Return whose kernels convolve in training, as the rule asks: torch's, if oneDNN's do.
+def convolver(passes: Passes, groups: int) -> Passes:
+    """Return whose kernels convolve in training, as the rule asks.
 
     Args:
         passes: as for `convolve`.
         groups: of channels.
     """
-    convolver = _convolver(passes, groups)
-    return TORCH if _takes_onednn(convolver, packs=False) else convolver
+    return _multiplier(passes) if groups == 1 else TORCH
 
 
 def linear(
@@ -136,12 +135,12 @@ def convolve(
         float32 (N, out channels, *spatial'), in the memory format of the input.
     """
     _check_terms(input.codes.shape[1], weight.codes.shape[1] * geometry.groups)
-    convolver = _convolver(passes, geometry.groups)
-    if _takes_onednn(convolver, packs):
+    chosen = convolver(passes, geometry.groups)
+    if _takes_onednn(chosen, packs):
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     codes, zero_point = _unsigned(input.codes, input.zero_point)
     scale = input.scale * weight.scale
-    return convolver.convolve_integers(codes, weight.codes, int(zero_point), scale, bias, geometry)
+    return chosen.convolve_integers(codes, weight.codes, int(zero_point), scale, bias, geometry)
 
 
 def _check_terms(found: int, expected: int) -> None:
@@ -157,14 +156,9 @@ def _multiplier(passes: Passes) -> Passes:
     return passes if passes.supports_integers() else TORCH
 
 
-def _convolver(passes: Passes, groups: int) -> Passes:
-    return _multiplier(passes) if groups == 1 else TORCH
-
-
-def _takes_onednn(convolver: Passes, packs: bool) -> bool:
-    """Return whether oneDNN convolves: for want of others, for later calls, or by AMX."""
-    features = cpu_features()
-    return features.vnni and (packs or features.amx or convolver is TORCH)
+def _takes_onednn(chosen: Passes, packs: bool) -> bool:
+    """Return whether oneDNN convolves: for later calls, or for want of others."""
+    return cpu_features().vnni and (packs or chosen is TORCH)
 
 
 def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:

@@ -29,7 +29,7 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import training_convolver
+from compression_manager.quantization.integer.products import convolver
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.integer.weights import integer_weight, quantizes_rows
@@ -138,7 +138,7 @@ def _decide(
             size, multiplier = linear_size(input, weight.shape), passes
         else:
             size = convolution_size(convolution, input)
-            multiplier = training_convolver(passes, convolution.groups)
+            multiplier = convolver(passes, convolution.groups)
         decision = decide(options, input, weight, size, multiplier, training=quantizer.training)
     remember(part, decision)
     return decision

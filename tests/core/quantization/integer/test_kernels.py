@@ -86,8 +86,8 @@ class Fast(FastPasses):
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def integer_kernel(self, device: torch.device) -> str:
-        return f"fast on {device}"
+    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
+        return f"fast on {device}" + ", convolving" * convolves
 
     def convolve_integers(self, *arguments: Any) -> Tensor:
         self.asked.append("convolve_integers")
@@ -100,15 +100,11 @@ def test_passes_that_multiply_fast_name_their_own_kernel() -> None:
     assert cuda.partition(" (")[0] == "torch._int_mm"
 
 
-@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("packs", [False, True])
-def test_passes_that_multiply_fast_convolve_in_training_where_onednn_has_no_amx(
-    vnni: bool, amx: bool, packs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _pretend(monkeypatch, CpuFeatures(vnni=vnni, amx=amx))
-    fast, by_onednn = Fast(), vnni and (amx or packs)
+def test_passes_that_multiply_fast_convolve_in_training(vnni: bool, packs: bool) -> None:
+    fast, by_onednn = Fast(), vnni and packs
     kernel = products.convolution_kernel(fast, 1, packs=packs)
-    assert (kernel == "fast on cpu") != by_onednn
+    assert (kernel == "fast on cpu, convolving") != by_onednn
     products.convolve(*_operands(5, 5), None, GEOMETRY, fast, packs=packs)
     assert fast.asked == ([] if by_onednn else ["convolve_integers"])
 
@@ -118,12 +114,7 @@ def test_passes_that_multiply_fast_leave_groups_to_others(vnni: bool) -> None:
     assert kernel.partition(" (")[0] == ("onednn.qconv_pointwise" if vnni else EXACT)
 
 
-@pytest.mark.parametrize("amx", [False, True])
-def test_the_rule_asks_whose_kernels_convolve_in_training(
-    vnni: bool, amx: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _pretend(monkeypatch, CpuFeatures(vnni=vnni, amx=amx))
+def test_the_rule_asks_whose_kernels_convolve_in_training() -> None:
     fast = Fast()
-    by_onednn = vnni and amx
-    assert products.training_convolver(fast, 1) is (TORCH if by_onednn else fast)
-    assert products.training_convolver(fast, 2) is TORCH
+    assert products.convolver(fast, 1) is fast
+    assert products.convolver(fast, 2) is TORCH

@@ -157,9 +157,10 @@ void multiply_rows(const Product& product) {
 
 using namespace native;
 
-// The instructions by which `multiply_integers` is worth its while; null if it is not.
-EXPORT const char* integer_instructions() {
-  if (has_amx()) {
+// The instructions by which `multiply_integers`, or `convolve_integers`, is worth its while; null if it
+// is not.
+EXPORT const char* integer_instructions(bool convolves) {
+  if (!convolves && has_amx()) {
     return "AMX";
   }
   return Quads::is_fast() ? "VNNI" : Pairs::is_fast() ? "AVX2" : nullptr;

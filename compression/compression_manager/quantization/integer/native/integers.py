@@ -30,16 +30,16 @@ class NativeIntegers(Passes):
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
-        instructions = functions.integer_instructions()
-        self._instructions: str | None = instructions and instructions.decode()
+        self._multiplies_by = _instructions(functions, convolves=False)
+        self._convolves_by = _instructions(functions, convolves=True)
 
     def supports_integers(self) -> bool:
         """Return whether there are instructions by which these products are the fastest."""
-        return self._instructions is not None
+        return self._multiplies_by is not None
 
-    def integer_kernel(self, device: torch.device) -> str:
+    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
         """See `Passes.integer_kernel`."""
-        instructions = self._instructions or "plain"
+        instructions = (self._convolves_by if convolves else self._multiplies_by) or "plain"
         return f"the native {instructions} product (scales, zero point and bias fused)"
 
     def multiply_integers(
@@ -112,6 +112,11 @@ class NativeIntegers(Passes):
         )
         require_none(problem)
         return output
+
+
+def _instructions(functions: ctypes.CDLL, *, convolves: bool) -> str | None:
+    found: bytes | None = functions.integer_instructions(convolves)
+    return None if found is None else found.decode()
 
 
 def _in_units(weight: Tensor, unit: int) -> Tensor:

@@ -33,7 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *[_size, _size, _size, _integer, _pointer],
         ],
     ),
-    "integer_instructions": (ctypes.c_char_p, []),
+    "integer_instructions": (ctypes.c_char_p, [_bool]),
     "multiply_integers": (
         ctypes.c_char_p,
         [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],

@@ -148,11 +148,14 @@ def test_the_result_is_float32_whatever_the_default_is(passes: NativePasses) -> 
 def test_the_instructions_are_the_best_that_there_are(passes: NativePasses) -> None:
     features, capability = cpu_features(), torch.backends.cpu.get_cpu_capability()
     best = {"AVX2": "AVX2", "AVX512": "VNNI" if features.vnni else None}.get(capability)
+    cpu = torch.device("cpu")
+    if best is not None:
+        assert f"the native {best} product" in passes.integer_kernel(cpu, convolves=True)
     if features.amx and torch.backends.mkldnn.is_available():
         best = "AMX"
     assert passes.supports_integers() == (best is not None)
     if best is not None:
-        assert f"the native {best} product" in passes.integer_kernel(torch.device("cpu"))
+        assert f"the native {best} product" in passes.integer_kernel(cpu)
 
 
 def test_plain_operations_leave_integers_to_others() -> None:
