@@ -7,6 +7,7 @@ SEEDS ?= 1
 DATA ?=
 MACHINE ?=
 WORKERS ?= 2
+TORCH ?= 2.10.0
 
 THREADS ?= $(shell nproc)
 SECONDS_PER_MODEL ?= 180
@@ -15,8 +16,8 @@ RESULTS := runs/benchmarks
 
 .PHONY: help venv demo study distillation-study tables bench bench-rule bench-training \
 	bench-profile bench-inference bench-hooks bench-roofline bench-peers performance \
-	bench-teacher bench-distillation test test-slow test-cuda conformance check docs reference \
-	readme
+	bench-teacher bench-distillation test test-slow test-torch test-cuda conformance check docs \
+	reference readme
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -83,6 +84,15 @@ test: $(STAMP)  ## the quick test suite, under 8 minutes on 2 cores
 
 test-slow: $(STAMP)  ## the tests that build, install, kill and study; about four minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 -m slow --ignore tests/conformance/test_compilers.py tests
+
+# Constraints are those of the newest torch; warnings are the older one's own.
+test-torch: $(STAMP)  ## the quick suite with another torch, by default the oldest; TORCH=<version>
+	test -x build/torch-$(TORCH)/bin/python || $(PYTHON) -m venv build/torch-$(TORCH)
+	grep -v '^torch==' constraints.txt > build/torch-$(TORCH)/constraints.txt
+	build/torch-$(TORCH)/bin/python -m pip install --quiet torch==$(TORCH)
+	build/torch-$(TORCH)/bin/python -m pip install --quiet \
+		--constraint build/torch-$(TORCH)/constraints.txt --editable '.[dev,examples]'
+	build/torch-$(TORCH)/bin/python -m pytest -n 2 -o filterwarnings=default
 
 test-cuda: $(STAMP)  ## the tests that need a GPU; install a CUDA build of torch first
 	$(BIN)/python -m pytest -m "" tests/cuda

@@ -158,7 +158,8 @@ def test_a_missing_file_names_its_neighbours(write) -> None:
         ("plugins: {a: {}}\nseed: 4294967296", ["seed"]),
         ("plugins: {a: {}}\nseed: abc", ["seed", "'abc'"]),
         ("&a [*a]", ["recipe.yaml"]),
-        ("plugins: " + "[" * 200_000, ["nested deeper than 50 levels"]),
+        ("plugins: " + "[" * 200_000, ["nest"]),  # PyYAML 6.0.4 refuses it itself
+        ("plugins: " + "[" * 900, ["nested deeper than 50 levels"]),
         ("plugins: " + "{a: " * 1000 + "}" * 1000, ["nested deeper than 50 levels"]),
         ("plugins:\n" + "".join(" " * n + "a:\n" for n in range(1, 500)), ["nested deeper"]),
         ("plugins: {a: {x: '" + "${" * 5000 + "'}}", ["recipe.yaml"]),
@@ -202,7 +203,7 @@ def test_a_folder_is_no_recipe(tmp_path) -> None:
         ("plugins.qat.skip[7]=a", ["does not fit", "range"]),
         ("plugins.qat.skip.first=a", ["does not fit"]),
         ("plugins.qat.bits=[", ["does not fit", "line "]),
-        ("plugins.qat.bits=" + "[" * 200_000, ["nested deeper"]),
+        ("plugins.qat.bits=" + "[" * 200_000, ["nest"]),
         ("plugins.qat.bits=!!python/name:os.system ''", ["does not fit"]),
     ],
 )
