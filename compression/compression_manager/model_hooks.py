@@ -1,4 +1,4 @@
-"""Forward hooks that leave no trace: removed at close, absent from copies."""
+"""Forward hooks that leave no trace: removed at close, absent from copies and pickles."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.utils.hooks import RemovableHandle
 
 
 class _DetachableHook:
-    """Calls `function`; a deep copy of the module that holds it gets an inert one.
+    """Calls `function`; a copy or a pickle of the module that holds it gets an inert one.
 
-    torch deep-copies hooks together with their module, and a copied bound method would
+    torch copies and pickles hooks together with their module, and a copied bound method would
     drag a copy of the plugin (and its teacher) along and fire into a list nobody reads.
     """
 
@@ -22,8 +22,8 @@ class _DetachableHook:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return None if self.function is None else self.function(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _DetachableHook:
-        return _DetachableHook(None)
+    def __reduce__(self) -> tuple[type[_DetachableHook], tuple[None]]:
+        return _DetachableHook, (None,)
 
 
 class ModelHooks:

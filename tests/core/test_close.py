@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -182,17 +183,27 @@ def test_copy_of_a_prepared_model_has_no_working_hooks() -> None:
     assert seen == ["before", "after"]
 
 
-def test_copied_hooks_do_not_drag_the_plugin_along() -> None:
+def test_copied_and_pickled_hooks_do_not_drag_the_plugin_along() -> None:
+    calls: list[Any] = []
+
     class Heavy:
         def __deepcopy__(self, memo: Any) -> Any:
             raise AssertionError("copied")
 
-        def hook(self, *args: Any) -> None: ...
+        def __getstate__(self) -> Any:
+            raise AssertionError("pickled")
+
+        def hook(self, *args: Any) -> None:
+            calls.append(args)
 
     def prepare_model(self: Any, context: Any) -> None:
         context.model_hooks.add_forward_hook(context.model, Heavy().hook)
 
-    copy.deepcopy(prepare_compression(toys.mlp(), [probe(prepare_model=prepare_model)]).model)
+    model = prepare_compression(toys.mlp(), [probe(prepare_model=prepare_model)]).model
+    inputs = toys.vectors().tensors[0]
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(inputs), model(inputs))
+    assert len(calls) == 2
 
 
 def test_training_can_be_repeated_before_closing() -> None:
