@@ -62,15 +62,16 @@ def bar_chart(
         panel.barh(names, medians, xerr=errors, color=BLUE, ecolor="#222222", height=0.62)
         for index, (key, median) in enumerate(zip(names, medians, strict=True)):
             shown = f"{median:.2f}" if median < 100 else f"{median:,.0f}"
+            aim = (bars or {}).get((name, key))
             panel.annotate(
                 shown,
-                (values[key][2], index),
+                (max(values[key][2], aim or 0.0), index),
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
                 fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
-            aim = (bars or {}).get((name, key))
             if aim is not None:
                 panel.plot([aim, aim], [index - 0.4, index + 0.4], color=RED, linewidth=2)
         if reference is not None:
