@@ -6,6 +6,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from torch.utils.data import DataLoader
+
+from compression_manager.batch_identity import identity_of
 from compression_manager.errors import CheckpointMismatchError, LifecycleError
 from compression_manager.state import capture_random_state, restore_random_state
 from compression_manager.tracking import Tracked, is_stateful
@@ -18,7 +21,9 @@ class LoaderPosition:
 
     A position in mid-epoch is restored by drawing the epoch's batches again from the random
     state of its start, dropping those that were consumed, and then restoring the random state
-    of the save. A tracked loader that keeps its own state continues by itself.
+    of the save. A tracked loader that keeps its own state continues by itself. Whether the batches
+    are the same again shows in the last one: `zip` and others begin with a loader before `start`
+    can set the random state, and draw from generators that nobody sees.
 
     Args:
         tracked: its `dataloader` is the loader of loops that do not use `steps`.
@@ -35,6 +40,7 @@ class LoaderPosition:
         self.in_progress = False
         self._tracked = tracked
         self._loader: object = None
+        self._last_batch: str | None = None
         self._starts_in_epoch = 0
         self._epoch_start: dict[str, Any] | None = None
         self._saved: dict[str, Any] | None = None
@@ -51,6 +57,7 @@ class LoaderPosition:
         self.in_progress = False
         self._starts_in_epoch = 0
         self._epoch_start = None
+        self._last_batch = None
 
     def start(self, loader: Iterable[Batch]) -> Iterator[Batch]:
         """Return the loader's iterator, past the batches that an earlier run consumed.
@@ -74,9 +81,14 @@ class LoaderPosition:
         self.in_progress = True
         return batches
 
+    def passed_on(self, batch: object) -> None:
+        """Remember the batch that training is about to get, before it may change it in place."""
+        self._last_batch = identity_of(batch)
+
     def finish(self) -> None:
         """All batches of the epoch were consumed."""
         self.in_progress = False
+        self._last_batch = None
 
     def restore_generators(self) -> None:
         """Set the generators of the tracked loader to their saved states, if it is known."""
@@ -111,7 +123,11 @@ class LoaderPosition:
         """Return the random state of the epoch's start and the present one."""
         if self._saved is not None and (self.must_start or not self._generators_are_restored):
             return self._saved
-        return {"epoch_start": self._epoch_start, **self._capture()}
+        return {
+            "epoch_start": self._epoch_start,
+            "last_batch": self._last_batch,
+            **self._capture(),
+        }
 
     @staticmethod
     def check_state(state: Mapping[str, Any], *, consumed: int) -> None:
@@ -135,13 +151,17 @@ class LoaderPosition:
         consumed, self.consumed = self.consumed, 0
         self.skipped = consumed
         self._epoch_start = saved["epoch_start"]
-        if loader is self._tracked.get("dataloader") and is_stateful(loader):
+        tracked = self._tracked.get("dataloader")
+        if is_stateful(tracked) and any(item is tracked for item in _loaders_in(loader)):
             batches: Iterator[Batch] = iter(loader)
         else:
             restore_random_state(saved["epoch_start"]["random"])
             self._set_generators(saved["epoch_start"]["generators"])
             batches = iter(loader)
-            _drop(batches, consumed)
+            last = identity_of(_drop(batches, consumed))
+            if saved.get("last_batch") not in (None, last) and not _is_persistent(loader):
+                _warn_of_other_batches(loader)
+        self._last_batch = saved.get("last_batch")
         self._set_generators(saved["generators"])
         restore_random_state(saved["random"])
         return batches
@@ -155,7 +175,7 @@ class LoaderPosition:
     def _generators(self) -> list[Any]:
         """Return the distinct torch generators that the loaders and their samplers draw from."""
         found = {}
-        for loader in (self._loader, self._tracked.get("dataloader")):
+        for loader in (*_loaders_in(self._loader), self._tracked.get("dataloader")):
             batch_sampler = getattr(loader, "batch_sampler", None)
             owners = (
                 loader,
@@ -182,8 +202,31 @@ class LoaderPosition:
             generator.set_state(state)
 
 
+def _loaders_in(loader: object) -> list[object]:
+    """Return the loader, and those that it holds, as a progress bar does."""
+    if isinstance(loader, DataLoader):
+        return [loader]
+    held = getattr(loader, "__dict__", {}).values()
+    return [loader, *(value for value in held if isinstance(value, DataLoader))]
+
+
+def _is_persistent(loader: object) -> bool:
+    return any(getattr(item, "persistent_workers", False) for item in _loaders_in(loader))
+
+
+def _warn_of_other_batches(loader: object) -> None:
+    warnings.warn(
+        "training was resumed in mid-epoch, but the batches that were skipped are not those that "
+        "it had consumed, so that some samples come twice and others not at all. steps got "
+        f"{type(loader).__name__}; give it the data loader itself rather than what zip or islice "
+        "makes of it, register the loader with manager.track(dataloader=loader), and let data sets "
+        "draw random numbers from torch, numpy or random.",
+        stacklevel=5,
+    )
+
+
 def _warn_of_persistent_workers(loader: object) -> None:
-    if getattr(loader, "persistent_workers", False):
+    if _is_persistent(loader):
         warnings.warn(
             "the data loader's persistent workers keep random states of their own, which no "
             "checkpoint holds: if the data set draws random numbers, the resumed run draws others. "
@@ -192,13 +235,17 @@ def _warn_of_persistent_workers(loader: object) -> None:
         )
 
 
-def _drop(batches: Iterator[object], count: int) -> None:
+def _drop(batches: Iterator[object], count: int) -> object:
+    """Skip `count` batches, at least one, and return the last."""
+    batch = _END
     for dropped in range(count):
-        if next(batches, _END) is _END:
+        batch = next(batches, _END)
+        if batch is _END:
             raise CheckpointMismatchError(
                 f"the checkpoint was saved after {count} batches of an epoch, but the data "
                 f"loader ended after {dropped}; resume with the loader that was trained with."
             )
+    return batch
 
 
 _END = object()

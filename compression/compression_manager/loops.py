@@ -103,6 +103,7 @@ class TrainingLoops(TrainingEvents):
             empty = consumed == 0
             for step, batch in enumerate(position.start(loader), start=consumed):
                 empty = False
+                position.passed_on(batch)
                 self.on_step_begin(step)
                 present = self._step_of_loop = self._lifecycle.steps_begun
                 try:
