@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import openvino
 import torch
 
+from compression_manager.errors import ConfigError
 from compression_manager.integrations.graph_inputs import Feed, called_as_model
 
 
@@ -42,11 +44,23 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         settings["LP_TRANSFORMS_MODE"] = False
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model), "CPU", settings)
-    names = [item.get_any_name() for item in compiled.inputs]
-    request = compiled.create_infer_request()
+    dtypes = {item.get_any_name(): item.get_element_type().to_dtype() for item in compiled.inputs}
+    own = threading.local()  # a request computes for one thread at a time, without a word
 
     def compute(feed: Feed) -> list[Any]:
-        results = request.infer(feed, share_inputs=True)
+        _check_dtypes(feed, dtypes)
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        results = own.request.infer(feed, share_inputs=True)
         return [results[index] for index in range(len(compiled.outputs))]
 
-    return called_as_model(names, compute)
+    return called_as_model(list(dtypes), compute)
+
+
+def _check_dtypes(feed: Feed, dtypes: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an input of another dtype, which OpenVINO would convert."""
+    for name, array in feed.items():
+        if array.dtype != dtypes[name]:
+            raise ConfigError(
+                f"the exported model takes {name} as {dtypes[name]}, got {array.dtype}."
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,28 @@ def test_inputs_that_stay_in_float32_are_not_quantized_by_the_runtime(
     with torch.no_grad():
         expected = converted(inputs)
     assert (run(inputs) - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_threads_share_a_loaded_model(written: WrittenOnce) -> None:
+    run = deploy.load_exported(written.result.path, int8=False)
+    batches = [VECTORS * factor for factor in (1.0, 2.0, 3.0, 4.0)]
+    expected = [run(batch) for batch in batches]
+    wrong: list[int] = []
+
+    def ask(number: int) -> None:
+        for _ in range(200):
+            if not torch.equal(run(batches[number]), expected[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_inputs_of_another_dtype_are_refused(written: WrittenOnce) -> None:
+    run = deploy.load_exported(written.result.path)
+    with pytest.raises(ConfigError, match="takes input as float32, got float64"):
+        run(VECTORS.double())

@@ -131,6 +131,26 @@ def test_an_embedding_looks_up_rows_of_the_whole_weight(
         assert torch.equal(converted(indices), table[indices])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("indices", "error"),
+    [
+        (torch.tensor([1, -1]), IndexError),
+        (torch.tensor([6]), IndexError),
+        (torch.tensor([1, 0, 0, 0, 0, 0], dtype=torch.uint8), RuntimeError),
+        (torch.ones(6, dtype=torch.bool), RuntimeError),
+    ],
+)
+def test_an_embedding_refuses_the_indices_that_the_float_layer_refuses(
+    bits: int, indices: Tensor, error: type[Exception]
+) -> None:
+    layer = nn.Embedding(6, 4)
+    scheme = QuantizationScheme(bits=bits, granularity="channel", axis=0)
+    for lookup in (layer, filled(layer, scheme)):
+        with pytest.raises(error):
+            lookup(indices)
+
+
 def test_an_embedding_unpacks_only_the_rows_that_are_looked_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
@@ -90,19 +91,23 @@ class WeightFormat:
 
         Args:
             tensors: suffix of the name -> tensor.
-            rows: integers, (count,).
+            rows: int32 or int64, (count,).
             dtype: floating-point type of the result.
+
+        Raises:
+            IndexError: a number of no row. As an index, a negative one would count from the end.
+            RuntimeError: another dtype. As an index, uint8 would be a mask.
         """
         scheme, (height, width) = self.scheme, self.shape
-        selected = dict(tensors)
-        if scheme.group_size is not None or (scheme.axis is not None and scheme.axis % 2 == 0):
-            selected |= {name: tensors[name][rows] for name in self.value_suffixes()[1:]}
         if self.is_packed and width * scheme.bits % 8 == 0:
             # Every row begins with a byte of its own.
             packed = tensors[INTEGERS].reshape(height, packed_length(width, scheme.bits))
-            codes = unpack_bits(packed[rows], scheme.bits, width)
+            codes = unpack_bits(F.embedding(rows, packed), scheme.bits, width)
         else:
-            codes = self._codes(tensors[INTEGERS])[rows]
+            codes = F.embedding(rows, self._codes(tensors[INTEGERS]))
+        selected = dict(tensors)
+        if scheme.group_size is not None or (scheme.axis is not None and scheme.axis % 2 == 0):
+            selected |= {name: tensors[name][rows] for name in self.value_suffixes()[1:]}
         return self._dequantize(codes, selected, dtype)
 
     def integers(self, tensors: Mapping[str, Tensor]) -> Tensor:
