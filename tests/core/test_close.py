@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import parametrizations, parametrize
 
 import toys
 from compression_manager import (
@@ -204,6 +205,21 @@ def test_copied_and_pickled_hooks_do_not_drag_the_plugin_along() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(inputs), model(inputs))
     assert len(calls) == 2
+
+
+def test_a_layer_that_was_parametrized_after_preparing_is_given_back_so() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    manager = prepare_compression(model, [QATConfig()])
+    parametrizations.weight_norm(model[0])
+    inputs = toys.vectors().tensors[0]
+    expected = model(inputs)
+    manager.close()
+    assert isinstance(model[0], torch.nn.Linear)
+    assert type(model[0]).__name__ == "ParametrizedLinear"
+    assert torch.equal(model(inputs), expected)
+    parametrize.remove_parametrizations(model[0], "weight")
+    assert type(model[0]) is torch.nn.Linear
+    torch.testing.assert_close(model(inputs), expected)
 
 
 def test_training_can_be_repeated_before_closing() -> None:

@@ -34,7 +34,10 @@ class FakeQuantizer(PhaseBuffers, ABC):
     Attributes:
         scheme: how the tensor is quantized.
         site: which tensor of which layer it is.
+        called_in_eval_mode: whether it met an input in eval mode that it had no range for.
     """
+
+    called_in_eval_mode = False
 
     def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
         super().__init__()
@@ -185,7 +188,11 @@ class ObservedFakeQuantizer(FakeQuantizer):
         return float(self._buffer("scale")), int(self._buffer("zero_point"))
 
     def _follows(self) -> bool:
-        return self._phase.observing and self.training and not runs_backward()
+        if not self._phase.observing or runs_backward():
+            return False
+        if not self.training and not self._calibrated and not torch.compiler.is_compiling():
+            self.called_in_eval_mode = True
+        return self.training
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes now, as tensors of their own.

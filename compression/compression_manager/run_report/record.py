@@ -102,7 +102,7 @@ def _why_unknown(quantizer: FakeQuantizer, weight: Tensor | None) -> str | None:
     # Asking an observer earlier would already bring the quantizer's buffers up to date.
     if not quantizer.phase.quantizing:
         return "fake quantization has not begun"
-    return None if quantizer.is_calibrated() else "training never used the layer"
+    return None if quantizer.is_calibrated() else "no training step called the layer in train mode"
 
 
 def _extremes(values: Tensor) -> list[float | str | int]:

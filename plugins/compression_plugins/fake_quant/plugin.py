@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,9 @@ from compression_manager.quantization.integer.weights import forget_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.plan import plan_model
+
+# Names of layers in a message.
+_SHOWN = 5
 
 
 class QATPlugin(FakeQuantPlugin[QATConfig]):
@@ -87,6 +91,7 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             QuantizationError: fake quantization has not begun, or nothing was observed.
         """
         self._check_trained(conversion.model)
+        self._warn_of_float_inputs(conversion.model)
         super().convert_model(conversion)
 
     # Internals -------------------------------------------------------------------------------
@@ -108,6 +113,26 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             raise QuantizationError(
                 f"plugin '{self.name}': no layer has observed the range of its input; observers "
                 f"start at {self.config.observe_at}. Train on before converting."
+            )
+
+    def _warn_of_float_inputs(self, model: nn.Module) -> None:
+        """Tell which layers have no range for their input, although they are used."""
+        unseen = [
+            f"'{name}'"
+            for name, layer in self._layers(model).items()
+            if any(
+                quantizer.called_in_eval_mode and not quantizer.is_calibrated()
+                for quantizer in layer.input_quantizers()
+            )
+        ]
+        if unseen:
+            shown, more = ", ".join(unseen[:_SHOWN]), len(unseen) - _SHOWN
+            warnings.warn(
+                f"plugin '{self.name}': {shown}{f' and {more} more layers' if more > 0 else ''} were "
+                "called in eval mode only, so that the range of their input is unknown and stays "
+                "float. Call them in train mode in some steps (their parameters may be frozen), or "
+                "leave them out with LayerRule(layer=..., skip=True).",
+                stacklevel=2,
             )
 
     def _freeze_batch_norm(self, context: Context) -> None:

@@ -196,7 +196,26 @@ def test_a_layer_that_training_never_used_is_converted_without_input_range():
     model.eval()
     assert torch.equal(layer(VECTORS), model["unused"](VECTORS))
     detail = {item.name: item.detail for item in manager.report().layers}["unused"]
-    assert "training never used the layer" in detail
+    assert "no training step called it in train mode" in detail
+
+
+def test_a_backbone_that_stays_in_eval_mode_is_told():
+    backbone = nn.Sequential(*(nn.Linear(6, 6) for _ in range(7)))
+    model = nn.Sequential(backbone, nn.Linear(6, 4))
+    manager = prepare_compression(model, [QATConfig()])
+    for _ in manager.epochs(1):
+        for _, batch in manager.steps([VECTORS] * 3):
+            model.train()
+            backbone.eval()
+            manager.on_after_compute_loss(batch, None, model(batch).mean()).backward()
+            manager.on_before_optimizer_step()
+            manager.on_after_optimizer_step()
+    with pytest.warns(
+        UserWarning, match=r"'0\.0', .*'0\.4' and 2 more layers were called in eval mode"
+    ):
+        converted = manager.convert(VECTORS)
+    assert converted[0][0].spec.input is None
+    assert converted[1].spec.input is not None
 
 
 @pytest.mark.parametrize("steps", [0, 1])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.weights import forget_weights
@@ -183,7 +184,17 @@ def restore_layer(layer: QuantizedLayer) -> None:
     for name in list(_quantizer_names(layer)):
         delattr(layer, name)
     vars(layer).pop("product_options", None)
-    layer.__class__ = layer.float_class  # type: ignore[assignment]  # mypy allows no class change
+    restored = _float_class_of(layer)
+    layer.__class__ = restored  # type: ignore[assignment]  # mypy allows no class change
+
+
+def _float_class_of(layer: QuantizedLayer) -> type[nn.Module]:
+    if not parametrize.is_parametrized(layer):
+        return layer.float_class
+    # Registered later than the layer was prepared, torch derived a class of it, which has the
+    # computed tensors as properties.
+    name = f"Parametrized{layer.float_class.__name__}"
+    return type(name, (layer.float_class,), dict(vars(type(layer))))
 
 
 def _quantizer_names(layer: QuantizedLayer) -> Iterator[str]:
