@@ -12,13 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from compression_manager.deploy.compiling import compile_now, traced_for_compiler
 from compression_manager.deploy.formats import FORMATS
 from compression_manager.deploy.reference import Reference
-from compression_manager.deploy.tracing import batch_size, trace, with_batch
+from compression_manager.deploy.tracing import arguments_of, batch_size, trace, with_batch
 from compression_manager.errors import ConfigError, suggest
+from compression_manager.integrations.graph_inputs import constants_of, without_constants
+from compression_manager.model_call import call_model, quiet_evaluation
 
 Runner = Callable[..., Any]
 
@@ -51,12 +53,25 @@ class Source:
         return content
 
     def structured(self, run: Runner) -> Runner:
-        """Let `run`, which returns a tensor or a tuple, return what the model returns."""
+        """Let `run`, which takes tensors and returns one or a tuple, be called as the model is.
+
+        Raises:
+            ConfigError: what the model returns beside tensors depends on the batch.
+        """
         leaves, structure = tree_flatten(self.reference.output)
         is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
+        if not all(is_tensor):
+            self._require_constant([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
+        constants = constants_of(*arguments_of(self.reference.inputs))
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            output = run(*args, **kwargs)
+            given = constants_of(args, kwargs)
+            if repr(given) != repr(constants):
+                raise ConfigError(
+                    "this route computes with the arguments that it was measured with, beside "
+                    f"tensors: {constants or 'none'}; got {given or 'none'}."
+                )
+            output = without_constants(run)(*args, **kwargs)
             tensors = iter((output,) if isinstance(output, torch.Tensor) else output)
             filled = [
                 next(tensors) if replaced else leaf
@@ -65,6 +80,18 @@ class Source:
             return tree_unflatten(filled, structure)
 
         return call
+
+    def _require_constant(self, leaves: list[Any]) -> None:
+        inputs = self.reference.inputs
+        other = with_batch(inputs, 1 if batch_size(inputs) > 1 else 2)
+        with quiet_evaluation(self.model):
+            found = tree_leaves(call_model(self.model, other))
+        others = [leaf for leaf in found if not isinstance(leaf, torch.Tensor)]
+        if repr(others) != repr(leaves):
+            raise ConfigError(
+                "what the model returns beside tensors depends on the number of samples "
+                f"({leaves} and {others}), which this route cannot compute."
+            )
 
 
 class Route(ABC):

@@ -64,7 +64,7 @@ def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> Exporte
         NotExportableError: torch.export cannot trace the model, or its graph depends on the
             batch size.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments_of(inputs)
     shapes = batch_shapes(args, kwargs)
     try:
         with quiet_evaluation(model), exporting(view):
@@ -107,7 +107,8 @@ def _first_lines(error: BaseException) -> str:
     return f"{type(error).__name__}: {text if len(text) <= 400 else text[:400] + ' ...'}"
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `model_call.call_model` calls a model with: by position and by keyword."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return inputs if isinstance(inputs, tuple) else (inputs,), {}

@@ -127,11 +127,12 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         ]
         if unseen:
             shown, more = ", ".join(unseen[:_SHOWN]), len(unseen) - _SHOWN
+            shown += f" and {more} more layers" if more > 0 else ""
             warnings.warn(
-                f"plugin '{self.name}': {shown}{f' and {more} more layers' if more > 0 else ''} were "
-                "called in eval mode only, so that the range of their input is unknown and stays "
-                "float. Call them in train mode in some steps (their parameters may be frozen), or "
-                "leave them out with LayerRule(layer=..., skip=True).",
+                f"plugin '{self.name}': {shown} were called in eval mode only, so that the range "
+                "of their input is unknown and stays float. Call them in train mode in some steps "
+                "(their parameters may be frozen), or leave them out with "
+                "LayerRule(layer=..., skip=True).",
                 stacklevel=2,
             )
 

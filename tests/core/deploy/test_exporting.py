@@ -210,6 +210,31 @@ def test_a_mapping_goes_by_name_and_without_labels(format: str, tmp_path: Path) 
     assert best.dtype == expected["best"].dtype
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        logits: Tensor = self.fc(x) / temperature
+        return logits
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_number_among_the_arguments_is_fixed(format: str, tmp_path: Path) -> None:
+    model = trained(Scaled(), VECTORS).convert()
+    path = tmp_path / f"model{SUFFIX[format]}"
+    deploy.export(model, path, format, {"x": VECTORS, "temperature": 2.0})
+    run = deploy.load_exported(path, int8=False)
+    expected = model(VECTORS, 2.0)
+    if format == "torch":
+        torch.testing.assert_close(run(x=VECTORS, temperature=2.0), expected)
+        return
+    torch.testing.assert_close(run(VECTORS), expected, rtol=0.02, atol=0.02)
+    with pytest.raises(ConfigError, match=r"got 3\.0 as temperature"):
+        run(VECTORS, temperature=3.0)
+
+
 # Refused -------------------------------------------------------------------------------------
 
 

@@ -198,6 +198,38 @@ def test_outputs_keep_the_models_structure() -> None:
     assert run(VECTORS) == expected
 
 
+class Tempered(nn.Module):
+    """Logits, and how many there are."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.fc, self.counts = nn.Linear(6, 4), counts
+
+    def forward(self, x: Tensor, temperature: float = 1.0) -> dict[str, Any]:
+        count = len(x) if self.counts else 4
+        return {"logits": self.fc(x) / temperature, "count": count, "kind": "logits"}
+
+
+def test_arguments_that_are_no_tensors_are_those_of_the_examples() -> None:
+    converted = trained(Tempered(counts=False), VECTORS).convert()
+    inputs = {"x": VECTORS, "temperature": 2.0}
+    expected = converted(**inputs)
+    source = routes.Source(converted, Reference.of(converted, inputs))
+    run = source.structured(lambda x=None, temperature=None: (expected["logits"],))
+    assert run(**inputs) == expected
+    assert run(VECTORS, 2.0) == expected
+    for arguments, shown in ((VECTORS,), "none"), ((VECTORS, 3.0), r"\[3\.0\]"):
+        with pytest.raises(ConfigError, match=rf"measured with.*\[2\.0\]; got {shown}"):
+            run(*arguments)
+
+
+def test_outputs_that_count_the_samples_are_not_those_of_the_examples() -> None:
+    converted = trained(Tempered(counts=True), VECTORS).convert()
+    source = routes.Source(converted, Reference.of(converted, VECTORS))
+    with pytest.raises(ConfigError, match="depends on the number of samples"):
+        source.structured(lambda x: (x,))
+
+
 def test_only_the_routes_that_are_named_are_measured(model: nn.Module) -> None:
     result = deploy.fastest(model, VECTORS, routes=["onnxruntime"], rounds=1)
     assert {row.route for row in result.results} == {"eager", "onnxruntime"}

@@ -34,6 +34,28 @@ def test_tensors_go_by_position_and_by_name() -> None:
     assert fed(["x", "options_y"], A, options={"y": B}) == {"x": [0, 0], "options_y": [1, 1]}
 
 
+def test_entries_of_mappings_come_in_any_order() -> None:
+    expected = {"batch_a": [0, 0], "batch_b": [1, 1]}
+    assert fed(["batch_a", "batch_b"], {"a": A, "b": B}) == expected
+    assert fed(["batch_a", "batch_b"], {"b": B, "a": A}) == expected
+    assert fed(["batch_a", "batch_b"], batch={"b": B, "a": A}) == expected
+    names = ["x", "memory_0", "memory_1"]
+    given = fed(names, memory=(B, A), x=A)
+    assert given == {"x": [0, 0], "memory_0": [1, 1], "memory_1": [0, 0]}
+    # Names that tell nothing leave the order.
+    assert fed(["input", "input_1"], {"b": B}, A) == {"input": [1, 1], "input_1": [0, 0]}
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    assert fed(["x"], A, None, mask=None) == {"x": [0, 0]}
+    with pytest.raises(ConfigError, match=r"takes tensors only, got 3\.0 as temperature"):
+        fed(["x"], A, temperature=3.0)
+    with pytest.raises(ConfigError, match="got True as options residual"):
+        fed(["x"], A, options={"residual": True})
+    with pytest.raises(ConfigError, match="got 3 as an argument"):
+        fed(["x"], A, 3)
+
+
 def test_gradients_are_left_behind() -> None:
     assert fed(["x"], torch.ones(1, requires_grad=True)) == {"x": [1]}
 
