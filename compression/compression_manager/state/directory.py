@@ -53,6 +53,11 @@ def atomic_directory(
             written (the disk is full, permission is missing).
     """
     target = Path(os.path.realpath(final))
+    if target == Path.cwd():
+        raise CheckpointError(
+            f"{final} is the working directory, which cannot be replaced under a running program; "
+            "name a folder within it."
+        )
     with writing(target):
         _recover(target, format_name, version)
         _refuse_foreign(target, format_name, version)

@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +48,16 @@ def test_replaces_an_older_one_and_leaves_nothing_else(tmp_path):
     write(tmp_path / "a", "two")
     assert read(tmp_path / "a") == "two"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match="the working directory"),
+        atomic_directory(Path("."), format_name="test"),
+    ):
+        raise AssertionError("the body runs")
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_failure_in_the_body_leaves_the_old_one(tmp_path):
