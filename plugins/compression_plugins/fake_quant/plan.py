@@ -57,6 +57,7 @@ def plan_model(model: nn.Module, config: SchemeOptions) -> ModelPlan:
     """
     _refuse_prepared(model)
     candidates = _candidates(model)
+    names = _all_names(model)
     unsupported = _find_unsupported(candidates)
     for index, rule in enumerate(config.overrides):
         selector = "layer" if rule.layer is not None else "module_class"
@@ -65,7 +66,7 @@ def plan_model(model: nn.Module, config: SchemeOptions) -> ModelPlan:
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     for name, module in candidates.items():
-        match = _last_match(config.overrides, name, module)
+        match = _last_match(config.overrides, names[name], module)
         if match is not None and config.overrides[match].skip:
             skipped[name] = f"skipped by {config.overrides[match]}"
         elif name in unsupported:
@@ -104,6 +105,14 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
         or parametrize.is_parametrized(module)
         or quantized_class(type(module)) is not None
     }
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """Return first name -> all names of each module, as which rules may call it."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return {own[0]: own for own in names.values()}
 
 
 def _find_unsupported(candidates: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -206,7 +215,8 @@ def _check_rule(
     unsupported: Mapping[str, str],
 ) -> None:
     """Raise ConfigError if the rule has no effect on any layer."""
-    hit = [name for name, module in candidates.items() if _matches(rule, name, module)]
+    names = _all_names(model)
+    hit = [name for name, module in candidates.items() if _matches(rule, names[name], module)]
     if not hit:
         raise ConfigError(f"{rule} matches no layer; {_near(rule, model, candidates)}")
     if not rule.skip and all(name in unsupported for name in hit):
@@ -218,7 +228,7 @@ def _near(rule: LayerRule, model: nn.Module, candidates: Mapping[str, nn.Module]
     """Return what the user may have meant."""
     for name, module in model.named_modules():
         inside = any(candidate.startswith(f"{name}.") for candidate in candidates)
-        if name and inside and _matches(rule, name, module):
+        if name and inside and _matches(rule, (name,), module):
             return (
                 f"'{name}' is a container without parameters of its own; "
                 f"LayerRule(layer='{name}.*') matches all layers inside."
@@ -232,13 +242,13 @@ def _listed(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{name or 'the model'}: {why}" for name, why in reasons.items())
 
 
-def _last_match(rules: Sequence[LayerRule], name: str, module: nn.Module) -> int | None:
+def _last_match(rules: Sequence[LayerRule], names: Sequence[str], module: nn.Module) -> int | None:
     """Return the index of the rule that applies."""
-    matching = [index for index, rule in enumerate(rules) if _matches(rule, name, module)]
+    matching = [index for index, rule in enumerate(rules) if _matches(rule, names, module)]
     return matching[-1] if matching else None
 
 
-def _matches(rule: LayerRule, name: str, module: nn.Module) -> bool:
+def _matches(rule: LayerRule, names: Sequence[str], module: nn.Module) -> bool:
     if rule.layer is not None:
-        return name == rule.layer or fnmatchcase(name, rule.layer)
+        return any(name == rule.layer or fnmatchcase(name, rule.layer) for name in names)
     return any(base.__name__ == rule.module_class for base in type(module).__mro__)

@@ -11,6 +11,7 @@ from compression_manager.errors import ConfigError
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.layers import QuantizedLayer, QuantizedLinear
 from compression_plugins.fake_quant import LayerRule, QATConfig
+from compression_plugins.fake_quant.plan import plan_model
 from quantization_reference import prepared
 
 INT4 = QuantizationScheme(bits=4, granularity="channel")
@@ -127,6 +128,15 @@ def test_a_rule_without_effect_is_refused(rule, parts):
     message = refusal(network(), rule)
     for part in parts:
         assert part in message
+
+
+@pytest.mark.parametrize("rule", ["first", "head.0", "head.[0]"])
+def test_a_shared_layer_goes_by_each_of_its_names(rule):
+    model = nn.ModuleDict({"first": nn.Linear(6, 6), "last": nn.Linear(6, 6)})
+    model["head"] = nn.Sequential(model["first"])
+    plan = plan_model(model, QATConfig(overrides=[LayerRule(rule, skip=True)]))
+    assert [layer.name for layer in plan.layers] == ["last"]
+    assert set(plan.skipped) == {"first"}
 
 
 def test_skipping_a_layer_that_is_not_quantized_anyway_is_allowed():
