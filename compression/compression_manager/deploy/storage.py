@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from compression_manager.checks import as_path
@@ -115,7 +116,9 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     try:
         for entry, layer in built:
             conversion.replace(entry.name, layer, entry.absorbed)
-        _check_tensors(conversion.model.state_dict(), tensors, directory)
+        state = conversion.model.state_dict()
+        _check_tensors(state, tensors, directory)
+        _check_ties(state, tensors, directory)
     except CheckpointMismatchError:
         conversion.undo()
         raise
@@ -174,6 +177,11 @@ def _check_tensors(
 ) -> None:
     """Compare names, shapes and dtypes with what the changed model holds."""
     for name, value in expected.items():
+        if value.is_meta:
+            raise CheckpointMismatchError(
+                f"{directory}: '{name}' of the model is on the device 'meta', without values; call "
+                "model.to_empty(device='cpu') first."
+            )
         if name not in tensors:
             raise CheckpointMismatchError(
                 f"{directory}: holds no tensor '{name}'; {suggest(name, tensors)}"
@@ -188,6 +196,18 @@ def _check_tensors(
         if name not in expected:
             raise CheckpointMismatchError(
                 f"{directory}: tensor '{name}' has no place in the model; {suggest(name, expected)}"
+            )
+
+
+def _check_ties(
+    expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], directory: str | Path
+) -> None:
+    """Refuse names of one tensor that were saved with values of their own."""
+    for name, first in _aliases(expected, Path(directory)).items():
+        if tensors[name] is not tensors[first] and not torch.equal(tensors[name], tensors[first]):
+            raise CheckpointMismatchError(
+                f"{directory}: '{first}' and '{name}' are one tensor in this model, and two in the "
+                "one that was saved; build it without tying them."
             )
 
 

@@ -109,6 +109,47 @@ def test_tied_weights_are_saved_once_and_tied_again(tmp_path):
     assert loaded.norm.weight is loaded.copy.weight
 
 
+class TwoNorms(nn.Module):
+    def __init__(self, *, tied):
+        super().__init__()
+        self.head = nn.Linear(6, 6)
+        self.first = nn.LayerNorm(6)
+        self.second = self.first if tied else nn.LayerNorm(6)
+        if not tied:
+            nn.init.constant_(self.second.weight, 2.0)
+
+    def forward(self, input):
+        return self.second(self.head(self.first(input)))
+
+
+def test_two_tensors_are_not_loaded_into_one(tmp_path):
+    manager = trained(TwoNorms(tied=False), VECTORS)
+    manager.save_converted(tmp_path / "int8")
+    fresh = TwoNorms(tied=True)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"'first\.weight' and 'second\.weight' are one"
+    ):
+        deploy.load(tmp_path / "int8", fresh)
+    assert type(fresh.head) is nn.Linear
+
+
+def test_one_tensor_is_loaded_into_two(tmp_path):
+    manager = trained(TwoNorms(tied=True), VECTORS)
+    converted = manager.convert()
+    manager.save_converted(tmp_path / "int8")
+    loaded = deploy.load(tmp_path / "int8", TwoNorms(tied=False))
+    assert torch.equal(loaded(VECTORS), converted(VECTORS))
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    saved("mlp", tmp_path / "int8")
+    with torch.device("meta"):
+        fresh = toys.mlp()
+    with pytest.raises(CheckpointMismatchError, match="on the device 'meta'"):
+        deploy.load(tmp_path / "int8", fresh)
+    deploy.load(tmp_path / "int8", fresh.to_empty(device="cpu"))
+
+
 def test_the_directory_holds_integers_and_no_float_copy(tmp_path):
     saved("conv", tmp_path / "int8")
     assert {path.name for path in (tmp_path / "int8").iterdir()} == {
