@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -65,15 +65,44 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def quiet_evaluation(*models: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode, without gradients, and leave modes and random state as found."""
+    """Run a block in eval mode, without gradients, and leave models and random state as found.
+
+    What a model counts or remembers in buffers, whatever its mode, is put back. Quantizers and
+    observers, ours and what is derived from them, keep what they saw.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     random_state = capture_random_state()
     for model in models:
         model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _buffers_kept(models):
             yield
     finally:
         restore_random_state(random_state)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _buffers_kept(models: Iterable[nn.Module]) -> Iterator[None]:
+    kept = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for model in models
+        for module in model.modules()
+        if not _is_own(type(module))
+        for name, buffer in module.named_buffers(recurse=False)
+        if not buffer.is_inference()  # without a version, and not to be changed here
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, version, value in kept:
+            if getattr(module, name, None) is not buffer:
+                setattr(module, name, buffer)
+            if buffer._version != version:
+                buffer.copy_(value)
+
+
+def _is_own(kind: type[nn.Module]) -> bool:
+    packages = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    return bool(packages & {"compression_manager", "compression_plugins"})

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from compression_manager import prepare_compression
 from compression_manager.model_call import (
     call_model,
     quiet_evaluation,
     tensors_in,
     without_labels,
 )
+from compression_plugins import PTQConfig
 
 ONE, TWO = torch.ones(1), torch.zeros(1)
 
@@ -43,6 +46,42 @@ def test_tensors_are_found_in_nested_containers() -> None:
     found = list(tensors_in({"a": [ONE, (TWO, 3)], "b": "text", "c": {"d": ONE}}))
     assert len(found) == 3
     assert found[1] is TWO
+
+
+class Streaming(nn.Module):
+    """Counts its calls in eval mode, too, and keeps its last output."""
+
+    calls: Tensor
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("last", torch.zeros(2))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = input + self.last
+        return self.last
+
+
+def test_quiet_evaluation_puts_buffers_back() -> None:
+    model = nn.Sequential(Streaming())
+    model(torch.ones(2))
+    with quiet_evaluation(model):
+        assert model(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert model[0].calls == 1
+    assert model[0].last.tolist() == [1.0, 1.0]
+
+
+def test_a_model_that_counts_is_converted_and_exported_as_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), Streaming())
+    inputs = torch.rand(3, 2)
+    with prepare_compression(model, [PTQConfig(calibration_data=[inputs] * 2)]) as manager:
+        converted = manager.convert(inputs)
+        manager.export(tmp_path / "model.pt2", "torch")
+        manager.report()
+    assert [int(item[1].calls) for item in (model, converted)] == [0, 0]
 
 
 def test_quiet_evaluation_restores_modes_and_random_state() -> None:
