@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
-from compression_manager.errors import CheckpointMismatchError
+from compression_manager.errors import CheckpointMismatchError, QuantizationError
 from compression_manager.model_call import call_with_examples, quiet_evaluation
 from compression_manager.quantization import (
     DynamicFakeQuantizer,
@@ -112,7 +112,7 @@ class FakeQuantPlugin(Plugin[Options]):
             self._take_pairs(both)
         batch_norm_of = {convolution: name for name, convolution in self._folded.items()}
         for planned in self._plan.layers:
-            layer = cast(QuantizedLayer, model.get_submodule(planned.name))
+            layer = self._layer(model, planned.name)
             name = batch_norm_of.get(planned.name)
             batch_norm = None if name is None else cast(_BatchNorm, model.get_submodule(name))
             absorbed = () if name is None else (name,)
@@ -177,10 +177,21 @@ class FakeQuantPlugin(Plugin[Options]):
 
     def _layers(self, model: nn.Module) -> dict[str, QuantizedLayer]:
         """Return name -> layer of all that is quantized in `model`."""
-        return {
-            planned.name: cast(QuantizedLayer, model.get_submodule(planned.name))
-            for planned in self._plan.layers
-        }
+        return {planned.name: self._layer(model, planned.name) for planned in self._plan.layers}
+
+    def _layer(self, model: nn.Module, name: str) -> QuantizedLayer:
+        try:
+            layer: nn.Module | None = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, QuantizedLayer):
+            found = "is gone" if layer is None else f"is a {type(layer).__name__} now"
+            raise QuantizationError(
+                f"plugin '{self.name}': layer '{name}' {found}, no longer the quantization-aware "
+                "layer that prepare_compression made of it. Close the manager, change the model, "
+                "and prepare it again."
+            )
+        return layer
 
     def _take_pairs(self, pairs: Mapping[str, str] | None) -> None:
         """Remember the pairs (None: not known yet) and describe the layers accordingly."""

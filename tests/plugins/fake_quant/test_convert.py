@@ -218,6 +218,17 @@ def test_a_backbone_that_stays_in_eval_mode_is_told():
     assert converted[1].spec.input is not None
 
 
+def test_a_layer_that_was_replaced_or_removed_is_named():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    manager = prepared(model, [VECTORS] * 2)
+    model[1] = nn.Linear(6, 3)
+    with pytest.raises(QuantizationError, match=r"layer '1' is a Linear now, .*prepare it again"):
+        manager.convert(VECTORS)
+    del model[1]
+    with pytest.raises(QuantizationError, match=r"layer '1' is gone, .*prepare it again"):
+        manager.on_step_begin(2)
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_converting_before_fake_quantization_began_is_an_error(steps):
     manager = prepared(toys.mlp(), [VECTORS] * steps)
