@@ -19,14 +19,20 @@ def identity_of(batch: Any) -> str:
 
     Args:
         batch: tensors in a nesting of mappings, lists, tuples and dataclasses; all else is ignored,
-            and so are the values of tensors on an accelerator, which is not waited for.
+            and so are the values of tensors on an accelerator, which is not waited for, and of
+            other classes than torch.Tensor.
     """
-    found = [(tuple(item.shape), str(item.dtype), _sample(item)) for item in tensors_in(batch)]
+    found = [(_shape(item), str(item.dtype), _sample(item)) for item in tensors_in(batch)]
     return blake2b(repr(found).encode(), digest_size=8).hexdigest()
 
 
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return () if tensor.is_nested else tuple(tensor.shape)
+
+
 def _sample(tensor: Tensor) -> list[Any]:
-    if not tensor.is_cpu or tensor.layout != torch.strided or not tensor.numel():
+    is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
+    if not is_plain or not tensor.is_cpu or not tensor.numel():
         return []
     values: list[Any] = tensor.detach().take(_places(tensor.numel())).tolist()
     return values

@@ -93,4 +93,9 @@ def test_batches_are_told_apart_by_shapes_types_and_values() -> None:
         "text",
     ]
     assert len({identity_of(item) for item in (batch, *others)}) == 1 + len(others)
-    assert identity_of((torch.rand(0), torch.rand(2).to_sparse())) != identity_of(())
+    unusual = (
+        torch.rand(0),
+        torch.rand(2).to_sparse(),
+        torch.nested.nested_tensor([torch.rand(2)]),
+    )
+    assert identity_of(unusual) == identity_of(unusual) != identity_of(())
