@@ -56,7 +56,7 @@ def measure_layers(model: nn.Module, example_inputs: Any) -> dict[str, LayerMeas
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(quiet_evaluation(model))
+        stack.enter_context(quiet_evaluation(model, restore_buffers=True))
         for name, module in model.named_modules():
             if isinstance(module, QuantizedLayer) and module.quantizers()[0].phase.quantizing:
                 handle = module.register_forward_hook(measure(name), with_kwargs=True, prepend=True)

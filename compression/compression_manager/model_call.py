@@ -64,18 +64,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def quiet_evaluation(*models: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode, without gradients, and leave models and random state as found.
+def quiet_evaluation(*models: nn.Module, restore_buffers: bool = False) -> Iterator[None]:
+    """Run a block in eval mode, without gradients, and leave modes and random state as found.
 
-    What a model counts or remembers in buffers, whatever its mode, is put back. Quantizers and
-    observers, ours and what is derived from them, keep what they saw.
+    Args:
+        models: whose modes are restored.
+        restore_buffers: whether to put back what the models count or remember in buffers, whatever
+            their mode. Quantizers and observers, ours and what is derived from them, keep what they
+            saw.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     random_state = capture_random_state()
     for model in models:
         model.eval()
     try:
-        with torch.no_grad(), _buffers_kept(models):
+        with torch.no_grad(), _buffers_kept(models if restore_buffers else ()):
             yield
     finally:
         restore_random_state(random_state)

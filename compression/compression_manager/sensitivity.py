@@ -122,7 +122,7 @@ def measure_sensitivity(model: nn.Module, example_inputs: Any) -> Sensitivity:
             "PTQConfig and train or calibrate it first."
         )
     results = []
-    with quiet_evaluation(model), _phases_restored(quantizers):
+    with quiet_evaluation(model, restore_buffers=True), _phases_restored(quantizers):
         _switch(quantizers, quantizing=False)
         expected = _outputs(model, example_inputs)
         _check_measurable(expected)

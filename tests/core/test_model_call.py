@@ -68,7 +68,7 @@ class Streaming(nn.Module):
 def test_quiet_evaluation_puts_buffers_back() -> None:
     model = nn.Sequential(Streaming())
     model(torch.ones(2))
-    with quiet_evaluation(model):
+    with quiet_evaluation(model, restore_buffers=True):
         assert model(torch.ones(2)).tolist() == [2.0, 2.0]
     assert model[0].calls == 1
     assert model[0].last.tolist() == [1.0, 1.0]
@@ -77,7 +77,8 @@ def test_quiet_evaluation_puts_buffers_back() -> None:
 def test_a_model_that_counts_is_converted_and_exported_as_it_is(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(2, 2), Streaming())
     inputs = torch.rand(3, 2)
-    with prepare_compression(model, [PTQConfig(calibration_data=[inputs] * 2)]) as manager:
+    config = PTQConfig(mode="weight_only")
+    with prepare_compression(model, [config], example_inputs=inputs) as manager:
         converted = manager.convert(inputs)
         manager.export(tmp_path / "model.pt2", "torch")
         manager.report()

@@ -82,6 +82,7 @@ def _positions(state: Any) -> list[dict[str, Any]]:
     return own + [found for value in state.values() for found in _positions(value)]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_batches_are_told_apart_by_shapes_types_and_values() -> None:
     batch = {"images": torch.rand(2, 3, 8, 8), "labels": [torch.tensor([1, 2])]}
     assert identity_of(batch) == identity_of(copy.deepcopy(batch))

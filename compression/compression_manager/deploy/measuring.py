@@ -125,7 +125,7 @@ def fastest(
     runners: dict[int, Runner] = {}
     with (
         progress("finding the fastest route", total=len(chosen) + rounds) as begin,
-        quiet_evaluation(model),
+        quiet_evaluation(model, restore_buffers=True),
     ):
         source = Source(model, reference)
         for route in chosen:

@@ -102,7 +102,7 @@ def check_parity(
         ConfigError: the trained model does not take `example_inputs`.
     """
     # Each run starts from the same random state.
-    with full_precision(), ExitStack() as stack, quiet_evaluation(trained):
+    with full_precision(), ExitStack() as stack, quiet_evaluation(trained, restore_buffers=True):
         comparisons = _watch_layers(stack, trained, replacements)
         expected = list(tensors_in(call_with_examples(trained, example_inputs)))
     for layer, comparison in comparisons.items():
@@ -182,7 +182,7 @@ def full_precision() -> Iterator[None]:
 
 def _run_converted(model: nn.Module, inputs: Any) -> list[Tensor]:
     try:
-        with full_precision(), quiet_evaluation(model):
+        with full_precision(), quiet_evaluation(model, restore_buffers=True):
             return list(tensors_in(call_model(model, inputs)))
     except Exception as error:
         raise ParityError(

@@ -66,7 +66,7 @@ class Reference:
         Raises:
             ConfigError: it does not take `inputs`.
         """
-        with full_precision(), quiet_evaluation(model):
+        with full_precision(), quiet_evaluation(model, restore_buffers=True):
             before = _copies(inputs)
             output = call_with_examples(model, inputs)
             overwrites = _differ(before, inputs)

@@ -84,7 +84,7 @@ class Source:
     def _require_constant(self, leaves: list[Any]) -> None:
         inputs = self.reference.inputs
         other = with_batch(inputs, 1 if batch_size(inputs) > 1 else 2)
-        with quiet_evaluation(self.model):
+        with quiet_evaluation(self.model, restore_buffers=True):
             found = tree_leaves(call_model(self.model, other))
         others = [leaf for leaf in found if not isinstance(leaf, torch.Tensor)]
         if repr(others) != repr(leaves):

@@ -67,7 +67,7 @@ def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> Exporte
     args, kwargs = arguments_of(inputs)
     shapes = batch_shapes(args, kwargs)
     try:
-        with quiet_evaluation(model), exporting(view):
+        with quiet_evaluation(model, restore_buffers=True), exporting(view):
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise NotExportableError(

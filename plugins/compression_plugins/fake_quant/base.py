@@ -221,7 +221,7 @@ class FakeQuantPlugin(Plugin[Options]):
 
 def _find_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
     finder = PairFinder(model)
-    with quiet_evaluation(model), finder:
+    with quiet_evaluation(model, restore_buffers=True), finder:
         output = call_with_examples(model, inputs)
     return finder.pairs(output)
 
