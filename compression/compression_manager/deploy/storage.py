@@ -20,6 +20,7 @@ from compression_manager.checks import as_path
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.deploy.settings import differing_setting, layer_settings
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -58,6 +59,7 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
                 "name": replacement.name,
                 "absorbed": list(replacement.absorbed),
                 **replacement.layer.spec.to_dict(),
+                "settings": layer_settings(replacement.layer),
             }
             for replacement in conversion.replacements
         ],
@@ -137,13 +139,19 @@ class _Entry:
     name: str
     absorbed: tuple[str, ...]
     spec: LayerSpec
+    settings: Mapping[str, Any]
 
 
 def _read_document(path: Path) -> tuple[list[_Entry], dict[str, str]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         entries = [
-            _Entry(str(item["name"]), tuple(item["absorbed"]), LayerSpec.from_dict(item))
+            _Entry(
+                name=str(item["name"]),
+                absorbed=tuple(item["absorbed"]),
+                spec=LayerSpec.from_dict(item),
+                settings=dict(item.get("settings", {})),  # earlier releases wrote none
+            )
             for item in document["layers"]
         ]
         return entries, dict(document["tied"])
@@ -166,6 +174,12 @@ def _build(model: nn.Module, entry: _Entry, directory: str | Path) -> ConvertedL
             f"{type(layer).__name__}. Pass a fresh float model of the same architecture."
         )
     converted = CONVERTED_CLASSES[kind](layer, entry.spec)
+    difference = differing_setting(entry.settings, converted)
+    if difference is not None:
+        raise CheckpointMismatchError(
+            f"{directory}: layer '{entry.name}' was a {kind} with {difference}. Pass a fresh float "
+            "model of the same architecture."
+        )
     parameters = next(model.parameters(), None)
     if parameters is not None and not any(True for _ in layer.parameters()):
         converted.to(parameters.device)  # it had no tensor that could tell it
