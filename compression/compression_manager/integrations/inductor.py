@@ -20,12 +20,15 @@ from torch._dynamo.utils import counters
 from torch.export import ExportedProgram
 
 from compression_manager.deploy.tracing import batch_shapes, batch_size, is_batch
+from compression_manager.integrations.compiled_inputs import (
+    called_as_examples,
+    described_examples,
+)
 from compression_manager.integrations.inductor_graph import to_inductor_operators
-from compression_manager.integrations.layouts import layouts_of, with_layouts
 from compression_manager.model_call import tensors_in
 
-# What a package calls the layouts of its inputs.
-_LAYOUTS = "input_layouts"
+# Under which name a package says what its inputs are.
+_INPUTS = "inputs"
 _MATCHES = ("qlinear_weight_prepack_matcher_count", "qconv_weight_prepack_matcher_count")
 
 
@@ -107,7 +110,7 @@ def write_package(program: ExportedProgram, path: Path) -> None:
             package_path=str(path),
             inductor_configs={
                 "freezing": True,
-                "aot_inductor.metadata": {_LAYOUTS: layouts_of(program)},
+                "aot_inductor.metadata": {_INPUTS: described_examples(program)},
             },
         )
 
@@ -115,12 +118,12 @@ def write_package(program: ExportedProgram, path: Path) -> None:
 def load_package(path: Path) -> Callable[..., Any]:
     """Return what is called as the model is.
 
-    The code takes for granted that inputs lie in memory as the examples did, and asks nobody.
+    The code takes for granted that inputs are what the examples were, and asks nobody.
     """
     package = torch._inductor.aoti_load_package(str(path))
     run = cast(Callable[..., Any], package)
-    layouts = package.get_metadata().get(_LAYOUTS)
-    return run if layouts is None else with_layouts(run, layouts)
+    description = package.get_metadata().get(_INPUTS)
+    return run if description is None else called_as_examples(run, description)
 
 
 def _trace_again(program: ExportedProgram, module: nn.Module) -> ExportedProgram:
