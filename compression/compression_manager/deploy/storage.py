@@ -66,12 +66,8 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
         "tied": tied,
     }
     with atomic_directory(directory, format_name=FORMAT_NAME, version=FORMAT_VERSION) as temporary:
-        tensors = {
-            name: value.detach().cpu().contiguous()
-            for name, value in state.items()
-            if name not in tied
-        }
-        safetensors.torch.save_file(tensors, temporary / _TENSORS)
+        own = {name: value for name, value in state.items() if name not in tied}
+        safetensors.torch.save_file(_without_overlaps(own), temporary / _TENSORS)
         text = json.dumps(document, separators=(",", ":"))
         (temporary / _LAYERS).write_text(text, encoding="utf-8")
     return directory
@@ -232,6 +228,18 @@ def _share_tied_weights(conversion: Conversion, tied: Mapping[str, str]) -> None
         layer, other = (layers.get(key.removesuffix(".weight")) for key in (name, source))
         if isinstance(layer, ConvertedLayer) and isinstance(other, ConvertedLayer):
             layer.share_weight(other)
+
+
+def _without_overlaps(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU tensors, no two in the same memory, as safetensors demands."""
+    seen: set[int] = set()
+    found = {}
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if tensor.numel() and memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _aliases(state: Mapping[str, Any], directory: Path) -> dict[str, str]:

@@ -269,6 +269,33 @@ def assert_unchanged(model, before):
     assert model.training
 
 
+class Views(nn.Module):
+    """Buffers that lie in each other's memory."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+        values = torch.randn(12, generator=torch.Generator().manual_seed(seed))
+        for name, view in {
+            "first": values[:6],
+            "second": values[4:8],
+            "square": values.reshape(3, 4),
+            "turned": values.reshape(3, 4).t(),
+        }.items():
+            self.register_buffer(name, view)
+
+    def forward(self, input):
+        output = self.linear(input * self.first) * self.second
+        return output + self.square[0] * self.turned[0, 0]
+
+
+def test_buffers_that_overlap_are_saved(tmp_path):
+    converted = trained(Views(), VECTORS)
+    converted.save_converted(tmp_path / "int8")
+    loaded = deploy.load(tmp_path / "int8", Views(seed=1))
+    assert torch.equal(loaded(VECTORS), converted.convert()(VECTORS))
+
+
 class OtherLinear(nn.Linear):
     pass
 
