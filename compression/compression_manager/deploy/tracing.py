@@ -38,15 +38,23 @@ def with_batch(inputs: Any, size: int) -> Any:
     """Return inputs of `size` samples, the given ones in turn.
 
     Every tensor whose first dimension is `batch_size(inputs)` has samples in it; all others stay
-    as they are, unless they have gaps in memory, which compiled code would count on.
+    as they are, unless they have gaps in memory, which compiled code would count on. A tensor
+    that is given twice is two in what is returned: torch.export takes both for one input.
     """
     present = batch_size(inputs)
     order = torch.arange(size) % present
+    seen: set[int] = set()
 
     def resize(leaf: Any) -> Any:
         if is_batch(leaf, present):
             return leaf[order.to(leaf.device)]
-        return leaf.contiguous() if isinstance(leaf, Tensor) and has_gaps(leaf) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        again = id(leaf) in seen
+        seen.add(id(leaf))
+        if has_gaps(leaf):
+            return leaf.contiguous()
+        return leaf.clone() if again else leaf
 
     return tree_map(resize, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 

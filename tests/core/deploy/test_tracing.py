@@ -17,6 +17,13 @@ class Masked(nn.Module):
         return samples * options["scale"] + options["mask"].sum()
 
 
+class Weighted(nn.Module):
+    """Two masks (4, 3) that all samples (N, 3) share; the first is returned."""
+
+    def forward(self, samples: Tensor, options: dict[str, Tensor]) -> Tensor:
+        return options["mask"] * 1 + 0 * samples.sum()
+
+
 def test_samples_are_taken_in_turn_and_the_rest_is_kept() -> None:
     samples, mask, number = torch.arange(6.0).reshape(2, 3), torch.ones(4, 3), torch.tensor(7)
     inputs = (samples, {"mask": mask, "scale": samples[:, :1]}, number, "text", None)
@@ -36,6 +43,17 @@ def test_what_stays_is_copied_if_it_has_gaps() -> None:
     assert turned.stride() == (1, 6)
     assert (cut.stride(), cut.tolist()) == ((2, 1), mask[:, :2].tolist())
     assert (spread.stride(), spread[:, 2].tolist()) == ((3, 1), mask[:, 0].tolist())
+
+
+def test_a_tensor_that_is_given_twice_is_two_inputs() -> None:
+    samples, mask = torch.ones(2, 3), torch.ones(4, 3)
+    examples = with_batch((samples, {"scale": samples, "mask": mask, "other": mask}), 2)
+    module = trace(Weighted(), examples).module()
+    values = torch.arange(12.0).reshape(4, 3)
+    assert torch.equal(module(samples, {"scale": samples, "mask": values, "other": mask}), values)
+    turned = with_batch((samples, mask.t(), mask.t()), 2)
+    assert turned[1] is not turned[2]
+    assert turned[2].stride() == (1, 3)
 
 
 def test_the_batch_is_that_of_the_first_tensor_with_dimensions() -> None:
