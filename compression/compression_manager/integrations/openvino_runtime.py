@@ -9,6 +9,7 @@ from typing import Any
 
 import openvino
 import torch
+from openvino import opset13
 
 from compression_manager.errors import ConfigError
 from compression_manager.integrations.graph_inputs import Feed, called_as_model
@@ -21,7 +22,7 @@ def write_openvino(content: bytes, path: Path) -> None:
         content: of the ONNX file.
         path: ends in .xml.
     """
-    model = openvino.Core().read_model(content)
+    model = _read_onnx(openvino.Core(), content)
     # Otherwise scales and biases would become float16.
     openvino.save_model(model, path, compress_to_fp16=False)
 
@@ -43,7 +44,8 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
     if not int8:
         settings["LP_TRANSFORMS_MODE"] = False
     core = openvino.Core()
-    compiled = core.compile_model(core.read_model(model), "CPU", settings)
+    network = core.read_model(model) if isinstance(model, Path) else _read_onnx(core, model)
+    compiled = core.compile_model(network, "CPU", settings)
     dtypes = {item.get_any_name(): item.get_element_type().to_dtype() for item in compiled.inputs}
     own = threading.local()  # a request computes for one thread at a time, without a word
 
@@ -55,6 +57,30 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         return [results[index] for index in range(len(compiled.outputs))]
 
     return called_as_model(list(dtypes), compute)
+
+
+def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
+    """Return the network of an ONNX file with all its inputs; OpenVINO drops the unused ones."""
+    import onnx  # a machine that runs .xml files alone has no need of it
+
+    network = core.read_model(content)
+    inputs = onnx.load_model_from_string(content).graph.input
+    used = {item.output(0).get_any_name(): item for item in network.get_parameters()}
+    if len(used) == len(inputs):
+        return network
+    parameters = [used.get(item.name) or _unused(item) for item in inputs]
+    return openvino.Model(network.get_results(), parameters, network.get_friendly_name())
+
+
+def _unused(input: Any) -> Any:
+    """Return the input that an `onnx.ValueInfoProto` describes."""
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    kind = input.type.tensor_type
+    shape = [item.dim_value if item.HasField("dim_value") else -1 for item in kind.shape.dim]
+    parameter = opset13.parameter(shape, tensor_dtype_to_np_dtype(kind.elem_type), name=input.name)
+    parameter.output(0).get_tensor().set_names({input.name})
+    return parameter
 
 
 def _check_dtypes(feed: Feed, dtypes: Mapping[str, Any]) -> None:

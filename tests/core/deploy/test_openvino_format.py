@@ -168,3 +168,28 @@ def test_inputs_of_another_dtype_are_refused(written: WrittenOnce) -> None:
     run = deploy.load_exported(written.result.path)
     with pytest.raises(ConfigError, match="takes input as float32, got float64"):
         run(VECTORS.double())
+
+
+class Ignoring(nn.Module):
+    """Takes three inputs and reads the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 4)
+
+    def forward(self, ids: torch.Tensor, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.linear(x)
+        return output
+
+
+def test_inputs_that_the_model_does_not_read_are_taken(tmp_path: Path) -> None:
+    examples = (torch.arange(len(VECTORS)), VECTORS, torch.ones(len(VECTORS), 2) > 0)
+    converted = trained(Ignoring(), examples).convert()
+    deploy.export(converted, tmp_path / "model.xml", "openvino", examples)
+    run = deploy.load_exported(tmp_path / "model.xml", int8=False)
+    expected = converted(*examples)
+    torch.testing.assert_close(run(*examples), expected)
+    ids, x, mask = examples
+    torch.testing.assert_close(run(mask=mask, x=x, ids=ids), expected)
+    result = deploy.fastest(converted, examples, routes=["openvino"], rounds=1)
+    assert all(row.left_out is None for row in result.results), result
