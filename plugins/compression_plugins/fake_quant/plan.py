@@ -62,7 +62,7 @@ def plan_model(model: nn.Module, config: SchemeOptions) -> ModelPlan:
     for index, rule in enumerate(config.overrides):
         selector = "layer" if rule.layer is not None else "module_class"
         with blame_option(f"overrides[{index}].{selector}"):
-            _check_rule(rule, model, candidates, unsupported)
+            _check_rule(rule, model, candidates, names, unsupported)
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     for name, module in candidates.items():
@@ -212,10 +212,10 @@ def _check_rule(
     rule: LayerRule,
     model: nn.Module,
     candidates: Mapping[str, nn.Module],
+    names: Mapping[str, Sequence[str]],
     unsupported: Mapping[str, str],
 ) -> None:
     """Raise ConfigError if the rule has no effect on any layer."""
-    names = _all_names(model)
     hit = [name for name, module in candidates.items() if _matches(rule, names[name], module)]
     if not hit:
         raise ConfigError(f"{rule} matches no layer; {_near(rule, model, candidates)}")
