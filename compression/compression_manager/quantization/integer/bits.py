@@ -16,6 +16,10 @@ MANY = 1 << 16
 # The product with this number gathers the lowest bits of eight bytes in the highest byte. It
 # reads bytes of 0 and 1 as one integer whose first byte is the least significant.
 _GATHER = 0x0102040810204080
+# The product with this number copies a byte into all eight bytes.
+_COPIES = 0x0101010101010101
+# Bit i of byte i, counted from the least significant; as a number with a sign.
+_OWN_BIT = 0x8040201008040201 - (1 << 64)
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -30,7 +34,12 @@ def pack_mask(mask: Tensor) -> Tensor:
     if missing:
         flat = F.pad(flat, (0, missing))
     # The wanted byte is the highest of the product; the shift keeps its sign, the cast drops it.
-    return (flat.view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+    return (flat.view(torch.int64) * _GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def pack_nonzero(values: Tensor) -> Tensor:
+    """Return `pack_mask` of whether each value is not zero, as one that is no number is."""
+    return pack_mask(values.to(torch.bool))  # faster than "!="
 
 
 def spread_mask(bits: Tensor, count: int) -> Tensor:
@@ -39,19 +48,10 @@ def spread_mask(bits: Tensor, count: int) -> Tensor:
     An integer has all bits set where the mask is true, and none where it is not, so that the bits
     of a float32 are kept or cleared by "and", which is faster than choosing by a bool.
     """
-    on_cpu = bits.device.type == "cpu"
-    masks = _MASKS.index_select(0, bits.to(torch.int32)) if on_cpu else _masks(bits)
-    return masks.view(-1)[:count]
-
-
-def _masks(packed: Tensor) -> Tensor:
-    """Return the eight masks of each byte: int32 (n, 8)."""
-    places = torch.arange(_BYTE, dtype=torch.int32, device=packed.device)
-    return -(packed.to(torch.int32)[:, None] >> places & 1)
-
-
-# Of all bytes: looking up is faster on a CPU than computing.
-_MASKS = _masks(torch.arange(256, device="cpu"))
+    # Eight copies of each byte, of which each keeps its own bit.
+    spread = (bits.to(torch.int64) * _COPIES).bitwise_and_(_OWN_BIT)
+    signs = spread.view(torch.uint8).to(torch.bool).view(torch.int8).neg_()
+    return signs.to(torch.int32)[:count]
 
 
 def mask_bytes(elements: Tensor) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,25 +10,19 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.bits import (
-    MANY,
     bytes_of,
     clear_marked,
     keep_marked,
     no_bits,
-    pack_mask,
+    pack_nonzero,
 )
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.parts import part_length, parts, row_parts
 from compression_manager.quantization.integer.passes import ROWS, Passes
+from compression_manager.quantization.integer.rounding import Rounding
 from compression_manager.quantization.memory_format import formatted_like, in_memory_order
 from compression_manager.quantization.parameters import compute_qparams
-
-# Few elements of a large tensor are clipped as a rule, and only where a code is at an end. Runs of
-# codes are searched for such ends, and only the elements of those that have one are looked at.
-_RUN = 256
-# Bytes of the bits of a run.
-_BYTES = _RUN // 8
 
 
 class TorchPasses(Passes):
@@ -49,13 +42,13 @@ class TorchPasses(Passes):
         above: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return codes and clipped bits."""
-        rounding, clips = _Rounding(inverse_scale, zero_point, quant_min, quant_max), below or above
+        rounding, clips = Rounding(inverse_scale, zero_point, quant_min, quant_max), below or above
         codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
         flat, flat_codes = in_memory_order(input), in_memory_order(codes)
+        write = rounding.write_bytes if input.is_cpu else rounding.write
         space = flat.new_empty(part_length(flat))
         for part in parts(flat):
-            steps = rounding.round(flat[part], out=space[: part.stop - part.start])
-            flat_codes[part].copy_(steps.clamp_(quant_min, quant_max) if clips else steps)
+            write(flat[part], flat_codes[part], space[: part.stop - part.start], clips=clips)
         if not clips:
             return codes, None
         return codes, rounding.find_clipped(flat, flat_codes, below=below, above=above)
@@ -88,7 +81,7 @@ class TorchPasses(Passes):
         values = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
         flat, flat_codes = in_memory_order(values), in_memory_order(codes)
         for part in parts(flat):
-            flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
+            _steps(flat_codes[part], zero_point, flat[part]).mul_(scale)
         return out if values is out else out.copy_(values)
 
     def add_dequantized(
@@ -98,8 +91,7 @@ class TorchPasses(Passes):
         output = torch.empty_like(codes, dtype=torch.float32)
         flat, flat_codes, flat_addend = map(in_memory_order, (output, codes, addend))
         for part in parts(flat):
-            values = flat[part].copy_(flat_codes[part]).sub_(zero_point).mul_(scale)
-            values.add_(flat_addend[part])
+            _steps(flat_codes[part], zero_point, flat[part]).mul_(scale).add_(flat_addend[part])
         return output
 
     def dequantize_rows(self, codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
@@ -121,7 +113,7 @@ class TorchPasses(Passes):
         bits = no_bits(flat)
         for part in parts(flat):
             passed = torch.clamp_min(flat[part], 0.0, out=flat_output[part])
-            bits[bytes_of(part)] = pack_mask(_is_not_zero(passed))
+            bits[bytes_of(part)] = pack_nonzero(passed)
         return output, bits
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
@@ -216,60 +208,11 @@ def _has_integer_product(device: torch.device) -> bool:
     return device.type != "cpu" or cpu_features().vnni
 
 
-class _Rounding(NamedTuple):
-    """The integers to which real numbers are rounded; attributes as for `Passes.quantize`."""
-
-    inverse_scale: float | Tensor
-    zero_point: int | Tensor
-    quant_min: int
-    quant_max: int
-
-    def round(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the integers as float32, clipped nowhere."""
-        return torch.mul(values, self.inverse_scale, out=out).round_().add_(self.zero_point)
-
-    def pack_clipped(self, values: Tensor) -> Tensor:
-        """Return a bit for each value, which is 1 if its integer is outside of the range."""
-        steps = self.round(values)
-        return pack_mask(_is_not_zero(steps - steps.clamp(self.quant_min, self.quant_max)))
-
-    def find_clipped(self, flat: Tensor, codes: Tensor, *, below: bool, above: bool) -> Tensor:
-        """Return the bits of `flat`, whose clipped integers are `codes`; both (n,)."""
-        if flat.device.type == "cpu" and flat.numel() >= MANY:
-            found = self._runs_at_an_end(codes, below=below, above=above)
-            if len(found) * _RUN < flat.numel() // 4:
-                return self._pack_found(flat, found)
-        return torch.cat([self.pack_clipped(flat[part]) for part in parts(flat)])
-
-    def _runs_at_an_end(self, codes: Tensor, *, below: bool, above: bool) -> Tensor:
-        """Return the numbers of the full runs in which a code is the smallest, or the largest.
-
-        Half of what a ReLU returned is the smallest, so that an end is looked for only if need be.
-        """
-        runs = codes[: len(codes) // _RUN * _RUN].view(-1, _RUN)
-        at_end = runs.new_zeros(len(runs), dtype=torch.bool)
-        if below:
-            at_end |= runs.amin(1) == self.quant_min
-        if above:
-            at_end |= runs.amax(1) == self.quant_max
-        return at_end.nonzero().squeeze(1)
-
-    def _pack_found(self, flat: Tensor, found: Tensor) -> Tensor:
-        """Return the bits of `flat`, of whose full runs no others can have any.
-
-        The elements behind the last full run are always looked at.
-        """
-        bits = no_bits(flat)
-        whole = len(flat) // _RUN * _RUN
-        clipped = self.pack_clipped(flat[:whole].view(-1, _RUN).index_select(0, found))
-        bits[: whole // 8].view(-1, _BYTES).index_copy_(0, found, clipped.view(-1, _BYTES))
-        bits[whole // 8 :] = self.pack_clipped(flat[whole:])
-        return bits
-
-
-def _is_not_zero(values: Tensor) -> Tensor:
-    """Return whether each value is not zero, as one that is no number is; faster than "!="."""
-    return values.to(torch.bool)
+def _steps(codes: Tensor, zero_point: int | Tensor, out: Tensor) -> Tensor:
+    """Write codes - zero point to `out`, and return it."""
+    out.copy_(codes)
+    # What a ReLU returned has none.
+    return out if isinstance(zero_point, int) and not zero_point else out.sub_(zero_point)
 
 
 def _integer_sums(codes: Tensor, weight: Tensor, zero_point: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compression_manager.quantization.integer import bits, parts, torch_passes
+from compression_manager.quantization.integer import bits, parts, rounding
 from compression_manager.quantization.integer.native import NativePasses, load_library
 from compression_manager.quantization.integer.native.loader import library_path
 from compression_manager.quantization.integer.passes import Passes
@@ -35,7 +35,7 @@ def passes(request: pytest.FixtureRequest) -> Iterator[Passes]:
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "torch in small parts":
             patched.setattr(parts, "_PART", 1024)
-            for module in (bits, torch_passes):
+            for module in (bits, rounding):
                 patched.setattr(module, "MANY", 1024)
         yield TorchPasses()
 
