@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -28,17 +29,31 @@ def call_model(model: Any, inputs: Any) -> Any:
 def call_with_examples(model: nn.Module, inputs: Any) -> Any:
     """Call `model` with example inputs, and say so if it does not take them.
 
+    Whoever asks looks at layers or operations, so that compiled parts run as they were written.
+
     Raises:
         ConfigError: the model raised an exception.
     """
     try:
-        return call_model(model, inputs)
+        with without_compiled_code():
+            return call_model(model, inputs)
     except Exception as error:
         raise ConfigError(
             f"the model cannot be called with the example inputs ({error!r}). Pass as "
             "example_inputs what your loop calls the model with; without them, the input of the "
             "first on_after_compute_loss is taken."
         ) from error
+
+
+@contextmanager
+def without_compiled_code() -> Iterator[None]:
+    """Run compiled modules as they were written within the block."""
+    # Only a model that was compiled needs it; the import alone takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def without_labels(inputs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from compression_manager.deploy.rebinding import Rebinding
 from compression_manager.errors import QuantizationError
 from compression_manager.model_call import tensors_in
 from compression_manager.model_hooks import strip_inert_hooks
@@ -27,7 +28,9 @@ def copy_model(model: nn.Module, *, keep_user_hooks: bool) -> nn.Module:
 
     Hooks that are part of the model stay: methods of its own modules, torch's (weight_norm), and
     those by which transformers' models return their hidden states.
-    Activations that a module keeps as attributes are copied without their graph.
+    Activations that a module keeps as attributes are copied without their graph, and functions made
+    for the model or its modules, such as a decorated `forward`, call the copy; what torch.compile
+    made of them is not compiled there.
 
     Args:
         model: any module; left untouched.
@@ -44,8 +47,11 @@ def copy_model(model: nn.Module, *, keep_user_hooks: bool) -> nn.Module:
         for tensor in tensors_in(list(vars(module).values())):
             if not tensor.is_leaf:
                 memo[id(tensor)] = tensor.detach().clone()
+    rebinding = Rebinding(model)
+    rebinding.begin(memo)
     try:
         copied = copy.deepcopy(model, memo)
+        rebinding.finish(memo)
     except Exception as error:
         raise QuantizationError(
             f"the model cannot be copied ({error!r}); a module probably keeps an open file, a lock "

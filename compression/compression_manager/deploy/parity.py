@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from compression_manager.model_call import (
     call_with_examples,
     quiet_evaluation,
     tensors_in,
+    without_compiled_code,
 )
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.layers.decisions import computes_integers
@@ -107,7 +109,7 @@ def check_parity(
         expected = list(tensors_in(call_with_examples(trained, example_inputs)))
     for layer, comparison in comparisons.items():
         comparison.check(layer)
-    actual = _run_converted(converted, example_inputs)
+    actual = _run_converted(converted, replacements, comparisons, example_inputs)
     error, tolerance = compare_outputs(expected, actual)
     if not error <= tolerance:
         raise ParityError(
@@ -180,16 +182,36 @@ def full_precision() -> Iterator[None]:
             kind.fp32_precision = precision
 
 
-def _run_converted(model: nn.Module, inputs: Any) -> list[Tensor]:
+def _run_converted(
+    model: nn.Module, replacements: Sequence[Replacement], reached: Iterable[str], inputs: Any
+) -> list[Tensor]:
+    """Return the outputs of the converted model, which calls the layers that are `reached`."""
+    called: set[str] = set()
     try:
-        with full_precision(), quiet_evaluation(model, restore_buffers=True):
-            return list(tensors_in(call_model(model, inputs)))
+        with full_precision(), ExitStack() as stack, quiet_evaluation(model, restore_buffers=True):
+            for name, layer in ((item.name, item.layer) for item in replacements):
+                handle = layer.register_forward_pre_hook(partial(_note_call, called, name))
+                stack.callback(handle.remove)
+            with without_compiled_code():
+                outputs = list(tensors_in(call_model(model, inputs)))
     except Exception as error:
         raise ParityError(
             f"the converted model fails where the trained one works: {error!r}. Its code probably "
             "uses the weight of a quantized layer itself; leave that layer out with "
             "LayerRule(layer=..., skip=True)."
         ) from error
+    missing = next((name for name in reached if name not in called), None)
+    if missing is not None:
+        raise ParityError(
+            f"the converted model does not call its layer '{missing}', as the trained one does: "
+            "something in the model holds on to the layers that are trained, such as a function "
+            "that was set as an attribute."
+        )
+    return outputs
+
+
+def _note_call(called: set[str], name: str, *_: Any) -> None:
+    called.add(name)
 
 
 def _watch_layers(

@@ -165,6 +165,8 @@ def _reason_against(module: nn.Module) -> str | None:
     """Return why `module` cannot be quantized, or None if it can."""
     if isinstance(module, LazyModuleMixin):
         return "it is lazy: run one forward pass before preparing"
+    if "forward" in vars(module):
+        return "it has a forward of its own, set as an attribute before the model was prepared"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize)"
     kind = type(module)

@@ -1,5 +1,7 @@
 """Which layers are quantized, how, and why the others are not."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -185,6 +187,12 @@ def pruned_linear():
     return prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
 
 
+def patched_linear():
+    layer = nn.Linear(4, 4)
+    layer.forward = functools.partial(nn.Linear.forward, layer)
+    return layer
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(
     ("build", "reason"),
@@ -203,6 +211,7 @@ def pruned_linear():
         (lambda: nn.LSTMCell(4, 4), "LSTMCell has no quantized form"),
         (lambda: nn.Bilinear(4, 4, 4), "Bilinear has no quantized form"),
         (lambda: OwnAttention(4, 2), "OwnAttention is a subclass of MultiheadAttention"),
+        (patched_linear, "it has a forward of its own, set as an attribute"),
         (lambda: OutputProjection(4, 4), "MultiheadAttention uses its weight without calling it"),
     ],
 )

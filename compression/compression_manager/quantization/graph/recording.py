@@ -8,12 +8,10 @@ scripted module, is observed below, at the dispatcher.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +48,7 @@ def record_operations(model: nn.Module, example_inputs: Any) -> tuple[list[Opera
     for module in copied.modules():
         if isinstance(module, FakeQuantizer):
             recorder.watch(module)
-    with quiet_evaluation(copied), _without_compiled_code(), recorder.observe():
+    with quiet_evaluation(copied), recorder.observe():
         output = call_with_examples(copied, inputs)
     ids = recorder.ids
     return ids.operations, [ids.id_of(tensor) for tensor in tensors_in(output)]
@@ -166,17 +164,6 @@ class _Operators(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         return self._recorder.run(func, args, kwargs or {})
-
-
-@contextmanager
-def _without_compiled_code() -> Iterator[None]:
-    """Run compiled modules as written, so that their operations are seen."""
-    # Only a model that was compiled needs it; the import alone takes seconds.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def _name_inputs(model: nn.Module, inputs: Any) -> list[tuple[str, Tensor]]:

@@ -120,7 +120,7 @@ class FeatureCriterionConfig(CriterionConfig):
 
 def feature_at(point: TapPoint, model_output: Any, recorder: Recorder, where: str) -> Tensor:
     """Return the feature at `point`: of the model's own output, or of a layer's that was kept."""
-    output = recorder.output(point.layer) if point.layer else model_output
+    output = recorder.output(point.layer, model_output) if point.layer else model_output
     return pick_feature(output, point.output, where=point.within(where))
 
 

@@ -606,6 +606,20 @@ def test_a_compiled_student_is_watched_as_well():
     assert student.conv1.weight.grad is not None
 
 
+def test_features_of_the_pass_that_returned_the_output_are_compared():
+    torch.manual_seed(0)
+    student, teacher = toys.ConvNet(), toys.ConvNet()
+    manager = start(student, teacher, layers("conv1"))
+    output, other = student(IMAGES), student(IMAGES + 1)
+    with torch.no_grad():
+        student(IMAGES - 1)
+    loss = manager.on_after_compute_loss(IMAGES, output, (output.mean() + other.mean()) * 0)
+    expected = np.mean((conv1_of(student) - conv1_of(teacher)) ** 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert student.conv1.weight.grad.norm() > 0
+
+
 def test_activation_checkpointing_keeps_the_gradient():
     from torch.utils.checkpoint import checkpoint
 

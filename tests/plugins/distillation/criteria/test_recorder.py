@@ -43,6 +43,39 @@ def test_it_keeps_the_last_output_while_it_is_on(model, recorder):
         recorder.output("2")
 
 
+def test_of_several_passes_that_which_led_to_the_output_counts(model, recorder):
+    recorder.start()
+    one = model(INPUTS)
+    two = model(INPUTS + 1)
+    with torch.no_grad():
+        model(INPUTS + 2)
+    for output, inputs in ((one, INPUTS), (two, INPUTS + 1), (None, INPUTS + 1)):
+        assert torch.equal(recorder.output("0", output), model[0](inputs))
+    assert torch.equal(recorder.output("0", {"loss": one.sum()}), model[0](INPUTS))
+
+
+def test_what_a_later_pass_returned_is_kept_for_its_own_loss(model, recorder):
+    expected = model[0](INPUTS + 1)
+    recorder.start()
+    one, two = model(INPUTS), model(INPUTS + 1)
+    recorder.output("0", one)
+    recorder.clear()
+    assert torch.equal(recorder.output("0", two), expected)
+    recorder.clear()
+    with pytest.raises(ConfigError, match="was not called"):
+        recorder.output("0", two)
+
+
+def test_a_layer_that_is_called_twice_in_a_pass_leaves_its_last_output():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    recorder = Recorder(model, ["0"], ModelHooks(), where="student")
+    recorder.start()
+    first, second = model(INPUTS), model(INPUTS + 1)
+    assert recorder.output("0", first) is first
+    assert recorder.output("0", second) is second
+
+
 def test_clearing_lets_go_and_stays_on(model, recorder):
     recorder.start()
     model(INPUTS)
