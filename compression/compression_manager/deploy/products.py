@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from compression_manager.quantization.changes import sample_of, version_of
 from compression_manager.quantization.integer import products
 from compression_manager.quantization.integer.geometry import (
     Size,
@@ -34,7 +35,6 @@ from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.sums import why_no_integers
 from compression_manager.quantization.memory_format import dense
-from compression_manager.quantization.recent import version_of
 
 if TYPE_CHECKING:
     from compression_manager.deploy.layers import ConvertedLayer
@@ -128,8 +128,10 @@ def _integers_of(layer: ConvertedLayer, input: Tensor, passes: Passes) -> Intege
 
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
     """Return the layer's weight as an operand, which is made anew if a buffer changed."""
-    tensors = (layer.weight, layer.weight_scale, layer.input_scale, layer.input_zero_point)
-    source = tuple((tensor.data_ptr(), version_of(tensor)) for tensor in tensors)
+    source = [
+        (tensor.data_ptr(), version_of(tensor), sample_of(tensor))
+        for tensor in (layer.weight, layer.weight_scale)
+    ]
     known = _weights.get(layer)
     if known is None or known[0] != source:
         codes = layer.integer_weight().contiguous()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.autograd import transforms_run
+from compression_manager.quantization.changes import version_of
 from compression_manager.quantization.precision import Float32Buffers
-from compression_manager.quantization.recent import version_of
 
 # No tensor has this version.
 _UNKNOWN = -1

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from compression_manager.quantization.changes import sample_of
+
 # A residual block has few tensors between two uses of its input.
 _KEPT = 6
 
@@ -27,12 +29,23 @@ _Key = tuple[int, torch.Size, tuple[int, ...], torch.dtype, int]
 class _Entry:
     def __init__(self, tensor: Tensor, key: _Key) -> None:
         self.key = key
+        self.sample = sample_of(tensor.detach())
         self.values: dict[object, Any] = {}
         # A dead tensor's address may be used again, and its codes are of no more use.
         self.tensor = TensorWeakRef(tensor)
 
     def is_alive(self) -> bool:
+        """Return whether the tensor still exists."""
         return self.tensor() is not None
+
+    def is_current(self) -> bool:
+        """Return whether the tensor lives as it was; what is done to `.data` leaves no trace."""
+        tensor = self.tensor()
+        return (
+            tensor is not None
+            and _key_of(tensor) == self.key
+            and sample_of(tensor.detach()) == self.sample
+        )
 
 
 class _Entries(threading.local):
@@ -51,9 +64,9 @@ def remembered(tensor: Tensor) -> dict[object, Any]:
     # What is computed in inference mode cannot be kept for a backward pass.
     if tensor.grad_fn is None or torch.is_inference_mode_enabled():
         return {}
-    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+    key = _key_of(tensor)
     for entry in _recent.entries:
-        if entry.key == key and entry.is_alive():
+        if entry.key == key and entry.is_current():
             return entry.values
     added = _Entry(tensor, key)
     alive = [entry for entry in _recent.entries if entry.is_alive()]
@@ -61,6 +74,5 @@ def remembered(tensor: Tensor) -> dict[object, Any]:
     return added.values
 
 
-def version_of(tensor: Tensor) -> int:
-    """Return autograd's count of changes; 0 for inference tensors, which it does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _key_of(tensor: Tensor) -> _Key:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version

@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
 from compression_manager.quantization import arithmetic, kernels
+from compression_manager.quantization.changes import sample_of, version_of
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.operands import IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
@@ -26,9 +27,6 @@ from compression_manager.quantization.memory_format import dense, in_memory_orde
 from compression_manager.quantization.observers.extremes import gives_own_range
 from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
-from compression_manager.quantization.recent import version_of
-
-_SAMPLED = 32
 
 
 @dataclass(eq=False, slots=True)
@@ -66,7 +64,7 @@ def integer_weight(
     state = (
         version_of(base), weight.data_ptr(), weight.shape, weight.stride(), passes.name,
     )  # fmt: skip
-    known, sample = _weights.get(quantizer), _sample(weight.detach())
+    known, sample = _weights.get(quantizer), sample_of(weight.detach())
     if (
         known is not None
         and known.base() is base
@@ -135,14 +133,3 @@ def _quantize_weight(
     return IntegerWeight(
         codes, scale.expand(rows).contiguous(), pack_mask(clipped) if any_clipped else None
     )
-
-
-def _sample(weight: Tensor) -> list[float]:
-    """Return values from all over a weight on the CPU; an accelerator is not waited for."""
-    return weight.take(_places(weight.numel())).tolist() if weight.is_cpu and weight.numel() else []
-
-
-@cache
-def _places(count: int) -> Tensor:
-    """Return where to look: at random, because rows and columns may be dead."""
-    return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
