@@ -16,7 +16,11 @@ from compression_manager.deploy.parity import Parity
 from compression_manager.layer_measurements import LayerMeasurement, measure_layers
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
-from compression_manager.quantization.layers import QuantizedLayer, weight_identity
+from compression_manager.quantization.layers import (
+    QuantizedLayer,
+    quantized_class,
+    weight_identity,
+)
 from compression_manager.quantization.layers.decisions import (
     LayerArithmetic,
     arithmetic_lines,
@@ -184,12 +188,19 @@ def build_report(
             gains_bias = name in folded.values()
             layers.append(_quantized(name, module, measured.get(name), gains_bias, sizes))
         elif name in skipped or any(True for _ in _saved_tensors(module)):
-            reason = skipped.get(name, "not a layer with a weight")
+            reason = skipped.get(name) or _reason_against(module)
             size = sizes.take(_saved_tensors(module))
             after = 0 if name in folded else size
             kind = type(module).__name__
             layers.append(LayerReport(name, kind, False, reason, size, after, None))
     return Report(tuple(layers))
+
+
+def _reason_against(module: nn.Module) -> str:
+    """Return why nobody planned what to do with `module`."""
+    if quantized_class(type(module)) is None:
+        return "not a layer with a weight"
+    return "no plugin quantizes, or the layer came after the model was prepared"
 
 
 class _Sizes:

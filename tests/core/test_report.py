@@ -292,3 +292,13 @@ def test_report_tells_the_parity_of_the_last_conversion() -> None:
     assert str(report).splitlines()[-1].startswith("parity of the converted model")
     assert report.to_dict()["parity"]["output_error"] == report.parity.output_error
     manager.close()
+
+
+def test_a_layer_that_came_after_preparing_is_told_from_one_without_a_weight():
+    model = toys.mlp()
+    manager = prepare_compression(model, [QATConfig()])
+    model.append(nn.Linear(4, 2))
+    model.append(nn.LayerNorm(2))
+    details = {layer.name: layer.detail for layer in manager.report().layers}
+    assert "the layer came after the model was prepared" in details["3"]
+    assert details["4"] == "not a layer with a weight"

@@ -181,6 +181,19 @@ class ConvertedLayer(nn.Module):
             input, self.input_scale, self.input_zero_point, scheme.quant_min, scheme.quant_max
         )
 
+    def check_input(self, input: Tensor) -> None:
+        """Refuse an input that is not floating-point.
+
+        Raises:
+            QuantizationError: with what to do.
+        """
+        if not input.is_floating_point():
+            raise QuantizationError(
+                f"a deployed {self.spec.kind} got an input of {input.dtype}. If the model brings "
+                "its input to the dtype of a layer's weight, which is that of integers now, leave "
+                "that layer out with LayerRule(layer=..., skip=True)."
+            )
+
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the dequantized weight."""
         return self.weight_format.decode(self.weight_tensors(), dtype)
@@ -199,6 +212,7 @@ class ConvertedLinear(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, out_features)."""
+        self.check_input(input)
         output = products.linear(self, input)
         if output is not None:
             return output
@@ -222,6 +236,7 @@ class ConvertedConv(ConvertedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution."""
+        self.check_input(input)
         integers = products.convolve(self, input)
         if integers is not None:
             return integers

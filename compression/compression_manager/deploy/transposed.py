@@ -41,6 +41,7 @@ class ConvertedConvTranspose(ConvertedLayer):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution; arguments as the float layer's."""
+        self.check_input(input)
         output: Tensor = _OPERATIONS[len(self.kernel_size)](
             self.quantized_input(input),
             swap_channel_axes(self.float_weight(input.dtype), self.groups),

@@ -30,7 +30,7 @@ def apply_to_parts(function: type[torch.autograd.Function], *arguments: Any) -> 
 def differentiable_once(
     backward: Callable[..., Gradients], *, has_constant_factor: bool = False
 ) -> Callable[..., Gradients]:
-    """Make the `backward` of a function refuse to be differentiated itself.
+    """Make the `backward` of a function refuse batched gradients, and to be differentiated itself.
 
     As torch's `once_differentiable`, with an error that says what to do; and also where the
     incoming gradient is a constant, as that of the output is in a gradient penalty, because what
@@ -44,6 +44,12 @@ def differentiable_once(
 
     @wraps(backward)
     def once(ctx: Any, *gradients: Tensor) -> Gradients:
+        if any(torch._C._functorch.is_legacy_batchedtensor(item) for item in gradients):
+            raise QuantizationError(
+                "an integer layer, or a ReLU beside it, got many gradients at once "
+                "(is_grads_batched, or a vectorized jacobian), of which it computes one at a time; "
+                'use QATConfig(forward="fake").'
+            )
         if not torch.is_grad_enabled():
             return backward(ctx, *gradients)
         with torch.no_grad():

@@ -31,6 +31,7 @@ from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.convert import can_fold, convert_layer
 from compression_plugins.fake_quant.details import publish_layer
 from compression_plugins.fake_quant.insertion import make_quantizers
+from compression_plugins.fake_quant.pair_watch import PairWatch
 from compression_plugins.fake_quant.plan import ModelPlan
 from compression_plugins.fake_quant.post_training_config import PTQConfig
 
@@ -53,6 +54,8 @@ class FakeQuantPlugin(Plugin[Options]):
         self._plan = ModelPlan((), {})
         self._pairs: dict[str, str] | None = None
         self._folded: dict[str, str] = {}
+        self._watch: PairWatch | None = None
+        self._parted: dict[str, str] = {}
         self._context: Context | None = None
 
     def product_options(self) -> ProductOptions:
@@ -82,7 +85,8 @@ class FakeQuantPlugin(Plugin[Options]):
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
         if context.example_inputs is None:
             self._take_pairs(None)
-            observe_next_forward(context.model, context.model_hooks, self._take_pairs)
+            stop = observe_next_forward(context.model, context.model_hooks, self._take_pairs)
+            context.add_cleanup(stop, owner=self.name)
         else:
             self._take_pairs(_find_pairs(context.model, context.example_inputs))
 
@@ -104,6 +108,8 @@ class FakeQuantPlugin(Plugin[Options]):
         """Replace every quantization-aware layer of the copy by its deployed form."""
         model = conversion.model
         keep_outputs(model)
+        if self._watch is not None:
+            self._watch.settle()
         if conversion.example_inputs is not None:
             # Only the pairs of the model as deployed count: eval mode may take another path.
             deployed = _find_pairs(model, conversion.example_inputs)
@@ -202,10 +208,25 @@ class FakeQuantPlugin(Plugin[Options]):
             context.skipped_layers.pop(name, None)
         self._pairs = None if pairs is None else dict(pairs)
         self._folded = self._foldable(context.model)
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = PairWatch(context.model, context.model_hooks, self._folded, self._forget_pair)
         context.folded_layers.update(self._folded)
-        context.skipped_layers.update(self._plan.skipped)
+        context.skipped_layers.update(self._plan.skipped | self._parted)
         for name, convolution in self._folded.items():
             context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
+
+    def _forget_pair(self, batch_norm: str) -> None:
+        """Fold a BatchNorm no longer: its convolution was called without it, or it without that."""
+        assert self._context is not None
+        assert self._pairs is not None  # or nothing was watched
+        convolution = self._pairs.pop(batch_norm)
+        self._folded.pop(batch_norm)
+        self._context.folded_layers.pop(batch_norm)
+        self._parted[batch_norm] = (
+            f"not folded into '{convolution}': in some pass one was called without the other"
+        )
+        self._context.skipped_layers.update(self._parted)
 
     def _foldable(self, model: nn.Module) -> dict[str, str]:
         """Return BatchNorm name -> convolution name where folding changes only scales."""

@@ -134,11 +134,15 @@ class PairFinder(TorchDispatchMode):
 
 def observe_next_forward(
     model: nn.Module, hooks: ModelHooks, found: Callable[[dict[str, str]], object]
-) -> None:
+) -> Callable[[], None]:
     """Observe the next complete forward pass of `model`, whoever runs it, and hand over its pairs.
 
     A pass that raises is forgotten, and the one after it observed. Compiled passes are not
     observed.
+
+    Returns:
+        What ends an observation that is under way: KeyboardInterrupt leaves a pass without a call
+        of its hooks.
     """
     finder = PairFinder(model)
 
@@ -164,3 +168,9 @@ def observe_next_forward(
     begin_handle = hooks.add_forward_pre_hook(model, begin)
     # Also called when forward raises, so that the observation ends in any case.
     end_handle = hooks.add_forward_hook(model, end, always_call=True)
+
+    def stop() -> None:
+        if finder.active:
+            finder.abandon()
+
+    return stop

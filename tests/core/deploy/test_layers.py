@@ -8,6 +8,7 @@ from torch import nn
 
 from compression_manager.deploy import LayerSpec
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme
 
 WEIGHT = QuantizationScheme(granularity="channel")
@@ -92,3 +93,20 @@ def test_weights_are_shared_only_if_equal():
     second.share_weight(first)
     assert second.weight is first.weight
     assert second.weight_scale is first.weight_scale
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 2), (4, 3)),
+        (nn.Conv1d(3, 2, 1), (4, 3, 5)),
+        (nn.ConvTranspose1d(3, 2, 1), (4, 3, 5)),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_an_input_of_integers_is_refused_with_what_to_do(layer, shape):
+    """Models of transformers bring their input to the dtype of a layer's weight."""
+    kind = type(layer).__name__
+    converted = CONVERTED_CLASSES[kind](layer, LayerSpec(kind, WEIGHT, None, True))
+    with pytest.raises(QuantizationError, match=rf"{kind} got an input of torch\.int8.*skip=True"):
+        converted(torch.ones(shape).to(converted.weight.dtype))

@@ -343,17 +343,79 @@ def test_a_forward_pass_that_raises_is_observed_again(error):
     assert folded(manager) == {"bn": "conv"}
 
 
-def test_the_observation_leaves_no_hooks_and_no_tensors():
+def hooked(model):
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+def test_what_was_observed_is_watched_until_the_manager_closes():
     model = Net(plain)
-    handles = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     manager = prepare_compression(model, [QATConfig()])
-    assert len(model._forward_hooks) == 1
+    assert hooked(model) == [""]
     model(INPUT)
-    now = {name: len(module._forward_hooks) for name, module in model.named_modules()}
-    assert {name: now[name] for name in handles} == handles
-    assert not any(now.values())
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert hooked(model) == ["conv", "bn"]
     manager.close()
+    assert hooked(model) == []
+
+
+def other_batch_norm(net, input, domain):
+    return (net.bn2 if domain else net.bn)(net.conv(input))
+
+
+def without_batch_norm(net, input, domain):
+    hidden = net.conv(input)
+    return hidden if domain else net.bn(hidden)
+
+
+def other_convolution(net, input, domain):
+    return net.bn((net.other if domain else net.conv)(input))
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize("body", [other_batch_norm, without_batch_norm, other_convolution])
+def test_a_pair_that_a_later_pass_parts_is_not_folded(body, with_inputs):
+    torch.manual_seed(0)
+    model = Net(body)
+    model.forward_domain = 0
+    model.body = lambda net, input: body(net, input, net.forward_domain)
+    examples = {"example_inputs": INPUT} if with_inputs else {}
+    manager = prepare_compression(model, [QATConfig()], **examples)
+    manager.on_train_begin()
+    manager.on_epoch_begin(0)
+    for index, domain in enumerate([0, 0, 1, 1]):
+        model.forward_domain = domain
+        step(manager, INPUT * (1 + 3 * domain), index)
+    model.eval()
+    converted = manager.convert()
+    assert folded(manager) == {}
+    reasons = {layer.name: layer.detail for layer in manager.report().layers}
+    assert "in some pass one was called without the other" in reasons["bn"]
+    for domain in (0, 1):
+        model.forward_domain = converted.forward_domain = domain
+        torch.testing.assert_close(converted(INPUT), model(INPUT), rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_is_checkpointed_stays_in_its_pair():
+    def body(net, input):
+        return net.bn(checkpoint(net.conv, input, use_reentrant=False))
+
+    manager = run(Net(body))
+    assert folded(manager) == {"bn": "conv"}
+    manager.convert()
+
+
+def test_closing_after_an_interrupted_pass_ends_the_observation():
+    def body(net, input):
+        net.bn(net.conv(input))
+        raise KeyboardInterrupt
+
+    manager = prepare_compression(Net(body), [QATConfig()])
+    with pytest.raises(KeyboardInterrupt), manager:
+        manager.model(INPUT)
+    assert not _get_current_dispatch_mode_stack()
 
 
 def test_closing_before_the_first_forward_pass_ends_the_observation():

@@ -186,6 +186,22 @@ def test_differentiating_twice_is_refused_and_left_to_fake_quantization() -> Non
     gradient.sum().backward()
 
 
+def test_many_gradients_at_once_are_refused_and_left_to_fake_quantization() -> None:
+    layer, input = _case("matrix")
+    leaf = input.requires_grad_()
+    changed = quantized(layer, input.detach(), "auto")
+
+    def vectorized() -> None:
+        output = changed(leaf)
+        several = torch.stack([output, -output]).detach()
+        torch.autograd.grad(output, leaf, several, is_grads_batched=True)
+
+    with pytest.raises(QuantizationError, match=r'one at a time; use QATConfig\(forward="fake"\)'):
+        vectorized()
+    changed.product_options = quantized(_case("matrix")[0], torch.ones(1), "fake").product_options
+    vectorized()
+
+
 @pytest.mark.parametrize("case", ["matrix", "padded"])
 def test_a_penalty_on_the_gradient_is_refused_where_the_output_is_what_is_differentiated(
     case: str,
