@@ -6,7 +6,7 @@ import functools
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +19,12 @@ from compression_manager.deploy.formats import FORMATS
 from compression_manager.deploy.reference import Reference
 from compression_manager.deploy.tracing import arguments_of, batch_size, trace, with_batch
 from compression_manager.errors import ConfigError, suggest
-from compression_manager.integrations.graph_inputs import constants_of, without_constants
+from compression_manager.integrations.graph_inputs import (
+    Arguments,
+    constants_in,
+    positional_of,
+    without_constants,
+)
 from compression_manager.model_call import call_model, quiet_evaluation
 
 Runner = Callable[..., Any]
@@ -62,16 +67,18 @@ class Source:
         is_tensor = [isinstance(leaf, torch.Tensor) for leaf in leaves]
         if not all(is_tensor):
             self._require_constant([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
-        constants = constants_of(*arguments_of(self.reference.inputs))
+        arguments = Arguments(*positional_of(self.model), {})
+        constants = constants_in(arguments.leaves(*arguments_of(self.reference.inputs)))
+        on_tensors = without_constants(run)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = constants_of(args, kwargs)
-            if repr(given) != repr(constants):
+            given = constants_in(arguments.leaves(args, kwargs))
+            if not _same(given, constants):
                 raise ConfigError(
                     "this route computes with the arguments that it was measured with, beside "
-                    f"tensors: {constants or 'none'}; got {given or 'none'}."
+                    f"tensors: {_words(constants)}; got {_words(given)}."
                 )
-            output = without_constants(run)(*args, **kwargs)
+            output = on_tensors(*args, **kwargs)
             tensors = iter((output,) if isinstance(output, torch.Tensor) else output)
             filled = [
                 next(tensors) if replaced else leaf
@@ -92,6 +99,16 @@ class Source:
                 "what the model returns beside tensors depends on the number of samples "
                 f"({leaves} and {others}), which this route cannot compute."
             )
+
+
+def _same(given: Mapping[Any, Any], expected: Mapping[Any, Any]) -> bool:
+    return given.keys() == expected.keys() and all(
+        repr(given[path]) == repr(value) for path, value in expected.items()
+    )
+
+
+def _words(constants: Mapping[tuple[str, ...], Any]) -> str:
+    return ", ".join(f"{' '.join(path)}={value!r}" for path, value in constants.items()) or "none"
 
 
 class Route(ABC):

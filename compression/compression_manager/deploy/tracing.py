@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,13 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError, NotExportableError
+from compression_manager.integrations.graph_inputs import Arguments, positional_of
 from compression_manager.model_call import quiet_evaluation, tensors_in
 from compression_manager.quantization.exporting import View, exporting
 from compression_manager.quantization.memory_format import has_gaps
 
+# Where a traced program keeps what `positional_of` returned.
+PARAMETERS = "compression_manager.parameters"
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -76,13 +79,30 @@ def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> Exporte
     shapes = batch_shapes(args, kwargs)
     try:
         with quiet_evaluation(model, restore_buffers=True), exporting(view):
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         raise NotExportableError(
             f"torch.export cannot trace the model for any batch size: {brief(error)} The model's "
             "code must not depend on values of tensors, nor on how many samples there are in the "
             "first dimension of its inputs."
         ) from error
+    # A program knows its inputs in the order of this call alone.
+    program.graph_module.meta[PARAMETERS] = positional_of(model)
+    return program
+
+
+def arguments_of_program(program: ExportedProgram, names: Sequence[str]) -> Arguments:
+    """Return what leads to each tensor among the arguments of the model that `trace` traced.
+
+    Args:
+        program: still with its example inputs.
+        names: of its inputs, in their order.
+    """
+    positional, variadic = program.graph_module.meta[PARAMETERS]
+    args, kwargs = program.example_inputs or ((), {})
+    leaves = Arguments(positional, variadic, {}).leaves(args, kwargs)
+    paths = [path for path, value in leaves.items() if isinstance(value, Tensor)]
+    return Arguments(positional, variadic, dict(zip(names, paths, strict=True)))
 
 
 def batch_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -1,61 +1,125 @@
-"""Calling a runtime whose inputs are named tensors as a model is called."""
+"""Calling a runtime whose inputs are named tensors as a model is called.
+
+What leads to each tensor among the model's arguments is kept with the file, so that it may be given
+by position or by name, and mappings may have their entries in any order.
+"""
 
 from __future__ import annotations
 
-import re
+import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, suggest
 
 # numpy arrays, which the runtimes bring along; this package does without.
 Array = Any
 Feed = Mapping[str, Array]
+# Parameter, keys and indices.
+Path = tuple[str, ...]
+# Under which name files keep `Arguments`.
+ARGUMENTS = "compression_manager.arguments"
 
 
 @dataclass(frozen=True)
-class _Leaf:
-    """A value within the arguments.
+class Arguments:
+    """What a file knows of the call that it stands for.
 
     Attributes:
-        path: parameter, keys and indices that lead there; a parameter given by position is "".
-        in_mapping: whether a mapping holds it, whose entries come in any order.
+        positional: parameters of the model that may be given by position, in order.
+        variadic: that which takes all others, or None.
+        paths: input of the file -> parameter, keys and indices that lead to its tensor.
     """
 
-    path: tuple[str, ...]
-    value: Any
-    in_mapping: bool
+    positional: tuple[str, ...]
+    variadic: str | None
+    paths: dict[str, Path]
+
+    @classmethod
+    def of_names(cls, names: Sequence[str]) -> Arguments:
+        """Return those of a file that says no more than how its inputs are called."""
+        return cls(tuple(names), None, {name: (name,) for name in names})
+
+    @classmethod
+    def from_json(cls, text: str) -> Arguments:
+        """Return what `to_json` described."""
+        document = json.loads(text)
+        return cls(
+            tuple(document["positional"]),
+            document["variadic"],
+            {name: tuple(path) for name, path in document["paths"].items()},
+        )
+
+    def to_json(self) -> str:
+        """Return a text that `from_json` takes back."""
+        return json.dumps(asdict(self))
+
+    def leaves(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[Path, Any]:
+        """Return path -> value of all that the arguments hold, but None.
+
+        Raises:
+            ConfigError: there are more by position than the model has parameters, or one is given
+                twice.
+        """
+        count = len(self.positional)
+        if len(args) > count and self.variadic is None:
+            raise ConfigError(
+                f"the exported model takes at most {count} arguments by position "
+                f"({', '.join(self.positional)}), got {len(args)}."
+            )
+        named = dict(zip(self.positional, args, strict=False))
+        twice = sorted(named.keys() & kwargs.keys())
+        if twice:
+            raise ConfigError(f"the exported model got {', '.join(twice)} by position and by name.")
+        found = [leaf for name, value in named.items() for leaf in _leaves(value, (name,))]
+        if self.variadic is not None:
+            found += _leaves(list(args[count:]), (self.variadic,))
+        found += [leaf for name, value in kwargs.items() for leaf in _leaves(value, (name,))]
+        return dict(found)
+
+
+def positional_of(model: nn.Module) -> tuple[tuple[str, ...], str | None]:
+    """Return the parameters of `forward` that may be given by position, and the variadic one."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [
+        item.name
+        for item in parameters
+        if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)
+    ]
+    variadic = [item.name for item in parameters if item.kind is item.VAR_POSITIONAL]
+    return tuple(names), next(iter(variadic), None)
 
 
 def called_as_model(
-    names: Sequence[str], compute: Callable[[Feed], Sequence[Array]]
+    arguments: Arguments, compute: Callable[[Feed], Sequence[Array]]
 ) -> Callable[..., Any]:
     """Return a function of the model's arguments to its output tensor, or the tuple of them.
 
-    Tensors that are given by position are taken in order, those by keyword and in mappings by name.
-
     Args:
-        names: of the inputs, in order; torch joins what leads to a nested tensor with "_".
+        arguments: of the file.
         compute: the runtime; returns arrays that it does not use again.
     """
+    name_of = {path: name for name, path in arguments.paths.items()}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        outputs = compute({name: _array(value) for name, value in _named(names, args, kwargs)})
+        leaves = arguments.leaves(args, kwargs)
+        _check(leaves, name_of)
+        outputs = compute({name_of[path]: _array(value) for path, value in leaves.items()})
         tensors = tuple(torch.from_numpy(output) for output in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
 
     return run
 
 
-def constants_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the arguments, and what they hold, that are neither tensors nor None."""
-    leaves = _leaves_of(args, kwargs)
-    return [leaf.value for leaf in leaves if not isinstance(leaf.value, Tensor)]
+def constants_in(leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+    """Return those of `Arguments.leaves` that are no tensors."""
+    return {path: value for path, value in leaves.items() if not isinstance(value, Tensor)}
 
 
 def without_constants(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,63 +136,39 @@ def _none_for_constants(leaf: Any) -> Any:
     return None if isinstance(leaf, (bool, int, float, complex, str, bytes)) else leaf
 
 
-def _leaves_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[_Leaf]:
-    arguments = [*(("", value) for value in args), *kwargs.items()]
-    return [leaf for name, value in arguments for leaf in _leaves(value, (name,), False)]
-
-
-def _leaves(value: Any, path: tuple[str, ...], in_mapping: bool) -> Iterator[_Leaf]:
+def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)), True)
+            yield from _leaves(item, (*path, str(key)))
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _leaves(item, (*path, str(index)), in_mapping)
+            yield from _leaves(item, (*path, str(index)))
     elif is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
-            yield from _leaves(getattr(value, field.name, None), (*path, field.name), in_mapping)
+            yield from _leaves(getattr(value, field.name, None), (*path, field.name))
     elif value is not None:
-        yield _Leaf(path, value, in_mapping)
+        yield path, value
 
 
-def _named(
-    names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[tuple[str, Tensor]]:
-    leaves = _leaves_of(args, kwargs)
-    for leaf in leaves:
-        if not isinstance(leaf.value, Tensor):
-            where = " ".join(filter(None, leaf.path)) or "an argument"
+def _check(leaves: Mapping[Path, Any], name_of: Mapping[Path, str]) -> None:
+    """Raise ConfigError unless the leaves are tensors, one for each input."""
+    for path, value in leaves.items():
+        if not isinstance(value, Tensor):
             raise ConfigError(
-                f"the exported model takes tensors only, got {leaf.value!r} as {where}; what is no "
-                "tensor is fixed when the model is exported."
+                f"the exported model takes tensors only, got {value!r} as {' '.join(path)}; what "
+                "is no tensor is fixed when the model is exported."
             )
-    given: dict[str, Tensor] = {}
-    positional = []
-    for leaf in leaves:
-        name = _name_of(leaf, [name for name in names if name not in given])
-        if name is None:
-            positional.append(leaf.value)
-        else:
-            given[name] = leaf.value
-    rest = [name for name in names if name not in given]
-    if len(rest) != len(positional):
+        if path not in name_of:
+            known = [" ".join(item) for item in name_of]
+            raise ConfigError(
+                f"the exported model takes no tensor as {' '.join(path)}; "
+                f"{suggest(' '.join(path), known)}"
+            )
+    missing = [" ".join(path) for path in name_of if path not in leaves]
+    if missing:
         raise ConfigError(
-            f"the exported model takes the tensors {', '.join(names)}; got {len(positional)} by "
-            f"position and {', '.join(kwargs) or 'none'} by name."
+            f"the exported model needs a tensor as {', '.join(missing)}; it was exported with one."
         )
-    return [*zip(rest, positional, strict=True), *given.items()]
-
-
-def _name_of(leaf: _Leaf, names: Sequence[str]) -> str | None:
-    """Return which input a tensor is, as far as what leads to it tells."""
-    parameter, *inner = leaf.path
-    known = re.sub(r"[^A-Za-z0-9]+", "_", "_".join([parameter, *inner] if parameter else inner))
-    if parameter:
-        return known if known in names else None
-    if not leaf.in_mapping:
-        return None
-    ending = [name for name in names if name.endswith(f"_{known}")]
-    return ending[0] if len(ending) == 1 else None
 
 
 def _array(value: Tensor) -> Array:

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from compression_manager.deploy.tracing import arguments_of_program
+from compression_manager.errors import NotExportableError
+from compression_manager.integrations.graph_inputs import ARGUMENTS
 from compression_manager.integrations.onnx_graph import write_attention
 from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
 
@@ -18,7 +21,11 @@ from compression_manager.integrations.onnx_translation import OPSET, onnx_transl
 def to_onnx(program: ExportedProgram) -> bytes:
     """Return the ModelProto of a program whose first dimensions may be symbolic; changes its graph.
 
+    Args:
+        program: what `trace` returned.
+
     Raises:
+        NotExportableError: the model writes to its buffers, which a file cannot keep.
         Exception: whatever the exporter raises, for example for more than 2 GiB, which a
             ModelProto cannot hold.
     """
@@ -35,8 +42,25 @@ def to_onnx(program: ExportedProgram) -> bytes:
             custom_translation_table=onnx_translation_table(),
         )
     assert converted is not None  # with dynamo it never is
-    content: bytes = converted.model_proto.SerializeToString()
+    _require_no_memory(converted.exported_program)
+    proto = converted.model_proto
+    names = [item.name for item in proto.graph.input]
+    note = proto.metadata_props.add()
+    note.key, note.value = ARGUMENTS, arguments_of_program(program, names).to_json()
+    content: bytes = proto.SerializeToString()
     return content
+
+
+def _require_no_memory(program: ExportedProgram | None) -> None:
+    """Raise NotExportableError if a decomposed program changes buffers."""
+    assert program is not None  # it was made of one
+    written = sorted(program.graph_signature.buffers_to_mutate.values())
+    if written:
+        raise NotExportableError(
+            f"the model changes {', '.join(written)} in its forward pass; files of ONNX and "
+            "OpenVINO have no memory from one call to the next. Return it as an output, or use the "
+            "format 'torch'."
+        )
 
 
 @contextmanager

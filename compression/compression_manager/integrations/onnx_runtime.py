@@ -9,7 +9,11 @@ from typing import Any
 import onnxruntime
 import torch
 
-from compression_manager.integrations.graph_inputs import called_as_model
+from compression_manager.integrations.graph_inputs import (
+    ARGUMENTS,
+    Arguments,
+    called_as_model,
+)
 
 
 def load_onnx(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
@@ -26,5 +30,9 @@ def load_onnx(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names = [item.name for item in session.get_inputs()]
-    return called_as_model(names, lambda feed: session.run(None, feed))
+    note = session.get_modelmeta().custom_metadata_map.get(ARGUMENTS)
+    if note is None:
+        arguments = Arguments.of_names([item.name for item in session.get_inputs()])
+    else:
+        arguments = Arguments.from_json(note)
+    return called_as_model(arguments, lambda feed: session.run(None, feed))

@@ -12,7 +12,12 @@ import torch
 from openvino import opset13
 
 from compression_manager.errors import ConfigError
-from compression_manager.integrations.graph_inputs import Feed, called_as_model
+from compression_manager.integrations.graph_inputs import (
+    ARGUMENTS,
+    Arguments,
+    Feed,
+    called_as_model,
+)
 
 
 def write_openvino(content: bytes, path: Path) -> None:
@@ -56,20 +61,27 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         results = own.request.infer(feed, share_inputs=True)
         return [results[index] for index in range(len(compiled.outputs))]
 
-    return called_as_model(list(dtypes), compute)
+    return called_as_model(_arguments_of(network, list(dtypes)), compute)
+
+
+def _arguments_of(network: openvino.Model, names: list[str]) -> Arguments:
+    if not network.has_rt_info(ARGUMENTS):
+        return Arguments.of_names(names)
+    return Arguments.from_json(network.get_rt_info(ARGUMENTS).astype(str))
 
 
 def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
     """Return the network of an ONNX file with all its inputs; OpenVINO drops the unused ones."""
     import onnx  # a machine that runs .xml files alone has no need of it
 
-    network = core.read_model(content)
-    inputs = onnx.load_model_from_string(content).graph.input
+    network, proto = core.read_model(content), onnx.load_model_from_string(content)
     used = {item.output(0).get_any_name(): item for item in network.get_parameters()}
-    if len(used) == len(inputs):
-        return network
-    parameters = [used.get(item.name) or _unused(item) for item in inputs]
-    return openvino.Model(network.get_results(), parameters, network.get_friendly_name())
+    parameters = [used.get(item.name) or _unused(item) for item in proto.graph.input]
+    network = openvino.Model(network.get_results(), parameters, network.get_friendly_name())
+    for note in proto.metadata_props:
+        if note.key == ARGUMENTS:
+            network.set_rt_info(note.value, ARGUMENTS)
+    return network
 
 
 def _unused(input: Any) -> Any:

@@ -208,13 +208,19 @@ class FakeQuantPlugin(Plugin[Options]):
             context.skipped_layers.pop(name, None)
         self._pairs = None if pairs is None else dict(pairs)
         self._folded = self._foldable(context.model)
-        if self._watch is not None:
-            self._watch.stop()
-        self._watch = PairWatch(context.model, context.model_hooks, self._folded, self._forget_pair)
+        self._watch_pairs(context)
         context.folded_layers.update(self._folded)
         context.skipped_layers.update(self._plan.skipped | self._parted)
         for name, convolution in self._folded.items():
             context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
+
+    def _watch_pairs(self, context: Context) -> None:
+        if self._watch is not None:
+            if self._watch.pairs == self._folded:
+                return
+            self._watch.stop()
+        hooks = context.model_hooks
+        self._watch = PairWatch(context.model, hooks, self._folded, self._forget_pair)
 
     def _forget_pair(self, batch_norm: str) -> None:
         """Fold a BatchNorm no longer: its convolution was called without it, or it without that."""

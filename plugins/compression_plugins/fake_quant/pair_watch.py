@@ -31,6 +31,9 @@ class PairWatch:
         hooks: of the manager.
         pairs: BatchNorm name -> convolution name.
         broken: called with the name of a BatchNorm, once.
+
+    Attributes:
+        pairs: those that hold so far.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class PairWatch:
         pairs: Mapping[str, str],
         broken: Callable[[str], object],
     ) -> None:
+        self.pairs = dict(pairs)
         self._broken = broken
         self._unread = _Outputs()
         self._handles = {
@@ -62,6 +66,7 @@ class PairWatch:
         for handle in [handle for handles in self._handles.values() for handle in handles]:
             handle.remove()
         self._handles.clear()
+        self.pairs.clear()
         self._unread.of.clear()
 
     def _after(self, batch_norm: str) -> Callable[..., None]:
@@ -87,6 +92,7 @@ class PairWatch:
 
     def _break(self, batch_norm: str) -> None:
         self._unread.of.pop(batch_norm, None)
+        self.pairs.pop(batch_norm, None)
         # torch goes through a copy of the hooks, so that they may be removed now.
         for handle in self._handles.pop(batch_norm, ()):
             handle.remove()

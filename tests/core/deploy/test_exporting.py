@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -233,6 +233,57 @@ def test_a_number_among_the_arguments_is_fixed(format: str, tmp_path: Path) -> N
     torch.testing.assert_close(run(VECTORS), expected, rtol=0.02, atol=0.02)
     with pytest.raises(ConfigError, match=r"got 3\.0 as temperature"):
         run(VECTORS, temperature=3.0)
+
+
+class Tokens(nn.Module):
+    """Takes what a tokenizer gives, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.kind, self.fc = nn.Embedding(9, 8), nn.Embedding(2, 8), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor, kinds: Tensor) -> Tensor:
+        output: Tensor = self.fc(self.embed(ids) + self.kind(kinds)) * mask.unsqueeze(-1)
+        return output
+
+
+def test_what_was_exported_by_name_is_called_by_position_as_the_model_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids, kinds, mask = torch.randint(9, (6, 5)), torch.randint(2, (6, 5)), torch.ones(6, 5)
+    mask[:, 3:] = 0
+    batch = {"ids": ids, "kinds": kinds, "mask": mask.long()}
+    model = trained(Tokens(), batch).convert()
+    deploy.export(model, tmp_path / "model.onnx", "onnx", batch)
+    run = deploy.load_exported(tmp_path / "model.onnx", int8=False)
+    expected = model(**batch)
+    assert torch.equal(model(ids, mask.long(), kinds), expected)
+    torch.testing.assert_close(run(ids, mask.long(), kinds), run(**batch), rtol=0, atol=0)
+    torch.testing.assert_close(run(**batch), expected, rtol=0.02, atol=0.02)
+
+
+class Counting(nn.Module):
+    """Adds how often it was called."""
+
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.steps += 1
+        return cast(Tensor, self.fc(input)) + self.steps
+
+
+def test_a_model_that_remembers_is_exported_where_files_can(tmp_path: Path) -> None:
+    model = trained(Counting(), VECTORS).convert()
+    with pytest.raises(NotExportableError, match=r"changes steps in its forward pass.*'torch'"):
+        deploy.export(model, tmp_path / "model.onnx", "onnx", VECTORS)
+    deploy.export(model, tmp_path / "model.pt2", "torch", VECTORS)
+    run = deploy.load_exported(tmp_path / "model.pt2")
+    for _ in range(2):
+        torch.testing.assert_close(run(VECTORS), model(VECTORS))
 
 
 # Refused -------------------------------------------------------------------------------------

@@ -218,8 +218,8 @@ def test_arguments_that_are_no_tensors_are_those_of_the_examples() -> None:
     run = source.structured(lambda x=None, temperature=None: (expected["logits"],))
     assert run(**inputs) == expected
     assert run(VECTORS, 2.0) == expected
-    for arguments, shown in ((VECTORS,), "none"), ((VECTORS, 3.0), r"\[3\.0\]"):
-        with pytest.raises(ConfigError, match=rf"measured with.*\[2\.0\]; got {shown}"):
+    for arguments, shown in ((VECTORS,), "none"), ((VECTORS, 3.0), r"temperature=3\.0"):
+        with pytest.raises(ConfigError, match=rf"measured with.*temperature=2\.0; got {shown}"):
             run(*arguments)
 
 
