@@ -33,7 +33,7 @@ from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.selection import prepare_native
 from compression_manager.quantization.layers import quantized_class
-from compression_manager.state import atomic_directory, verify_directory
+from compression_manager.state import Manifest, atomic_directory, read_directory
 
 FORMAT_NAME = "compression_manager.converted"
 # 2: integers of less than 8 bits are packed, and symmetric weights have no zero points.
@@ -96,17 +96,9 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         raise ConfigError(
             f"deploy.load takes a torch.nn.Module to change, got {type(float_model).__name__}."
         )
-    manifest = verify_directory(
-        as_path("deploy.load", directory), format_name=FORMAT_NAME, version=FORMAT_VERSION
+    tensors, entries, tied = read_directory(
+        as_path("deploy.load", directory), _read, format_name=FORMAT_NAME, version=FORMAT_VERSION
     )
-    if manifest.version < FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has version {manifest.version} of the format '{FORMAT_NAME}', whose "
-            f"integers are not packed; this release reads version {FORMAT_VERSION}. Convert the "
-            "trained model again, and save it."
-        )
-    tensors = safetensors.torch.load_file(manifest.path(_TENSORS))
-    entries, tied = _read_document(manifest.path(_LAYERS))
     tensors |= {name: tensors[source] for name, source in tied.items() if source in tensors}
 
     conversion = Conversion(float_model)
@@ -117,7 +109,7 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         state = conversion.model.state_dict()
         _check_tensors(state, tensors, directory)
         _check_ties(state, tensors, directory)
-    except CheckpointMismatchError:
+    except BaseException:
         conversion.undo()
         raise
     disable_fused_paths(conversion.model)
@@ -136,6 +128,19 @@ class _Entry:
     absorbed: tuple[str, ...]
     spec: LayerSpec
     settings: Mapping[str, Any]
+
+
+def _read(manifest: Manifest) -> tuple[dict[str, Tensor], list[_Entry], dict[str, str]]:
+    """Return the tensors, the layers, and name -> first name of what is saved once."""
+    if manifest.version < FORMAT_VERSION:
+        raise CheckpointError(
+            f"{manifest.directory} has version {manifest.version} of the format '{FORMAT_NAME}', "
+            f"whose integers are not packed; this release reads version {FORMAT_VERSION}. Convert "
+            "the trained model again, and save it."
+        )
+    return safetensors.torch.load_file(manifest.path(_TENSORS)), *_read_document(
+        manifest.path(_LAYERS)
+    )
 
 
 def _read_document(path: Path) -> tuple[list[_Entry], dict[str, str]]:
@@ -187,6 +192,11 @@ def _check_tensors(
 ) -> None:
     """Compare names, shapes and dtypes with what the changed model holds."""
     for name, value in expected.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointMismatchError(
+                f"{directory}: '{name}' of the model's state is a {type(value).__name__}; only "
+                "tensors are saved."
+            )
         if value.is_meta:
             raise CheckpointMismatchError(
                 f"{directory}: '{name}' of the model is on the device 'meta', without values; call "

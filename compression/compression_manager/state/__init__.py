@@ -7,7 +7,7 @@ from compression_manager.state.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
-from compression_manager.state.directory import atomic_directory
+from compression_manager.state.directory import atomic_directory, read_directory
 from compression_manager.state.files import remove_directory
 from compression_manager.state.index import IndexEntry, json_number, read_index, write_index
 from compression_manager.state.manifest import (
@@ -35,6 +35,7 @@ __all__ = [
     "json_number",
     "list_checkpoints",
     "read_checkpoint",
+    "read_directory",
     "read_index",
     "read_manifest",
     "remove_directory",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 from compression_manager.errors import CheckpointError
 from compression_manager.state.files import (
@@ -19,11 +22,19 @@ from compression_manager.state.files import (
 )
 from compression_manager.state.manifest import (
     MANIFEST_NAME,
+    Manifest,
     backup_path,
     original_name,
     read_manifest,
+    verify_directory,
     write_manifest,
 )
+
+Content = TypeVar("Content")
+
+# Of a directory that is replaced while it is read; seconds between two.
+_ATTEMPTS = 20
+_PAUSE = 0.05
 
 
 @contextlib.contextmanager
@@ -71,6 +82,49 @@ def atomic_directory(
                 sync(path)
             sync(draft)
             _replace(draft, target)
+
+
+def read_directory(
+    path: Path, read: Callable[[Manifest], Content], *, format_name: str, version: int = 1
+) -> Content:
+    """Return what `read` makes of a verified directory, all of it from one version.
+
+    Another process may replace the directory meanwhile; it is read again then.
+
+    Args:
+        path: as for `verify_directory`, with `format_name` and `version`.
+        read: opens the files of the manifest.
+
+    Raises:
+        CheckpointError: as `verify_directory`; or it is replaced faster than it is read.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            content = read(verify_directory(path, format_name=format_name, version=version))
+        # Of a missing file, safetensors says RuntimeError.
+        except (CheckpointError, OSError, RuntimeError, SafetensorError):
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return content
+        time.sleep(_PAUSE)
+    raise CheckpointError(f"{path} is replaced again and again while it is read.")
+
+
+def _identity(path: Path) -> list[tuple[int, ...] | None]:
+    """Return what no other version has: of the directory, and of one that is being replaced."""
+    target = Path(os.path.realpath(path))
+    found: list[tuple[int, ...] | None] = []
+    for place in (target, backup_path(target) if target.name else target):
+        try:
+            state = os.stat(place)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((state.st_dev, state.st_ino, state.st_mtime_ns))
+    return found
 
 
 def _replace(draft: Path, target: Path) -> None:
