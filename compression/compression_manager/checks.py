@@ -71,14 +71,14 @@ def require_type(
         raise _error(owner, field, f"of type {names}", value)
 
 
-def as_path(call: str, value: object) -> Path:
+def as_path(call: str, value: object, *, of: str = "folder") -> Path:
     """Return `value`, the argument of `call`, as a path.
 
     Raises:
         ConfigError: it is neither a text nor a path, or it is empty.
     """
     if not isinstance(value, (str, Path)) or not str(value):
-        raise ConfigError(f"{call} takes the path of a folder, got {value!r}.")
+        raise ConfigError(f"{call} takes the path of a {of}, got {value!r}.")
     return Path(value)
 
 

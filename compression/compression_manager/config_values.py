@@ -86,7 +86,7 @@ def _schema(types: Sequence[Any], place: str) -> Any:
 
 def _mismatch(types: Sequence[Any], value: Any, place: str, expected: str) -> ConfigError:
     choices = [str(choice) for item in types for choice in (*_literals(item), *_members(item))]
-    if isinstance(value, str) and not choices and _reads_as_number(value):
+    if isinstance(value, str) and not choices and reads_as_number(value):
         return ConfigError(
             f"{place}: expected {expected}, got the text {show_value(value)}; write it without "
             "quotes (a number from the environment: ${oc.decode:${oc.env:NAME}})."
@@ -95,7 +95,8 @@ def _mismatch(types: Sequence[Any], value: Any, place: str, expected: str) -> Co
     return ConfigError(f"{place}: expected {expected}, got {show_value(value)}{hint}")
 
 
-def _reads_as_number(text: str) -> bool:
+def reads_as_number(text: str) -> bool:
+    """Return whether a text would be a number without quotes."""
     try:
         float(text)
     except ValueError:

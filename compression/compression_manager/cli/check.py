@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_yaml
 from compression_manager.recipe_check import check_recipe
@@ -44,4 +45,13 @@ def run(options: argparse.Namespace) -> Outcome:
     """
     checked = check_recipe(options.recipe, options.overrides)
     notes = "".join(f"# {note}\n" for note in checked.notes)
-    return Outcome(notes + to_yaml(checked.resolved))
+    return Outcome(notes + to_yaml(_escaped(checked.resolved)))
+
+
+def _escaped(value: Any) -> Any:
+    """Return plain values whose texts mean the same in a recipe, where ${...} is looked up."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value

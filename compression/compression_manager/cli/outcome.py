@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from compression_manager.config_values import reads_as_number
+
 _WIDTH = 100
 
 
@@ -34,7 +36,21 @@ def to_json(document: Any) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what recipes would read as a number: they take 1e3 for one, YAML 1.1 does not."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if reads_as_number(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def to_yaml(document: Any) -> str:
     """Return YAML in the document's own order."""
-    text: str = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    text: str = yaml.dump(
+        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH
+    )
     return text

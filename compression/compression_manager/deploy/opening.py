@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compression_manager.checks import as_path
 from compression_manager.deploy.formats import FORMATS, ExportFormat
 from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.deploy.tracing import brief
@@ -56,9 +57,9 @@ def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
             numbers in float32. Other formats compute as they were written.
 
     Raises:
-        ConfigError: no such file, none of these formats, or a missing package.
+        ConfigError: no such file, none of these formats, a damaged one, or a missing package.
     """
-    file = Path(path)
+    file = as_path("deploy.load_exported", path, of="file")
     if not file.is_file():
         raise ConfigError(f"there is no file {path} to load.")
     format = _format_of(file)
@@ -82,4 +83,6 @@ def _format_of(file: Path) -> ExportFormat:
             names = archive.namelist()
         compiled = any("/data/aotinductor/" in f"/{name}" for name in names)
         return FORMATS["aot_inductor" if compiled else "torch"]
+    if file.suffix == ".pt2":
+        raise ConfigError(f"{file} is no zip archive, as files of this kind are; it is damaged.")
     return FORMATS["openvino" if file.suffix == ".xml" else "onnx"]

@@ -50,6 +50,12 @@ _TRANSPARENT = frozenset(
 )  # fmt: skip
 
 
+# What Inductor fuses with the linear layer before it, so that this cannot take a sum as well.
+_ACTIVATIONS = frozenset(
+    {"gelu", "hardswish", "hardtanh", "leaky_relu", "relu", "relu6", "sigmoid", "silu", "tanh"}
+)
+
+
 def to_inductor_operators(program: ExportedProgram) -> tuple[fx.GraphModule, int]:
     """Return the module of a program in Inductor's operators, and the number of its int8 weights.
 
@@ -212,8 +218,8 @@ def _keep_operand(node: Node, constants: _Constants) -> None:
     left, right = node.args[:2]
     if node.kwargs or not (_is_float(left) and _is_float(right)):
         return
-    keeps_left = _is_owned(left, constants) or _is_residual_of_none(left, right)
-    keeps_right = _is_owned(right, constants) or _is_residual_of_none(right, left)
+    keeps_left = _is_kept(left, right, constants)
+    keeps_right = _is_kept(right, left, constants)
     if not (keeps_left or keeps_right):
         return
     if keeps_left and node.target is torch.ops.aten.add.Tensor:
@@ -221,6 +227,24 @@ def _keep_operand(node: Node, constants: _Constants) -> None:
     with node.graph.inserting_before(node):
         negated = node.graph.call_function(torch.ops.aten.neg.default, (right,))
         _replace(node, node.graph.call_function(_SUMS[node.target], (left, negated)))
+
+
+def _is_kept(node: Node, other: Node, constants: _Constants) -> bool:
+    """Return whether Inductor must not fuse the sum of `node` and `other` with the layer of one."""
+    return (
+        _is_owned(node, constants) or _is_residual_of_none(node, other) or _is_activated_layer(node)
+    )
+
+
+def _is_activated_layer(node: Node) -> bool:
+    """Return whether this is an activation of a linear layer that nobody else reads.
+
+    Inductor (2.13) fuses both, and fails where it then finds the sum of that and another layer.
+    """
+    node = _behind_transparent(node)
+    if node.op != "call_function" or _name_of(node.target).rstrip("_") not in _ACTIVATIONS:
+        return False
+    return len(node.users) == 1 and node.args[0].target is torch.ops.aten.linear.default
 
 
 def _is_residual_of_none(node: Node, other: Node) -> bool:
@@ -239,9 +263,14 @@ def _is_float(value: Any) -> bool:
 
 def _is_owned(node: Node, constants: _Constants) -> bool:
     """Return whether this is an input of the model, or a constant, in whatever shape."""
+    node = _behind_transparent(node)
+    return node.op == "placeholder" or node in constants
+
+
+def _behind_transparent(node: Node) -> Node:
     while node.op == "call_function" and _name_of(node.target) in _TRANSPARENT:
         node = node.args[0]
-    return node.op == "placeholder" or node in constants
+    return node
 
 
 def _name_of(target: Any) -> str:

@@ -263,3 +263,19 @@ def test_plugin_that_requires_no_hook_of_ours_is_refused(
     error = capsys.readouterr().err
     assert path in error
     assert "did you mean 'on_epoch_begin'" in error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'plugins: {checkpoint: {directory: "5e3"}}',
+        'seed: 7\nplugins: {progress: {description: "\\\\${seed} of ${seed}"}}',
+        'plugins: {"1e3": {plugin: progress}}',
+        'plugins: {qat: {overrides: [{layer: "1e3", skip: true}, {layer: "0x1f", skip: true}]}}',
+    ],
+)
+def test_the_output_is_a_recipe_that_means_the_same(text: str, write: Any, capsys: Any) -> None:
+    assert main(["check", write(text)]) == 0
+    first = capsys.readouterr().out
+    assert main(["check", write(first)]) == 0
+    assert capsys.readouterr().out == first

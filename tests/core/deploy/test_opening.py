@@ -52,3 +52,8 @@ def test_what_is_no_exported_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ConfigError, match=r"text\.onnx cannot be loaded as onnx"):
         deploy.load_exported(tmp_path / "text.onnx")
+    (tmp_path / "cut.pt2").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"cut\.pt2 is no zip archive, .*; it is damaged"):
+        deploy.load_exported(tmp_path / "cut.pt2")
+    with pytest.raises(ConfigError, match="load_exported takes the path of a file, got None"):
+        deploy.load_exported(None)  # type: ignore[arg-type]

@@ -286,6 +286,26 @@ def test_a_residual_of_an_activation_is_not_fused() -> None:
     assert_same(converted, module, inputs)
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.ReLU(inplace=True)])
+def test_a_sum_with_an_activated_layer_is_not_fused(activation: nn.Module) -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.activation = activation
+
+        def forward(self, input: Tensor) -> Tensor:
+            hidden: Tensor = self.activation(self.first(input)) + self.second(input)
+            # Read by a layer as well, what an activation returned is no part of the layer before.
+            again = self.activation(self.second(hidden))
+            return again + self.first(again)
+
+    inputs = randn(3, 6)
+    converted, module, _, operators = translated(Gated(), inputs)
+    assert (operators["add.Tensor"], operators["sub.Tensor"]) == (1, 1)
+    assert_same(converted, module, inputs)
+
+
 class Turned(nn.Module):
     """A linear layer over a transposed tensor, and one over a contiguous one."""
 
