@@ -301,3 +301,15 @@ def test_closing_leaves_no_trace_but_the_weights() -> None:
     assert model.state_dict().keys() == mlp().state_dict().keys()
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model)
     assert training.count() == [45, 30]
+
+
+def test_weights_that_a_plugin_puts_back_in_the_end_are_pruned() -> None:
+    """A trainer returns those of its best epoch, which may have been before the pruning."""
+    training = Training.start(RAMP)
+    model = training.manager.model
+    before = copy.deepcopy(model.state_dict())
+    for step in training.steps():
+        if step == STEPS - 1:
+            model.load_state_dict(before)
+            assert training.count() == [0, 0]
+    assert training.count() == [45, 30]

@@ -89,10 +89,11 @@ class Recorder(Plugin[RecorderConfig]):
         )
         self._sums, self._steps = {}, 0
 
-    def restore_best(self, model: nn.Module) -> None:
+    @hookimpl(tryfirst=True)  # what others do in the end, they do to the weights that stay
+    def on_train_end(self, context: Context) -> None:
         """Load the best epoch's weights; without one the model stays as it is."""
         if self._best_weights is not None:
-            model.load_state_dict(self._best_weights)
+            context.model.load_state_dict(self._best_weights)
 
     def history(self, stop_reason: str | None) -> TrainingHistory:
         """Return what was recorded."""

@@ -237,7 +237,6 @@ class KnowledgeDistillationTrainer:
                 evaluation=evaluation,
                 metric=self.metric,
             ).run(epochs)
-            recorder.restore_best(student)
             history = recorder.history(manager.stop_reason)
             if any(isinstance(module, QuantizedLayer) for module in student.modules()):
                 self._manager = manager

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import toys
 from compression_manager import prepare_compression
 from compression_plugins import (
+    BatchNormReestimationConfig,
     CheckpointConfig,
     DistillationConfig,
     KnowledgeDistillationLossConfig,
@@ -423,3 +424,28 @@ def test_a_checkpoint_config_is_not_changed(tmp_path):
 def test_a_checkpoint_config_that_is_switched_off_saves_nothing(tmp_path):
     run(_trainer(checkpoint_config=checkpoints(tmp_path, enabled=False)), student(), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_plugins_do_in_the_end_is_done_to_the_best_weights():
+    """Such as new statistics of BatchNorm, which are those of other weights otherwise."""
+
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.net = nn.BatchNorm2d(1, momentum=0.9), student()
+
+        def forward(self, images):
+            return self.net(self.norm(images))
+
+    torch.manual_seed(3)
+    model = Normalized()
+    loader = train_loader()
+    trainer = _trainer(metric="score")
+    run(
+        trainer,
+        model,
+        metrics=Scripted(0.0, 0.9, 0.1, 0.2),
+        configs=[BatchNormReestimationConfig(dataloader=loader)],
+    )
+    means = [batch.mean((0, 2, 3)) for batch, *_ in loader]
+    torch.testing.assert_close(model.norm.running_mean, torch.stack(means).mean(0))

@@ -71,6 +71,11 @@ class MagnitudePruningPlugin(Plugin[MagnitudePruningConfig]):
         self._follow_schedule(context)
 
     @hookimpl
+    def on_train_end(self, context: Context) -> None:
+        """Prune the weights of an earlier epoch, if a plugin put these back."""
+        self._set_to_zero(context.model)
+
+    @hookimpl
     def convert_model(self, conversion: Conversion) -> None:
         """Leave the copy as it is: its weights hold the zeros, and masks are not part of it."""
         conversion.accept()
