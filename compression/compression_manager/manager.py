@@ -19,7 +19,12 @@ from compression_manager.plugin import Plugin
 from compression_manager.position import Position
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
-from compression_manager.state_checks import changed_options, check_kinds, check_model
+from compression_manager.state_checks import (
+    changed_classes,
+    changed_options,
+    check_kinds,
+    check_model,
+)
 from compression_manager.training_state import TrainingState
 
 
@@ -109,7 +114,8 @@ class CompressionManager(Inspection):
         Returns:
             Where to continue; `epochs(n)` does so by itself.
 
-        Warns if options of the plugins differ from those of the checkpoint.
+        Warns if options of the plugins, or classes of what is tracked, differ from those of the
+        checkpoint.
 
         Raises:
             CheckpointError: there is none, it is corrupt, or it belongs to something else.
@@ -133,10 +139,12 @@ class CompressionManager(Inspection):
             error.args = (f"{path}: {error}", *error.args[1:])
             raise
         changes = changed_options(state["recipe"], self._context.recipe)
+        described = self._context.tracked.describe(self.model)
+        changes += changed_classes(state.get("objects", {}), described)
         if changes:
             warnings.warn(
-                f"{path} was written with other options, so that training goes on otherwise than "
-                f"without the interruption: {'; '.join(sorted(changes))}.",
+                f"{path} was written with other options or objects, so that training goes on "
+                f"otherwise than without the interruption: {'; '.join(sorted(changes))}.",
                 stacklevel=2,
             )
         return self.position

@@ -20,11 +20,14 @@ _KINDS: dict[str, type] = {
     "gradients": Mapping,
     "plugins": Mapping,
     "tracked": Mapping,
+    "objects": Mapping,
     "loader": Mapping,
     "random": Mapping,
     "evaluations": list,
     "stop": Mapping,
 }
+# Earlier releases did not write it.
+_OPTIONAL = frozenset({"objects"})
 _INNER_KEYS = {
     "loader": frozenset({"epoch_start", "random", "generators"}),
     "stop": frozenset({"should_stop", "reason"}),
@@ -38,12 +41,14 @@ def check_kinds(state: object) -> None:
             "this is no training state of compression_manager: expected a mapping, got "
             f"{type(state).__name__}."
         )
-    missing = sorted(set(_KINDS) - set(state))
+    missing = sorted(set(_KINDS) - set(state) - _OPTIONAL)
     if missing:
         raise CheckpointError(
             f"this is no training state of compression_manager: it lacks {', '.join(missing)}."
         )
     for key, kind in _KINDS.items():
+        if key in _OPTIONAL and key not in state:
+            continue
         value = state[key]
         if not isinstance(value, kind) or not _INNER_KEYS.get(key, frozenset()) <= set(
             value if isinstance(value, Mapping) else ()
@@ -108,6 +113,36 @@ def check_names(
                 f"'{name}' is tracked, but the checkpoint was written without it; it holds: "
                 f"{_names(state['tracked'])}."
             )
+
+
+def check_parameters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise CheckpointMismatchError if an optimizer has its parameters in another order.
+
+    torch finds the state of each by its number.
+
+    Args:
+        saved: what `Tracked.describe` returned when the checkpoint was written.
+        own: what it returns now.
+    """
+    for name in saved.keys() & own.keys():
+        groups = zip(saved[name]["parameters"], own[name]["parameters"], strict=False)
+        for number, group in enumerate(groups):
+            for there, here in zip(*group, strict=False):
+                if there and here and there != here:
+                    raise CheckpointMismatchError(
+                        f"'{name}' has its parameters in another order: in group {number}, "
+                        f"'{here}' stands where the checkpoint has '{there}', whose state it would "
+                        "get. Give them in the same order."
+                    )
+
+
+def changed_classes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Return which tracked objects are of another class, a line each; as `check_parameters`."""
+    return [
+        f"'{name}' was a {saved[name]['class']}, and is a {own[name]['class']} now"
+        for name in saved.keys() & own.keys()
+        if saved[name]["class"] != own[name]["class"]
+    ]
 
 
 def changed_options(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

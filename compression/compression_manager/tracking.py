@@ -60,6 +60,26 @@ class Tracked(Mapping[str, Any]):
         """Return name -> state of every tracked object that keeps state."""
         return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}
 
+    def describe(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """Return name -> what the state of each object does not say, as plain values.
+
+        That is its class, and of an optimizer the names of the parameters in each group; "" for one
+        that is none of the model's.
+        """
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        found: dict[str, dict[str, Any]] = {}
+        for key, value in self._objects.items():
+            if is_stateful(value):
+                groups = value.param_groups if isinstance(value, Optimizer) else []
+                found[key] = {
+                    "class": f"{type(value).__module__}.{type(value).__qualname__}",
+                    "parameters": [
+                        [names.get(id(parameter), "") for parameter in group["params"]]
+                        for group in groups
+                    ],
+                }
+        return found
+
     def learning_rates(self) -> dict[str, float]:
         """Return metric name -> present learning rate of every parameter group.
 

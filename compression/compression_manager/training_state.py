@@ -18,7 +18,13 @@ from compression_manager.loading import naming
 from compression_manager.plugin import Plugin
 from compression_manager.position import Position
 from compression_manager.state import capture_random_state, restore_random_state
-from compression_manager.state_checks import check_kinds, check_model, check_names, gradients_of
+from compression_manager.state_checks import (
+    check_kinds,
+    check_model,
+    check_names,
+    check_parameters,
+    gradients_of,
+)
 
 STATE_VERSION = 1
 
@@ -80,6 +86,7 @@ class TrainingState:
             "gradients": gradients_of(context.model) if accumulating else {},
             "plugins": self._plugin_states(),
             "tracked": context.tracked.state_dict(),
+            "objects": context.tracked.describe(context.model),
             "loader": self.loader.state_dict(),
             "random": capture_random_state(),
             "evaluations": list(self.evaluations),
@@ -160,6 +167,8 @@ class TrainingState:
             plugins=self._plugin_states(),
             tracked=set(self._context.tracked.state_dict()),
         )
+        # Earlier releases did not describe them.
+        check_parameters(state.get("objects", {}), self._context.tracked.describe(model))
         LoaderPosition.check_state(state["loader"], consumed=state["step"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,9 @@ from compression_manager import (
     PluginError,
     prepare_compression,
 )
-from compression_manager.state import capture_random_state
+from compression_manager.state import capture_random_state, write_checkpoint
 from compression_manager.testing import differences
+from compression_plugins import QATConfig
 from probes import probe
 from resuming import Setup, Training
 
@@ -144,6 +146,10 @@ UNFIT: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
     "other optimizer": (
         _with({"param_groups": [], "state": {}}, "tracked", "optimizer"), CheckpointMismatchError,
         "the checkpoint does not fit 'optimizer': ValueError"),
+    "parameters in another order": (
+        lambda s: s["objects"]["optimizer"]["parameters"][0].reverse(), CheckpointMismatchError,
+        "'optimizer' has its parameters in another order: in group 0, 'conv1.weight' stands where "
+        "the checkpoint has 'fc.bias'"),
     "tracked raises half-way": (
         _with({"left": torch.tensor(7), "right": torch.tensor(-1)}, "tracked", "counter"),
         CheckpointMismatchError, "does not fit 'counter': RuntimeError: half-way"),
@@ -232,3 +238,30 @@ def test_model_with_extra_state() -> None:
     other = prepare_compression(Extra(1, 1), [probe()])
     other.load_state_dict(manager.state_dict())
     assert other.model.note == {"note": 1}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+def test_an_optimizer_or_a_scheduler_of_another_class_is_warned_of(tmp_path: Path) -> None:
+    """Their states look alike, and mean something else."""
+
+    def tracked(optimizer: Any, scheduler: Any) -> CompressionManager:
+        model = toys.mlp()
+        manager = prepare_compression(model, [QATConfig()])
+        own = optimizer(model.parameters(), 0.1)
+        manager.track(optimizer=own, scheduler=scheduler(own))
+        return manager
+
+    def step_rate(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 3)
+
+    def falling_rate(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+    path = tmp_path / "step-00000000"
+    state = tracked(torch.optim.AdamW, step_rate).state_dict()
+    write_checkpoint(path, state, metadata={"epoch": 0, "global_step": 0})
+    tracked(torch.optim.AdamW, step_rate).resume(path)
+    with pytest.warns(UserWarning, match=r"'optimizer' was a .*AdamW, and is a .*Adam now"):
+        tracked(torch.optim.Adam, step_rate).resume(path)
+    with pytest.warns(UserWarning, match=r"'scheduler' was a .*StepLR, and is a .*ExponentialLR"):
+        tracked(torch.optim.AdamW, falling_rate).resume(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from compression_manager.state import (
 )
 from compression_plugins.checkpoint.config import CheckpointConfig
 from compression_plugins.checkpoint.retention import Saved, kept, ranked
+
+_NAME = re.compile(r"step-[0-9]{8,}")
 
 
 class CheckpointPlugin(Plugin[CheckpointConfig]):
@@ -90,14 +93,18 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 )
 
     @hookimpl
-    def on_train_begin(self) -> None:
+    def on_train_begin(self, context: Context) -> None:
         """Refuse to mix this training's checkpoints with another one's.
+
+        Warns of checkpoints that are newer than the one that was resumed.
 
         Raises:
             CheckpointError: the folder holds checkpoints of a training that is not resumed.
         """
-        known = any((self._root / item.name).exists() for item in self._saved)
-        if known or not self._root.is_dir():
+        if not self._root.is_dir():
+            return
+        if any((self._root / item.name).exists() for item in self._saved):
+            self._warn_of_newer(context.global_step)
             return
         found = list_checkpoints(self._root)
         if found:
@@ -105,6 +112,18 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 f"plugin '{self.name}': {self._root} already holds checkpoints of another "
                 f"training, the newest being {found[-1].directory.name}. Continue it with "
                 f"manager.resume({str(self._root)!r}), or choose another directory."
+            )
+
+    def _warn_of_newer(self, step: int) -> None:
+        names = sorted(filter(_NAME.fullmatch, os.listdir(self._root)))
+        newer = [name for name in names if int(name.removeprefix("step-")) > step]
+        if newer:
+            warnings.warn(
+                f"{self.name}: {self._root} holds checkpoints newer than step {step}, where "
+                f"training goes on: {', '.join(newer)}. Until it has passed them, resume() of this "
+                "folder continues from the newest of these. Remove them, or choose another "
+                "directory.",
+                stacklevel=2,
             )
 
     @hookimpl
@@ -241,7 +260,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
 
 def _check_name(name: str) -> None:
     # A forged checkpoint must not have other folders removed.
-    if not re.fullmatch(r"step-[0-9]{8,}", name):
+    if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a checkpoint")
 
 

@@ -35,7 +35,7 @@ class Run:
             state = read_checkpoint(resume)
             self.context.epoch, self.context.global_step = state["epoch"], state["global_step"]
             self.plugin.load_state_dict(state["plugins"]["checkpoint"])
-        self.plugin.on_train_begin()
+        self.plugin.on_train_begin(self.context)
 
     def collect(self):
         return {
@@ -261,6 +261,18 @@ def test_another_trainings_checkpoints_are_not_mixed_with(tmp_path):
     with pytest.raises(CheckpointError, match=r"step-00000005.*manager\.resume"):
         Run(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_newer_checkpoints_than_the_one_that_was_resumed_are_warned_of(tmp_path):
+    run = Run(tmp_path, save_every_steps=2, keep_last=9)
+    run.epoch(0, steps=6)
+    with pytest.warns(UserWarning, match="newer than step 2.*: step-00000004, step-00000006"):
+        Run(tmp_path, tmp_path / "step-00000002", save_every_steps=2, keep_last=9)
+    Run(tmp_path, tmp_path / "step-00000006", save_every_steps=2, keep_last=9)
+    # One that is damaged is why an older one was chosen.
+    (tmp_path / "step-00000006" / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="newer than step 4.*: step-00000006"):
+        Run(tmp_path, tmp_path / "step-00000004", save_every_steps=2, keep_last=9)
 
 
 def test_resume_from_elsewhere_starts_books_of_its_own(tmp_path):
