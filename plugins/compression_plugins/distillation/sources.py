@@ -224,10 +224,10 @@ class CachedTeacher(TeacherSource):
         """
         self._owner = owner
         with blame_option("teacher_cache"):
-            for seed in dict.fromkeys(self._seeds):
-                self._cache.verify(seed)
             if self._teacher is not None:
                 self._cache.check(self._teacher)
+            for seed in dict.fromkeys(self._seeds):
+                self._cache.verify(seed)
 
     def outputs(
         self, context: Context, input: Any, teacher_output: Any = None, sample_ids: Any = None

@@ -53,7 +53,7 @@ class TeacherCache:
     spread logits make the total of the others too large (below it, too small), because their
     differences are gone; `distortion` tells by how much the loss changes.
 
-    'int8' has a scale and a zero point per prediction (asymmetric, -128 to 127). In float32 with
+    'int8' has 256 steps from the smallest to the largest logit of each prediction. In float32 with
     all classes the logits of a float32, float16 or bfloat16 teacher come back bit for bit.
 
     A cache holds outputs of one teacher, with one preprocessing and one encoding, for any number
@@ -204,22 +204,26 @@ class TeacherCache:
         return rows.lookup(ids.cpu(), target)
 
     def verify(self, augmentation_seed: int = 0) -> None:
-        """Check every byte of one augmentation seed, once; later calls return at once.
+        """Check every byte of one augmentation seed, and read what is there now from here on.
 
         Raises:
             CheckpointCorruptError: a file is missing or damaged.
             CheckpointMismatchError: it was built with another preprocessing or encoding.
             CheckpointError: it was not built, or its build has not finished.
         """
+        self._opened.pop(augmentation_seed, None)
         self._rows(augmentation_seed)
 
     def check(self, teacher: nn.Module) -> None:
         """Refuse a teacher other than the one whose outputs these are.
 
+        Another process may have built them anew: files are opened and verified again from here on.
+
         Raises:
             CheckpointMismatchError: its weights are others.
             CheckpointError: as of `verify`.
         """
+        self._opened.clear()
         own = weights_hash(teacher)
         if own != self.teacher_sha256:
             raise CheckpointMismatchError(

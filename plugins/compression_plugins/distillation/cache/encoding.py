@@ -11,18 +11,13 @@ from torch import Tensor
 
 from compression_manager.checks import require_choice, require_integer
 from compression_manager.errors import ConfigError
-from compression_manager.quantization import (
-    QuantizationScheme,
-    choose_qparams,
-    dequantize,
-    quantize,
-)
 
 OWNER = "TeacherCache"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "int8": torch.int8}
 
-_INT8 = QuantizationScheme(bits=8, symmetric=False, granularity="token", dynamic=True)
-_PARAMETER_BYTES = 4 + 1  # scale float32, zero point int8
+_STEPS = 255
+_LOWEST = -128
+_PARAMETER_BYTES = 4 + 4  # scale and offset, float32
 _TAIL_BYTES = 4
 
 
@@ -84,8 +79,14 @@ class Encoding:
     def decode_values(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Return the kept logits alone, float32; the largest first if there is a `top_k`."""
         if self.dtype == "int8":
-            return dequantize(parts["values"], parts["scale"], parts["zero_point"].int())
+            steps = parts["values"].float().sub_(_LOWEST)
+            return steps.mul_(parts["scale"]).add_(parts["offset"])
         return parts["values"].float()
+
+    @property
+    def stored_as(self) -> str:
+        """What files call `dtype`; earlier releases wrote int8 otherwise."""
+        return "int8 with an offset" if self.dtype == "int8" else self.dtype
 
     def bytes_per_sample(self, shape: Sequence[int]) -> int:
         """Return what one output of shape (*, classes) takes."""
@@ -103,19 +104,29 @@ class Encoding:
         return f"{top_k}dtype={self.dtype!r}"
 
     def _encode_values(self, values: Tensor) -> dict[str, Tensor]:
-        if self.dtype != "int8":
-            stored = values.to(DTYPES[self.dtype])
-            if not bool(stored.isfinite().all()):
-                raise ConfigError(
-                    f"{OWNER}.dtype is 'float16', which ends at 65504, but the teacher's logits "
-                    f"reach {values.abs().max().item():g}; use 'float32' or 'int8'."
-                )
-            return {"values": stored}
-        scale, zero_point = choose_qparams(
-            values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), _INT8
-        )
-        codes = quantize(values, scale, zero_point, _INT8.quant_min, _INT8.quant_max)
-        return {"values": codes, "scale": scale, "zero_point": zero_point.to(torch.int8)}
+        if self.dtype == "int8":
+            return _in_steps(values)
+        stored = values.to(DTYPES[self.dtype])
+        if not bool(stored.isfinite().all()):
+            raise ConfigError(
+                f"{OWNER}.dtype is {self.dtype!r}, which ends at "
+                f"{torch.finfo(stored.dtype).max:g}, but the teacher's logits reach "
+                f"{values.abs().max().item():g}"
+                + ("; use 'float32' or 'int8'." if self.dtype == "float16" else ".")
+            )
+        return {"values": stored}
+
+
+def _in_steps(values: Tensor) -> dict[str, Tensor]:
+    """Return the 256 steps over the range of each row, which need not contain zero.
+
+    The logits of a language model's likeliest tokens are far from it, and close to one another.
+    """
+    low, high = values.double().aminmax(dim=-1, keepdim=True)
+    scale = ((high - low) / _STEPS).float()
+    step = scale.double().clamp(min=torch.finfo(torch.float32).tiny)
+    codes = ((values.double() - low) / step).round_().clamp_(0, _STEPS) + _LOWEST
+    return {"values": codes.to(torch.int8), "scale": scale, "offset": low.float()}
 
 
 def _index_dtype(classes: int) -> torch.dtype:

@@ -28,7 +28,7 @@ class CacheKey:
     @classmethod
     def of(cls, teacher_sha256: str, preprocessing: str, encoding: Encoding) -> CacheKey:
         """Return the key of outputs of one teacher."""
-        return cls(teacher_sha256, preprocessing, encoding.top_k, encoding.dtype)
+        return cls(teacher_sha256, preprocessing, encoding.top_k, encoding.stored_as)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON values that manifests hold."""

@@ -74,7 +74,8 @@ def checked_temperature(temperature: Temperature, logits: Tensor) -> Temperature
     if not valid.all():
         wrong = temperature[~valid].flatten()[0].item()
         raise ConfigError(f"temperature must be a finite number above 0, got {wrong}.")
-    return temperature.detach().to(logits.dtype)
+    # Logits of half precision are widened before they are divided; the temperature is not narrowed.
+    return temperature.detach().to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def check_one_temperature(temperature: float) -> None:

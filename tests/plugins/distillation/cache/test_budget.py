@@ -43,10 +43,10 @@ def test_a_cache_beyond_the_budget_is_refused_before_writing(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"is 100,000, but 200 outputs .* take about 4") as error:
         cache.build(counting_teacher(500), cached_teachers.loader(200))
     assert not (tmp_path / "cache").exists()
-    # (100000 - 2 * 2048) / 200 - 24 = 455 bytes per row; of k classes 6k + 4, 4k + 4 and 3k + 9.
+    # (100000 - 2 * 2048) / 200 - 24 = 455 bytes per row; of k classes 6k + 4, 4k + 4 and 3k + 12.
     message = str(error.value)
     assert (
-        "top_k=75, dtype='float32'; top_k=112, dtype='float16'; top_k=148, dtype='int8'" in message
+        "top_k=75, dtype='float32'; top_k=112, dtype='float16'; top_k=147, dtype='int8'" in message
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import cached_teachers
 import toys
 from cached_teachers import SAMPLES, batch, built, counting_teacher
-from compression_manager import CheckpointMismatchError, ConfigError
+from compression_manager import CheckpointCorruptError, CheckpointMismatchError, ConfigError
 from compression_plugins import IndexedDataset, TeacherCache
 from toy_teachers import CountingTeacher
 
@@ -199,7 +199,7 @@ def test_an_iterable_data_set_is_built(tmp_path: Path) -> None:
     [
         ({"preprocessing": "resize-64"}, "preprocessing is 'resize-32', here 'resize-64'"),
         ({"preprocessing": "resize-32", "top_k": 2}, "top_k is None, here 2"),
-        ({"preprocessing": "resize-32", "dtype": "int8"}, "dtype is 'float32', here 'int8'"),
+        ({"preprocessing": "resize-32", "dtype": "int8"}, "dtype is 'float32', here 'int8 with an"),
     ],
 )
 def test_outputs_of_something_else_are_refused(
@@ -231,6 +231,32 @@ def test_another_teacher_is_refused_until_it_may_overwrite(tmp_path: Path) -> No
     cache.check(other)
     ids = torch.arange(SAMPLES)
     torch.testing.assert_close(cache.lookup(ids), cached_teachers.live(other, ids))
+
+
+def test_what_another_process_built_anew_is_read_after_a_check(tmp_path: Path) -> None:
+    teacher, other, ids = counting_teacher(), counting_teacher(seed=1), torch.arange(SAMPLES)
+    cache = built(tmp_path / "cache", teacher)
+    before = cache.lookup(ids)
+    TeacherCache(tmp_path / "cache").build(other, cached_teachers.loader(), overwrite=True)
+    expected = cached_teachers.live(other, ids)
+    assert not torch.equal(before, expected)
+    cache.check(other)
+    torch.testing.assert_close(cache.lookup(ids), expected)
+    cache.build(teacher, cached_teachers.loader(), overwrite=True)
+    TeacherCache(tmp_path / "cache").build(other, cached_teachers.loader(), overwrite=True)
+    cache.verify()
+    torch.testing.assert_close(cache.lookup(ids), expected)
+
+
+def test_a_file_that_is_damaged_after_it_was_read_is_found_by_verify(tmp_path: Path) -> None:
+    cache = built(tmp_path / "cache", counting_teacher())
+    cache.lookup(torch.arange(SAMPLES))
+    file = max((tmp_path / "cache").rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError):
+        cache.verify()
 
 
 def test_overwriting_removes_nothing_for_a_call_that_fails_at_once(tmp_path: Path) -> None:

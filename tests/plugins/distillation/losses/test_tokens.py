@@ -256,3 +256,14 @@ def test_any_dtype_can_mask(dtype):
 def test_wrong_options_are_refused(loss, options, message):
     with pytest.raises(ConfigError, match=message):
         loss(torch.zeros(2, 3, 5), torch.zeros(2, 3, 5), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_temperature_per_token_is_not_rounded_to_half_precision(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 7, generator=generator).to(dtype) for _ in range(2))
+    temperature = 1 + 3 * torch.rand(2, 5, generator=generator)
+    wide = token_kl_loss(student.double(), teacher.double(), None, temperature.double())
+    for chunk_size in (None, 3):
+        loss = token_kl_loss(student, teacher, None, temperature, chunk_size=chunk_size)
+        assert loss.item() == pytest.approx(wide.item(), rel=1e-5)
