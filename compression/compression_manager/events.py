@@ -150,6 +150,8 @@ class TrainingEvents:
         self._count_optimizer_step()
         self._hooks.on_before_optimizer_step(context=self._context)
         self._context.parameter_groups.follow_rates()
+        # With these the optimizer steps; a scheduler sets those of the next step before this ends.
+        self._publish_rates()
         self._lifecycle.update_announced()
 
     def on_after_optimizer_step(self) -> None:
@@ -167,8 +169,8 @@ class TrainingEvents:
         context = self._context
         self._state.move_to(context.epoch, context.step + 1)
         context.parameter_groups.follow_rates()
-        for name, rate in context.tracked.learning_rates().items():
-            context.metrics.scalar(name, rate)
+        if not self._lifecycle.has_updated:  # the loop leaves the hooks around updates out
+            self._publish_rates()
         self._hooks.on_step_end(context=context)
         if context.details_requested:
             context.details_requested = False
@@ -215,6 +217,10 @@ class TrainingEvents:
         self._deliver_metrics()
 
     # Internals ----------------------------------------------------------------------------------
+
+    def _publish_rates(self) -> None:
+        for name, rate in self._context.tracked.learning_rates().items():
+            self._context.metrics.scalar(name, rate)
 
     def _begin_call(self) -> None:
         if self._late_failures:

@@ -25,6 +25,7 @@ class Lifecycle:
 
     Attributes:
         accumulating: whether losses were computed since the last optimizer step.
+        has_updated: whether the loop announced an optimizer step in this training.
         epochs_begun: number of epochs begun; identifies the present one.
         steps_begun: number of steps begun; identifies the present one.
     """
@@ -48,7 +49,8 @@ class Lifecycle:
         self._update_is_announced = False
         self._update_is_open = False
         self._losses_without_update = 0
-        self._has_updated = False
+        self.has_updated = False
+        self._has_warned = False
 
     @property
     def step_is_done(self) -> bool:
@@ -126,7 +128,7 @@ class Lifecycle:
             )
         self._check_update_was_closed()
         self._update_is_announced = True
-        self._has_updated = True
+        self.has_updated = True
         self.accumulating = False
 
     def update_announced(self) -> None:
@@ -278,9 +280,9 @@ class Lifecycle:
 
     def _warn_if_never_updated(self) -> None:
         """Tell once that a hook is probably missing; accumulating for so long is possible."""
-        if self._has_updated or self._losses_without_update < _MANY_LOSSES:
+        if self.has_updated or self._has_warned or self._losses_without_update < _MANY_LOSSES:
             return
-        self._has_updated = True
+        self._has_warned = True
         warnings.warn(
             f"{self._losses_without_update} losses were computed, but on_before_optimizer_step was "
             "never called, so that no plugin counts a step and quantization-aware training does "

@@ -105,3 +105,29 @@ def test_learning_rates_of_every_group_and_optimizer_are_published() -> None:
         "learning_rate/second/group_0": 0.25,
         "learning_rate/second/group_1": 0.125,
     }
+
+
+def test_the_learning_rate_is_that_of_the_update_whatever_a_scheduler_does_next() -> None:
+    rates: list[float] = []
+
+    def consume_metrics(self: Any, metrics: Any) -> None:
+        rates.extend(item.as_float() for item in metrics if item.name == "learning_rate")
+
+    model = toys.mlp()
+    manager = prepare_compression(model, [probe(consume_metrics=consume_metrics)])
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1)
+    manager.track(optimizer=optimizer, scheduler=scheduler)
+    inputs = toys.vectors(4).tensors[0]
+    for _ in manager.epochs(1):
+        for step, batch in manager.steps([inputs] * 6):
+            output = model(batch)
+            manager.on_after_compute_loss(batch, output, output.square().mean()).backward()
+            if step % 3 == 2:
+                manager.on_before_optimizer_step()
+                optimizer.step()
+                manager.on_after_optimizer_step()
+                optimizer.zero_grad()
+                scheduler.step()
+    # While the first gradients accumulate, nobody knows yet that updates are announced.
+    assert rates == pytest.approx([1.0, 1.0, 1.0, 0.1])
