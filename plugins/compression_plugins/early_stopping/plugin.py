@@ -37,11 +37,15 @@ class EarlyStoppingPlugin(Plugin[EarlyStoppingConfig]):
     def on_train_begin(self, context: Context) -> None:
         """Start afresh, unless this training continues an earlier one."""
         if self._resumed:
-            self._resumed = False
             self._stop_if_exhausted(context)
         else:
             self._best = None
             self._evaluations_without_improvement = 0
+
+    @hookimpl
+    def on_epoch_begin(self) -> None:
+        """Count the training as begun: until then another plugin may refuse to begin."""
+        self._resumed = False
 
     @hookimpl
     def on_after_eval(self, context: Context, metrics: Mapping[str, float]) -> None:

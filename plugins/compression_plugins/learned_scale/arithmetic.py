@@ -5,10 +5,12 @@ integers that conversion stores. With v = x / s, integers from n to p, and zero 
 
     y = (clamp(round(v) + z, n, p) - z) * s
 
-    in range     dy/ds = round(v) - v     dy/dz = 0      dy/dx = 1
-    below        dy/ds = n - z            dy/dz = -s     dy/dx = 0
-    above        dy/ds = p - z            dy/dz = -s     dy/dx = 0
+    n <= v + z <= p    dy/ds = round(v) - v     dy/dz = 0      dy/dx = 1
+    v + z < n          dy/ds = n - z            dy/dz = -s     dy/dx = 0
+    v + z > p          dy/ds = p - z            dy/dz = -s     dy/dx = 0
 
+What is less than half a step beyond an end rounds to the end, and is outside all the same. An end
+itself is inside, unlike in the papers: the zeros that a ReLU returns must not move the zero point.
 With z = 0 this is LSQ (Esser et al., 2020, arXiv:1902.08153, eq. 3 and 5). With the real offset
 b = -z * s in place of z it is LSQ+ (Bhalgat et al., 2020, arXiv:2004.09576, section 3.1), where
 outside of the range dy/ds at a fixed offset is n or p and dy/db is 1.
@@ -102,15 +104,14 @@ class _LearnedScale(torch.autograd.Function):
             compute_dtype(input, low, high),
         )
         steps = input.to(grid.scale.dtype) * grid.inverse_scale
-        rounded = steps.round()
-        unclipped = rounded + grid.zero_point
-        code = unclipped.clamp(low, high)
-        inside = unclipped == code
-        outside = (unclipped < low) | (unclipped > high)  # neither holds for NaN
+        position = steps + grid.zero_point
+        inside = (position >= low) & (position <= high)
+        outside = (position < low) | (position > high)  # neither holds for NaN
         grad_scale = grad_zero_point = None
         if ctx.needs_input_grad[1]:
-            slope = torch.where(outside, code - grid.zero_point, 0.0)
-            slope = torch.where(inside, rounded - steps, slope)
+            end = position.clamp(low, high) - grid.zero_point
+            slope = torch.where(outside, end, 0.0)
+            slope = torch.where(inside, steps.round() - steps, slope)
             grad_scale = _summed(grad_output * slope, scale, scheme, ctx.gradient_factor)
         if ctx.needs_input_grad[2]:
             slope = torch.where(outside, -grid.scale, 0.0)

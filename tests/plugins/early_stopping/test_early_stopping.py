@@ -118,8 +118,17 @@ def test_a_training_after_the_resumed_one_starts_afresh():
     first = Run(patience=2)
     first.evaluate(0.5, 0.4)
     run = Run(first.plugin.state_dict(), patience=2)
+    run.plugin.on_epoch_begin()
     run.plugin.on_train_begin(run.context)
     assert run.evaluate(0.1, 0.1) is None
+
+
+def test_a_resumed_training_that_another_plugin_refused_to_begin_goes_on():
+    first = Run(patience=2)
+    first.evaluate(0.5, 0.4)
+    run = Run(first.plugin.state_dict(), patience=2)
+    run.plugin.on_train_begin(run.context)
+    assert run.evaluate(0.1) == 1
 
 
 @pytest.mark.parametrize("state", [{}, {"best": 1.0}, None])

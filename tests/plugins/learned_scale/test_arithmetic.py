@@ -57,7 +57,7 @@ def reference(v: Any, s: Any, z: Any, scheme: QuantizationScheme) -> tuple[Any, 
     b = -z * s
     u = (v - b) / s
     code = np.clip(np.rint(u), n, p)
-    inside = (np.rint(u) >= n) & (np.rint(u) <= p)
+    inside = (u >= n) & (u <= p)
     by_scale = np.where(inside, np.rint(u) - u, np.where(u < n, n, p))
     by_offset = np.where(inside, 0.0, 1.0)
     return code * s + b, inside * 1.0, by_scale - z * by_offset, -s * by_offset
@@ -103,8 +103,9 @@ def test_gradients_are_those_of_the_papers(scheme, shape, factor, seed):
 def test_lsq_by_hand():
     # Esser et al., eq. 3: -v/s + round(v/s) inside, -Q_N below, Q_P above.
     scheme = QuantizationScheme(bits=2, narrow_range=False)  # -2 .. 1
-    v = torch.tensor([0.75, -1.75, -9.0, 9.0], requires_grad=True)
-    for position, slope in enumerate([0.25, -0.25, -2.0, 1.0]):
+    # The last two round to an end of the range, and lie outside of it.
+    v = torch.tensor([0.75, -1.75, -9.0, 9.0, 1.25, -2.25], requires_grad=True)
+    for position, slope in enumerate([0.25, -0.25, -2.0, 1.0, 1.0, -2.0]):
         scale = torch.ones((), requires_grad=True)
         output = learned_fake_quantize(v, scale, torch.zeros(()), scheme)
         output[position].backward()

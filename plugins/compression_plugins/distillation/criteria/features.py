@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
@@ -146,7 +147,8 @@ class FeatureComparison(Comparison):
         """Return the value and its weight."""
         student, teacher = self._features(pair, batch)
         if pair.projection is not None:
-            pair.projection.to(student.device)
+            wide = torch.promote_types(student.dtype, torch.float32)
+            pair.projection.to(student.device, wide)
             student = pair.projection(student)
         temperature = scheduled(self._temperature, pair.loss, batch, teacher)
         value = pair.loss(student, teacher, batch, temperature)

@@ -84,6 +84,8 @@ class Projection(nn.Module):
             else:
                 dimensions, width, size = described["made_with"]
                 projection = Projection(dimensions, width, size, device)
+            for saved in described["parameters"].values():
+                projection.to(saved.dtype)  # float64 of a student that is
             projection.load_state_dict(dict(described["parameters"]))
             for key, parameter in projection.named_parameters():
                 gradient = described["gradients"].get(key)

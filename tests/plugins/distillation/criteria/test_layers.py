@@ -197,6 +197,28 @@ def test_a_projection_that_a_checkpoint_knows_not_leaves_the_optimizer():
     assert optimizer.param_groups[1]["params"][0] is not first
 
 
+def test_a_projection_has_the_precision_of_the_student():
+    def training():
+        torch.manual_seed(0)
+        student, teacher = toys.mlp().double(), toys.mlp(hidden=11).double()
+        return start(student, teacher, layers("0"))
+
+    def projection(manager):
+        return dict(manager._plugins[0]._running.parameters())
+
+    manager, resumed = training(), training()
+    loss_of(manager, toys.vectors(8).tensors[0].double()).backward()
+    parameters = projection(manager)
+    for parameter in parameters.values():
+        assert parameter.dtype == parameter.grad.dtype == torch.float64
+        with torch.no_grad():
+            parameter.mul_(1 / 3)  # float32 holds none of these
+    resumed._plugins[0].load_state_dict(copy.deepcopy(manager._plugins[0].state_dict()))
+    for name, parameter in projection(resumed).items():
+        assert parameter.dtype == torch.float64
+        assert torch.equal(parameter, parameters[name])
+
+
 def test_a_projection_needs_a_tracked_optimizer():
     student = toys.ConvNet(4)
     manager = prepare_compression(student, [DistillationConfig(toys.ConvNet(6), layers("conv1"))])
