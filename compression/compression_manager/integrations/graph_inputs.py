@@ -86,7 +86,10 @@ class Arguments:
 
 def positional_of(model: nn.Module) -> tuple[tuple[str, ...], str | None]:
     """Return the parameters of `forward` that may be given by position, and the variadic one."""
-    parameters = inspect.signature(model.forward).parameters.values()
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # it is no function of Python
+        return (), "args"
     names = [
         item.name
         for item in parameters
