@@ -137,9 +137,8 @@ def _check(
 
     def error_of(reference: Reference) -> float:
         try:
-            run = exporter.load(
-                draft, int8=False
-            )  # once more, if it keeps what it wrote to buffers
+            # For each anew: what was loaded may remember what it wrote to buffers.
+            run = exporter.load(draft, int8=False)
         except Exception as error:
             raise ParityError(
                 f"{name} cannot be loaded, unlike the converted model: {brief(error)}"

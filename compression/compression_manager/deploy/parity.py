@@ -12,6 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compression_manager.deploy.differences import (
+    difference,
+    finite,
+    largest_error,
+    steps_apart,
+)
 from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ParityError
 from compression_manager.model_call import (
@@ -35,11 +41,6 @@ MODEL_TOLERANCE = 2e-2
 # Quantized to 8 bits, a layer's two outputs differ by one step in so few elements at most, where
 # their float32 sums lie on either side of a rounding threshold.
 STEP_SHARE = 1e-3
-_STEPS = 255
-
-# Numbers so close, as a share of the largest, are the same but for the order of sums. Integers
-# of a few bits have few different sums, of which many can lie on a threshold, on either side.
-SAME_VALUE = 1e-6
 
 # Narrower types round each result (and a folded weight) by up to half their epsilon.
 _EPSILONS = 4
@@ -54,7 +55,7 @@ class Parity:
             largest absolute output. Layers that the input did not reach are absent.
         layer_steps: layer -> share of the output's elements that fall on another step of an
             8-bit grid over its range, as the next layer's input would; differences of less than
-            `SAME_VALUE` of the largest output do not count.
+            `differences.SAME_VALUE` of the largest output do not count.
         exact_layers: those whose outputs are equal to the last bit; with integer products all
             that absorbed no BatchNorm.
         output_error: root mean square difference of the model's outputs, divided by the root
@@ -251,14 +252,14 @@ def _watch_layers(
 
 
 def _compare(expected: list[Tensor], actual: list[Tensor], *, must_be_equal: bool) -> _Comparison:
-    error = _largest_error(expected, actual)
+    error = largest_error(expected, actual)
     count = share = 0.0
     farthest = 0
     if math.isfinite(error):
         for wanted, got in zip(expected, actual, strict=True):
             # Narrower types have fewer digits than 8 bits need.
             if wanted.dtype in (torch.float32, torch.float64) and wanted.numel():
-                distance = _steps_apart(wanted, got)
+                distance = steps_apart(wanted, got)
                 farthest = max(farthest, int(distance.max()))
                 share += float((distance > 0).sum())
                 count += wanted.numel()
@@ -272,46 +273,9 @@ def _compare(expected: list[Tensor], actual: list[Tensor], *, must_be_equal: boo
     )
 
 
-def _steps_apart(expected: Tensor, actual: Tensor) -> Tensor:
-    """Return how many of 256 steps lie between the values, none between those that are the same."""
-    apart = (_steps(expected, expected) - _steps(actual, expected)).abs()
-    same = SAME_VALUE * _finite(expected).abs().max()
-    return torch.where(_difference(expected, actual).abs() <= same, 0.0, apart)
-
-
-def _steps(values: Tensor, like: Tensor) -> Tensor:
-    """Return on which of 256 steps over the range of `like` each value lies; float64."""
-    reference, finite = _finite(like), _finite(values)
-    low, high = reference.min(), reference.max()
-    return ((finite - low) * (_STEPS / (high - low).clamp(min=1e-30))).round()
-
-
 def _tolerance(base: float, *outputs: Tensor) -> float:
     floats = [output.dtype for output in outputs if output.is_floating_point()]
     return max([base, *(_EPSILONS * torch.finfo(dtype).eps for dtype in floats)])
-
-
-def _difference(expected: Tensor, actual: Tensor) -> Tensor:
-    """Return expected - actual in float64, zero where both are the same infinity or NaN."""
-    same = (expected == actual) | (expected.isnan() & actual.isnan())
-    return torch.where(same, 0.0, expected.double() - actual.double())
-
-
-def _largest_error(expected: list[Tensor], actual: list[Tensor]) -> float:
-    """Return the largest relative error of a layer's outputs, of which it may have several."""
-    if len(expected) != len(actual):
-        return float("inf")
-    pairs = zip(expected, actual, strict=True)
-    return max((_relative_error(wanted, got) for wanted, got in pairs), default=0.0)
-
-
-def _relative_error(expected: Tensor, actual: Tensor) -> float:
-    if expected.shape != actual.shape:
-        return float("inf")
-    if expected.numel() == 0:
-        return 0.0
-    difference = _difference(expected, actual).abs().max()
-    return float(difference / _finite(expected).abs().max().clamp(min=1e-30))
 
 
 def compare_outputs(
@@ -323,11 +287,7 @@ def compare_outputs(
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return float("inf"), tolerance
     pairs = [(a, b) for a, b in zip(expected, actual, strict=True) if a.is_floating_point()]
-    noise = sum(float(_difference(a, b.to(a.device)).square().sum()) for a, b in pairs)
-    signal = sum(float(_finite(a).square().sum()) for a, _ in pairs)
+    noise = sum(float(difference(a, b.to(a.device)).square().sum()) for a, b in pairs)
+    signal = sum(float(finite(a).square().sum()) for a, _ in pairs)
     error = float((noise / max(signal, 1e-30)) ** 0.5)
     return error, _tolerance(tolerance, *(a for a, _ in pairs))
-
-
-def _finite(values: Tensor) -> Tensor:
-    return values.double().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -56,4 +56,4 @@ def test_what_is_no_exported_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cut\.pt2 is no zip archive, .*; it is damaged"):
         deploy.load_exported(tmp_path / "cut.pt2")
     with pytest.raises(ConfigError, match="load_exported takes the path of a file, got None"):
-        deploy.load_exported(None)  # type: ignore[arg-type]
+        deploy.load_exported(None)  # type: ignore[arg-type]  # which is refused

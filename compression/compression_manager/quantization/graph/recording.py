@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from compression_manager.deploy.copying import copy_model
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
+from compression_manager.quantization.changes import version_of
 from compression_manager.quantization.graph.naming import Call, read_call
 from compression_manager.quantization.graph.operations import Operation
 from compression_manager.quantization.graph.quantizer_lines import (
@@ -102,7 +103,7 @@ class _Recorder:
         self._depth += 1
         try:
             call = read_call(function, args, kwargs)
-            versions = [_version(tensor) for tensor in call.tensors]
+            versions = [version_of(tensor) for tensor in call.tensors]
             output = function(*args, **kwargs)
             self._add(function, args, kwargs, call, output, versions)
         finally:
@@ -122,7 +123,7 @@ class _Recorder:
         written = [
             tensor
             for tensor, version in zip(call.tensors, versions, strict=True)
-            if _version(tensor) != version
+            if version_of(tensor) != version
         ]
         if not outputs:
             outputs = written[:1]
@@ -190,11 +191,6 @@ def _parameter_names(model: nn.Module) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [item.name for item in parameters if item.kind in positional]
-
-
-def _version(tensor: Tensor) -> int:
-    """Return a number that grows when `tensor` is written to; 0 if torch keeps none."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _is_in(tensor: Tensor, tensors: list[Tensor]) -> bool:
