@@ -34,18 +34,17 @@ def test_every_figure_is_shown_and_written(tmp_path, capsys):
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
-def test_attention_is_quantized_for_its_own_route_and_where_there_is_one():
+def test_the_symmetric_model_has_no_zero_points_and_quantizes_attention():
     subject = inference.subject_of(inference.WORKLOADS["encoder"](8))
-    kinds = [
-        {type(module).__name__ for module in model.modules()}
-        for model in (subject.float_model, subject.converted, subject.with_attention)
-    ]
+    kinds, zero_points = [], []
+    for model in (subject.float_model, subject.converted, subject.symmetric):
+        kinds.append({type(module).__name__ for module in model.modules()})
+        found = [b for name, b in model.named_buffers() if name.endswith("input_zero_point")]
+        zero_points.append(any(bool(zero_point.any()) for zero_point in found))
     assert [{"ConvertedAttention", "QuantizableAttention"} & kind for kind in kinds] == [
         set(), set(), {"ConvertedAttention"},
     ]  # fmt: skip
-    routes = [inference.ROUTES[0], inference.ROUTES[-1]]
-    results = inference.measure(inference.WORKLOADS["resnet"](8), routes, 2, None)
-    assert results[1].skipped == "LookupError: the model has no attention"
+    assert zero_points == [False, True, False]
 
 
 def test_speed_ups_are_over_float32_of_the_same_round():

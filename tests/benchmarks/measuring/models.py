@@ -43,12 +43,11 @@ class EncoderLayer(nn.Module):
         return input + self.narrow(self.activation(hidden))
 
 
-def let_attention_be_quantized(model: nn.Module) -> bool:
-    """Put a module in the place of each call of attention; return whether there is one."""
-    layers = [module for module in model.modules() if isinstance(module, EncoderLayer)]
-    for layer in layers:
-        layer.attention = QuantizableAttention()
-    return bool(layers)
+def let_attention_be_quantized(model: nn.Module) -> None:
+    """Put a module in the place of each call of attention."""
+    for module in model.modules():
+        if isinstance(module, EncoderLayer):
+            module.attention = QuantizableAttention()
 
 
 class Encoder(nn.Module):

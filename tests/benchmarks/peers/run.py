@@ -34,7 +34,7 @@ OWN_ROUTES = (
     "int8, AOTInductor",
     "int8, onnxruntime",
     "int8, OpenVINO",
-    "int8, OpenVINO, attention",
+    "int8, OpenVINO, symmetric",
 )
 
 
