@@ -120,7 +120,7 @@ def fake_quantize(
     The gradient passes unchanged where the rounded input lies in the range and is exactly zero
     where it was clipped (Jacob et al., 2018, arXiv:1712.05877), unless `pass_clipped_gradient`.
     Scale and zero point get no gradient. Between forward and backward one byte per element is
-    kept, not the input.
+    kept, not the input; on CPUs nothing is kept of a tensor in which nothing is clipped.
 
     Args:
         input: floating point, any shape and memory format; float64 is computed in float64,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compression_manager.quantization.autograd import apply, apply_to_parts, transforms_run
 from compression_manager.quantization.grid import Grid, compute_dtype, make_grid
+from compression_manager.quantization.ranges import extremes
 from compression_manager.quantization.scheme import storage_dtype
 
 
@@ -125,9 +126,30 @@ def _values_and_clipped(
     """Return the values of the integers, and which elements have no gradient; None if all have."""
     grid = Grid(inverse_scale, scale, zero_point)
     unclipped = _steps(input, grid).add_(zero_point)
+    if not pass_clipped_gradient and _are_within(unclipped, quant_min, quant_max):
+        return _rounded(_values(unclipped, grid), input.dtype), None
     code = unclipped.clamp(quant_min, quant_max)
-    clipped = None if pass_clipped_gradient else unclipped != code
+    clipped = None if pass_clipped_gradient else _differ(unclipped, code)
     return _rounded(_values(code, grid), input.dtype), clipped
+
+
+def _are_within(unclipped: Tensor, quant_min: int, quant_max: int) -> bool:
+    """Return whether no number lies outside of the range, where asking is cheap; NaN does.
+
+    It is on CPUs: cheaper than to clip, to compare and to keep a byte for each element. For an
+    accelerator one would have to wait, and what is compiled or transformed has no numbers yet.
+    """
+    has_numbers = type(unclipped) is Tensor and unclipped.is_cpu and unclipped.numel() > 0
+    if not has_numbers or torch.compiler.is_compiling() or transforms_run():
+        return False
+    lowest, highest = extremes(unclipped)
+    return quant_min <= lowest.item() and highest.item() <= quant_max
+
+
+def _differ(left: Tensor, right: Tensor) -> Tensor:
+    """Return where numbers of `left` are not those of `right`, which are finite; bool."""
+    # Comparing is not done by vector instructions on CPUs, both of these are.
+    return torch.sub(left, right).to(torch.bool) if left.is_cpu else left != right
 
 
 def _unclipped(ctx: Any, gradient: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ def is_clipped(
     dtype = compute_dtype(input, quant_min, quant_max)
     grid = make_grid(input, scale, zero_point, axis, group_size, dtype)
     unclipped = _steps(input, grid).add_(grid.zero_point)
-    return unclipped != unclipped.clamp(quant_min, quant_max)
+    return _differ(unclipped, unclipped.clamp(quant_min, quant_max))
 
 
 def _steps(input: Tensor, grid: Grid) -> Tensor:

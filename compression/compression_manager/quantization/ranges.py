@@ -65,11 +65,17 @@ def tensor_range(input: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Ten
     if input.numel() == 0:
         zeros = torch.zeros(shape, dtype=torch.float32, device=input.device)
         return zeros, zeros.clone()
-    low, high = _extremes(input, scheme, shape)
+    low, high = _ends(input, scheme, shape)
     return low.to(torch.float32), high.to(torch.float32)
 
 
-def _extremes(
+def extremes(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (minimum, maximum) of all elements, at least one; NaN if any is."""
+    # aminmax copies a channels_last tensor, but not a vector of its elements.
+    return torch.aminmax(in_memory_order(input) if is_dense(input) else input)
+
+
+def _ends(
     input: Tensor, scheme: QuantizationScheme, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     if scheme.granularity == "tensor":
@@ -77,11 +83,7 @@ def _extremes(
             # torch's ONNX exporter knows neither aminmax nor amin without a dimension.
             flat = input.reshape(-1)
             return flat.amin(0), flat.amax(0)
-        if torch.compiler.is_compiling():
-            return torch.aminmax(input)
-        # aminmax copies a channels_last tensor, but not a vector of its elements.
-        elements = in_memory_order(input) if is_dense(input) else input
-        return torch.aminmax(elements)
+        return torch.aminmax(input) if torch.compiler.is_compiling() else extremes(input)
     # One pass each is many times faster than torch.aminmax along a dimension.
     if scheme.granularity == "token":
         return input.amin(-1, keepdim=True), input.amax(-1, keepdim=True)

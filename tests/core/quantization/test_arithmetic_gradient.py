@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from compression_manager.quantization import dequantize, fake_quantize, quantize
 
@@ -105,6 +106,33 @@ def test_only_one_byte_per_element_is_kept_for_backward():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         fake_quantize(sample(), SCALE, ZERO_POINT, 0, 255, 1)
     assert [(t.dtype, t.numel()) for t in kept] == [(torch.bool, 16 * 3 * 5)]
+
+
+@pytest.mark.parametrize("beyond", [None, 0, 47])
+def test_nothing_is_kept_where_nothing_is_clipped_on_a_cpu(beyond):
+    kept: list[torch.Tensor] = []
+    x = torch.linspace(-12.7, 12.7, 48).reshape(4, 12)
+    if beyond is not None:
+        x.view(-1)[beyond] *= 1.01
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = fake_quantize(x, 0.1, 0, -127, 127)
+    output.sum().backward()
+    expected = torch.ones(48)
+    if beyond is not None:
+        expected[beyond] = 0
+    assert x.grad is not None
+    assert torch.equal(x.grad.view(-1), expected)
+    assert len(kept) == (beyond is not None)
+
+
+def test_tensors_without_numbers_are_fake_quantized():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        output = fake_quantize(torch.ones(4, 3, requires_grad=True), SCALE, ZERO_POINT, 0, 255, 1)
+        output.sum().backward()
+    assert output.shape == (4, 3)
+    assert fake_quantize(torch.ones(2, device="meta", requires_grad=True), 1.0, 0, 0, 1).is_meta
+    assert fake_quantize(torch.ones(0, requires_grad=True), 1.0, 0, 0, 1).shape == (0,)
 
 
 def test_nothing_is_kept_without_gradient():

@@ -12,8 +12,8 @@ from torch import Tensor
 from compression_manager.quantization import scalars
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.memory_format import in_memory_order
 from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
+from compression_manager.quantization.ranges import extremes
 from compression_manager.quantization.recent import remembered
 from compression_manager.quantization.scheme import QuantizationScheme
 
@@ -186,7 +186,7 @@ def _finite_ends(input: Tensor, known: dict[object, Any]) -> tuple[float, float]
     """Return the smallest and the largest value, unless one is not finite."""
     ends: tuple[float, float] | None = known.get(_ENDS)
     if ends is None:
-        low, high = torch.aminmax(in_memory_order(input))
+        low, high = extremes(input)
         ends = known[_ENDS] = float(low), float(high)
     return ends if math.isfinite(ends[0]) and math.isfinite(ends[1]) else None
 
