@@ -108,12 +108,11 @@ def compute_qparams(
     # Zero is inside of every range, or padding and ReLU's zeros would not be exact.
     low = minimum.detach().to(dtype).clamp(max=0.0)
     high = maximum.detach().to(dtype).clamp(min=0.0)
+    if scheme.symmetric:
+        scale = symmetric_scale(torch.maximum(-low, high), scheme)
+        return scale, torch.full_like(scale, scheme.symmetric_zero_point, dtype=index_dtype)
     # Their signs differ, so that this is zero for every finite range, and otherwise not a number.
     nothing = (low + high) * 0.0
-    if scheme.symmetric:
-        scale = _divide(torch.maximum(-low, high) + nothing, _symmetric_steps(scheme), scheme)
-        scale = scale.clamp(max=MAX_LEVEL / _farthest_symmetric_level(scheme))
-        return scale, torch.full_like(scale, scheme.symmetric_zero_point, dtype=index_dtype)
     # Halves, because the extent may exceed float32; the quotient is the same to the last bit.
     half_extent = high * 0.5 - low * 0.5 + nothing
     scale = _divide(half_extent, (scheme.quant_max - scheme.quant_min) / 2, scheme)
@@ -123,6 +122,13 @@ def compute_qparams(
     farthest = torch.maximum(scheme.quant_max - zero_point, zero_point - scheme.quant_min)
     scale = torch.minimum(scale, (MAX_LEVEL / farthest).to(torch.float32))
     return scale, zero_point.to(index_dtype)
+
+
+def symmetric_scale(largest: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Return the scale of `compute_qparams` from the largest distance of each range from zero."""
+    # What is added is zero for every finite number, and otherwise not a number.
+    scale = _divide(largest + largest * 0.0, _symmetric_steps(scheme), scheme)
+    return scale.clamp(max=MAX_LEVEL / _farthest_symmetric_level(scheme))
 
 
 def zero_point_dtype(scheme: QuantizationScheme) -> torch.dtype:

@@ -31,4 +31,6 @@ def parts(flat: Tensor) -> Iterator[slice]:
 def row_parts(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield as many rows of each matrix as make a part of the first."""
     count = max(part_length(matrix) // max(matrix.shape[1], 1), 1)
+    if count >= matrix.shape[0]:  # Splitting takes longer than a pass over a small matrix.
+        return iter([(matrix, *others)])
     return zip(matrix.split(count), *(other.split(count) for other in others), strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -22,7 +23,7 @@ from compression_manager.quantization.integer.parts import part_length, parts, r
 from compression_manager.quantization.integer.passes import ROWS, Passes
 from compression_manager.quantization.integer.rounding import Rounding
 from compression_manager.quantization.memory_format import formatted_like, in_memory_order
-from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.parameters import symmetric_scale
 
 
 class TorchPasses(Passes):
@@ -59,8 +60,8 @@ class TorchPasses(Passes):
         matrix = in_memory_order(weight).view(weight.shape[0], -1)
         # The ends of rows are found by vector instructions, their norm is not.
         largest = torch.maximum(matrix.amax(1), -matrix.amin(1))
-        scale, _ = compute_qparams(-largest, largest, ROWS)
-        is_finite = weight.device.type == "cpu" and bool(scale.isfinite().all())
+        scale = symmetric_scale(largest, ROWS)
+        is_finite = weight.device.type == "cpu" and math.isfinite(scale.sum())
         code_rows = in_memory_order(codes).view_as(matrix)
         for rows, inverse, done in row_parts(matrix, scale.reciprocal()[:, None], code_rows):
             # Never outside of the range, whose end is the largest value itself.
