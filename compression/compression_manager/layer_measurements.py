@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.layers.decisions import computes_integers
+from compression_manager.quantization.noise import decibels
 
 _ROUNDS = 5
 
@@ -63,7 +63,7 @@ def measure_layers(model: nn.Module, example_inputs: Any) -> dict[str, LayerMeas
                 stack.callback(handle.remove)
         call_with_examples(model, example_inputs)
     return {
-        name: LayerMeasurement(_decibels(*energy.tolist()), ratios.get(name))
+        name: LayerMeasurement(decibels(*energy.tolist()), ratios.get(name))
         for name, energy in energies.items()
     }
 
@@ -86,10 +86,3 @@ def _energies(exact: Iterable[Tensor], output: Iterable[Tensor]) -> Tensor:
     return torch.stack(
         [torch.stack([a.square().sum(), (a - b).square().sum()]) for a, b in pairs]
     ).sum(0)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise); infinite without noise."""
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal else -math.inf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -13,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
 from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
 from compression_manager.deploy.parity import Parity
+from compression_manager.json_values import json_values
 from compression_manager.layer_measurements import LayerMeasurement, measure_layers
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
@@ -94,9 +94,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no infinity: that becomes the string 'inf'."""
         return {
-            "layers": [
-                {**asdict(layer), "sqnr_db": _json_number(layer.sqnr_db)} for layer in self.layers
-            ],
+            "layers": [json_values(asdict(layer)) for layer in self.layers],
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "parity": None if self.parity is None else asdict(self.parity),
@@ -286,7 +284,3 @@ def _saved_tensors(module: nn.Module) -> list[Tensor]:
 
 def _bytes(tensor: Tensor) -> int:
     return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
-
-
-def _json_number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)

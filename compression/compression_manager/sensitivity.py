@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from compression_manager.checks import write_text
 from compression_manager.errors import ConfigError
+from compression_manager.json_values import json_values
 from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
 from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.noise import decibels
 from compression_manager.quantization.quantizer_module import FakeQuantizer
 
 
@@ -49,11 +51,7 @@ class Sensitivity:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, which has no infinity: that becomes the string 'inf'."""
-        rows = [asdict(layer) for layer in self.layers]
-        for row in rows:
-            if not math.isfinite(row["output_sqnr_db"]):
-                row["output_sqnr_db"] = str(row["output_sqnr_db"])
-        return {"layers": rows}
+        return {"layers": [json_values(asdict(layer)) for layer in self.layers]}
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
@@ -94,7 +92,7 @@ class Sensitivity:
         """Return the length of a layer's bar, 0 to 1: linear in decibels."""
         finite = [x.output_sqnr_db for x in self.layers if math.isfinite(x.output_sqnr_db)]
         if not math.isfinite(layer.output_sqnr_db):
-            return 0.0
+            return 0.0 if layer.output_sqnr_db > 0 else 1.0
         # Ten decibels beyond the best layer, so that its bar can be seen.
         return (max(finite) + 10 - layer.output_sqnr_db) / (max(finite) + 10 - min(finite))
 
@@ -171,9 +169,7 @@ def _check_measurable(outputs: list[Tensor]) -> None:
 def _sqnr(expected: list[Tensor], actual: list[Tensor]) -> float:
     signal = sum(float(tensor.square().sum()) for tensor in expected)
     noise = sum(float((a - b).square().sum()) for a, b in zip(expected, actual, strict=True))
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal else -math.inf
+    return decibels(signal, noise)
 
 
 def _kl(expected: list[Tensor], actual: list[Tensor]) -> float | None:

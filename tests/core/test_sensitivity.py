@@ -163,3 +163,18 @@ def test_refused_where_there_is_nothing_to_compare(inputs, problem):
     with pytest.raises(ConfigError, match=f"returns {problem}; pass a batch"):
         manager.sensitivity(inputs)
     manager.close()
+
+
+def test_of_a_layer_whose_output_overflows():
+    manager = trained()
+
+    def overflow(layer, inputs, output):
+        return output * math.inf if layer.weight_quantizer.phase.quantizing else output
+
+    manager.model[2].register_forward_hook(overflow)
+    result = manager.sensitivity(torch.randn(4, 6))
+    worst = result.layers[0]
+    assert (worst.name, worst.output_sqnr_db) == ("2", -math.inf)
+    assert result.to_dict()["layers"][0]["output_sqnr_db"] == "-inf"
+    assert [result._noise_share(layer) for layer in result.layers] == [1.0, 1.0]
+    manager.close()

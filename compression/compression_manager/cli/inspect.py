@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_json, to_yaml
 from compression_manager.errors import CheckpointError
+from compression_manager.json_values import json_values
 from compression_manager.state import (
     CHECKPOINT_FORMAT,
     Manifest,
     flatten,
-    json_number,
     read_checkpoint,
     read_manifest,
 )
@@ -116,19 +116,10 @@ def _inspect(path: Path) -> tuple[Manifest, dict[str, Any]]:
         "step": state["step"],
         "global_step": state["global_step"],
         "stopped": state["stop"]["reason"] if state["stop"]["should_stop"] else None,
-        "evaluations": _plain(state["evaluations"]),
+        "evaluations": json_values(state["evaluations"]),
         "files": {name: record.size for name, record in sorted(manifest.files.items())},
         "tensors": len(flatten(state)[1]),
         "plugin_states": {name: sorted(map(str, own)) for name, own in state["plugins"].items()},
         "tracked": sorted(map(str, state["tracked"])),
-        "recipe": _plain(state["recipe"]),
+        "recipe": json_values(state["recipe"]),
     }
-
-
-def _plain(value: Any) -> Any:
-    """Return JSON values; numbers that JSON lacks become texts."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return json_number(value) if isinstance(value, float) else value

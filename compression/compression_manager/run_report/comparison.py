@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compression_manager.json_values import json_values
 from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.chart import WIDE, line_chart
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.run import Run
 from compression_manager.run_report.style import STYLE
 from compression_manager.run_report.text import document, number, remark, section, table
-from compression_manager.state import json_number
 
 _ABSENT = "-"
 
@@ -51,8 +51,8 @@ class Comparison:
             "runs": [
                 {
                     "run": label,
-                    "results": {row.name: _json(row.values[index]) for row in self.results},
-                    "options": {row.name: _json(row.values[index]) for row in self.options},
+                    "results": {row.name: json_values(row.values[index]) for row in self.results},
+                    "options": {row.name: json_values(row.values[index]) for row in self.options},
                 }
                 for index, label in enumerate(self.labels)
             ]
@@ -175,7 +175,3 @@ def _text(value: Any) -> str:
         return _ABSENT
     # Event files know no bools and no integers; one is shown as a number.
     return str(value) if isinstance(value, str) else number(value)
-
-
-def _json(value: Any) -> Any:
-    return json_number(value) if isinstance(value, float) else value

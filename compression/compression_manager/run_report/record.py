@@ -10,16 +10,16 @@ from torch import Tensor
 
 from compression_manager.context import Context
 from compression_manager.errors import QuantizationError
+from compression_manager.json_values import json_values
 from compression_manager.quantization import (
     FakeQuantizer,
     QuantizationParameters,
     fake_quantize,
 )
 from compression_manager.quantization.layers import QuantizedLayer
-from compression_manager.quantization.storage.report import decibels
+from compression_manager.quantization.noise import sqnr_db
 from compression_manager.report import build_report
 from compression_manager.run_report.environment import describe_environment
-from compression_manager.state import json_number
 
 
 @torch.no_grad()
@@ -89,8 +89,8 @@ def _quantizer(quantizer: FakeQuantizer, weight: Tensor | None) -> dict[str, Any
         **described,
         "scale": _extremes(parameters.scale),
         "zero_point": _extremes(parameters.zero_point),
-        "range": [json_number(float(limit)) for limit in parameters.real_range()],
-        "sqnr_db": None if weight is None else json_number(_sqnr(weight.detach(), parameters)),
+        "range": json_values([float(limit) for limit in parameters.real_range()]),
+        "sqnr_db": None if weight is None else json_values(_sqnr(weight.detach(), parameters)),
     }
 
 
@@ -108,7 +108,7 @@ def _why_unknown(quantizer: FakeQuantizer, weight: Tensor | None) -> str | None:
 def _extremes(values: Tensor) -> list[float | str | int]:
     low, high = values.min().item(), values.max().item()
     if values.is_floating_point():
-        return [json_number(float(low)), json_number(float(high))]
+        return [json_values(float(low)), json_values(float(high))]
     return [int(low), int(high)]
 
 
@@ -122,4 +122,4 @@ def _sqnr(weight: Tensor, parameters: QuantizationParameters) -> float:
         parameters.axis,
         group_size=parameters.group_size,
     )
-    return decibels(weight, quantized)
+    return sqnr_db(weight, quantized)

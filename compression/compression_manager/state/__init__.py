@@ -9,7 +9,7 @@ from compression_manager.state.checkpoint import (
 )
 from compression_manager.state.directory import atomic_directory, read_directory
 from compression_manager.state.files import remove_directory
-from compression_manager.state.index import IndexEntry, json_number, read_index, write_index
+from compression_manager.state.index import IndexEntry, read_index, write_index
 from compression_manager.state.manifest import (
     FileRecord,
     Manifest,
@@ -32,7 +32,6 @@ __all__ = [
     "capture_random_state",
     "find_checkpoint",
     "flatten",
-    "json_number",
     "list_checkpoints",
     "read_checkpoint",
     "read_directory",

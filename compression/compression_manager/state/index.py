@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compression_manager.errors import CheckpointCorruptError, CheckpointError
+from compression_manager.json_values import json_values
 from compression_manager.state.files import is_regular_file, write_file
 from compression_manager.state.manifest import is_plain_name, parse_json
 
@@ -51,7 +51,7 @@ def write_index(root: Path, entries: Iterable[IndexEntry]) -> None:
                 "name": entry.name,
                 "epoch": entry.epoch,
                 "global_step": entry.global_step,
-                "metric": None if entry.metric is None else json_number(entry.metric),
+                "metric": json_values(entry.metric),
                 "best": entry.best,
             }
             for entry in entries
@@ -84,11 +84,6 @@ def read_index(root: Path) -> list[IndexEntry]:
         return [_entry(item) for item in document["checkpoints"]]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointCorruptError(f"{path} is damaged: {error!r}") from error
-
-
-def json_number(value: float) -> float | str:
-    """Return a finite number as it is, and others as text, because JSON has no NaN."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _entry(item: Any) -> IndexEntry:

@@ -19,12 +19,12 @@ from compression_manager.errors import (
     blame_option,
     suggest,
 )
+from compression_manager.json_values import json_values
 from compression_manager.plugin import Plugin, hookimpl
 from compression_manager.run_report.record import describe_run
 from compression_manager.state import (
     IndexEntry,
     find_checkpoint,
-    json_number,
     list_checkpoints,
     remove_directory,
     write_checkpoint,
@@ -210,7 +210,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 metadata={
                     "epoch": new.epoch,
                     "global_step": new.global_step,
-                    "metrics": {name: json_number(value) for name, value in metrics.items()},
+                    "metrics": json_values(metrics),
                     "run": describe_run(context),
                 },
             )

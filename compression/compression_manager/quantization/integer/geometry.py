@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import torch
@@ -27,6 +28,25 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
+    def is_computed_by_onednn(self, size: Sequence[int], kernel: Sequence[int], depth: int) -> bool:
+        """Return whether oneDNN's 8-bit convolution (3.12) computes what it should.
+
+        Where a window lies beside the input altogether, it returns garbage or ends the process;
+        likewise, with one channel, where a tap of the kernel never meets the input.
+
+        Args:
+            size: of the input, (*spatial).
+            kernel: its sizes, (*spatial).
+            depth: channels that are summed.
+        """
+        axes = zip(
+            size, kernel, self.stride, self.padding, self.dilation,
+            self.places(size, kernel), strict=True,
+        )  # fmt: skip
+        return not any(
+            _has_empty_window(*axis) or (depth == 1 and _has_unused_tap(*axis)) for axis in axes
+        )
+
     def places(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """Return the size of the result of an input and a kernel of these sizes."""
         return tuple(
@@ -35,6 +55,33 @@ class Geometry(NamedTuple):
                 size, kernel, self.stride, self.padding, self.dilation, strict=True
             )
         )
+
+
+def _has_empty_window(
+    length: int, extent: int, stride: int, padding: int, dilation: int, places: int
+) -> bool:
+    """Return whether a place along an axis reads nothing but padding."""
+    # Windows that begin within the input read that element.
+    before = range(min(-(-padding // stride), places))
+    return any(
+        not _meets(place * stride - padding, dilation, extent, length)
+        for place in (*before, places - 1)
+    )
+
+
+def _has_unused_tap(
+    length: int, extent: int, stride: int, padding: int, dilation: int, places: int
+) -> bool:
+    """Return whether an element of the kernel meets padding only, at all places along an axis."""
+    return any(
+        not _meets(tap * dilation - padding, stride, places, length) for tap in range(extent)
+    )
+
+
+def _meets(first: int, step: int, count: int, length: int) -> bool:
+    """Return whether one of `count` numbers from `first` on is an index of `length` elements."""
+    index = max(-(first // step), 0)
+    return index < count and first + index * step < length
 
 
 def linear_size(input: Tensor, weight_shape: tuple[int, ...]) -> Size:
@@ -60,7 +107,24 @@ def why_no_geometry(layer: nn.Module, input: Tensor) -> str | None:
             f"padding {convolution.padding!r} of mode '{convolution.padding_mode}' has no integer "
             "kernel"
         )
-    return None
+    return _why_no_windows(
+        tuple(input.shape[2:]),
+        tuple(convolution.kernel_size),
+        geometry_of(layer),
+        convolution.in_channels // convolution.groups,
+    )
+
+
+@lru_cache(maxsize=256)
+def _why_no_windows(
+    size: tuple[int, ...], kernel: tuple[int, ...], geometry: Geometry, depth: int
+) -> str | None:
+    if geometry.is_computed_by_onednn(size, kernel, depth):
+        return None
+    return (
+        f"a kernel of {kernel} that reads padding only, here and there on an input of {size}, is "
+        "not computed right by oneDNN's 8-bit convolution"
+    )
 
 
 def geometry_of(layer: nn.Module) -> Geometry:

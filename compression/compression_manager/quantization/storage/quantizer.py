@@ -12,6 +12,7 @@ from compression_manager.checks import require_type
 from compression_manager.errors import ConfigError, QuantizationError
 from compression_manager.quantization.calibration import Calibration, MinMaxCalibration
 from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.noise import sqnr_db
 from compression_manager.quantization.parameters import check_range, choose_qparams
 from compression_manager.quantization.ranges import range_shape
 from compression_manager.quantization.scheme import QuantizationScheme
@@ -22,11 +23,7 @@ from compression_manager.quantization.storage.exchange import (
     replace_by_integers,
 )
 from compression_manager.quantization.storage.module import IntegerWeights, StoredWeight
-from compression_manager.quantization.storage.report import (
-    StorageReport,
-    decibels,
-    describe_storage,
-)
+from compression_manager.quantization.storage.report import StorageReport, describe_storage
 from compression_manager.quantization.storage.selection import FoundParameter, find_parameters
 from compression_manager.quantization.storage.weight import WeightFormat
 
@@ -202,7 +199,7 @@ class Quantizer:
         stored = self._describe(weight, found.parameter.requires_grad)
         scale, zero_point = choose_qparams(minimum, maximum, self.scheme)
         tensors = stored.format.encode(weight, scale, zero_point)
-        stored.sqnr_db = decibels(weight, stored.format.decode(tensors, weight.dtype))
+        stored.sqnr_db = sqnr_db(weight, stored.format.decode(tensors, weight.dtype))
         return stored, tensors
 
     def _reserve(self, found: FoundParameter) -> Encoded:

@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compression_manager.quantization.storage.module import IntegerWeights
 from compression_manager.quantization.storage.selection import find_parameters
@@ -94,14 +93,3 @@ def describe_storage(model: nn.Module, skip: Sequence[str]) -> StorageReport:
         detail = found.reason or "not quantized yet"
         weights.append(WeightReport(found.names[0], detail, size, size, None))
     return StorageReport(tuple(weights))
-
-
-def decibels(exact: Tensor, rounded: Tensor) -> float:
-    """Return 20 log10(|exact| / |exact - rounded|), infinite without noise."""
-    noise, signal = (
-        float(torch.linalg.vector_norm(item, dtype=torch.float64))
-        for item in (exact.double() - rounded.double(), exact)
-    )
-    if noise == 0.0:
-        return math.inf
-    return 20.0 * math.log10(signal / noise) if signal else -math.inf
