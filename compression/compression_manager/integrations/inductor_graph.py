@@ -16,18 +16,14 @@ import torch.ao.quantization.fx._decomposed  # registers torch.ops.quantized_dec
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from compression_manager.integrations.inductor_convolutions import CONVOLUTIONS, stays_float
 from compression_manager.quantization import operators
 from compression_manager.quantization.scheme import kernel_range
 
 # Of torch.fx: their arguments have a type that nothing can be done with before asserting.
 Node = Any
 
-_CONVOLUTIONS = frozenset(
-    getattr(getattr(torch.ops.aten, f"conv{dimensions}d"), overload)
-    for dimensions in (1, 2, 3)
-    for overload in ("default", "padding")
-)
-_LAYERS = _CONVOLUTIONS | {torch.ops.aten.linear.default}
+_LAYERS = CONVOLUTIONS | {torch.ops.aten.linear.default}
 
 _DEQUANTIZED = frozenset(
     {
@@ -176,19 +172,9 @@ def _is_kernels_weight(constants: _Constants, node: Node) -> bool:
     weight = constants.value(node.args[0])
     if weight is None or constants.value(node.args[1]) is None:
         return False
-    return weight.dim() > 1 and _axis(node) in (None, 0) and not _has_one_channel(node)
-
-
-def _has_one_channel(node: Node) -> bool:
-    """Return whether a weight is that of a convolution over images of a single channel.
-
-    These are contiguous and channels-last at once. With an open batch size, Inductor (2.13) then
-    expects a contiguous output from the kernel, which returns channels-last.
-    """
-    return any(
-        user.target in _CONVOLUTIONS and user.args[0].meta["val"].shape[1] == 1
-        for user in node.users
-    )
+    if any(user.target in CONVOLUTIONS and stays_float(user) for user in node.users):
+        return False
+    return weight.dim() > 1 and _axis(node) in (None, 0)
 
 
 def _kernels_weight(constants: _Constants, node: Node) -> Node:

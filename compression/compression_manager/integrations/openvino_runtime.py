@@ -18,6 +18,9 @@ from compression_manager.integrations.graph_inputs import (
     Feed,
     called_as_model,
 )
+from compression_manager.quantization.integer.geometry import Geometry
+
+_CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 
 def write_openvino(content: bytes, path: Path) -> None:
@@ -78,10 +81,34 @@ def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
     used = {item.output(0).get_any_name(): item for item in network.get_parameters()}
     parameters = [used.get(item.name) or _unused(item) for item in proto.graph.input]
     network = openvino.Model(network.get_results(), parameters, network.get_friendly_name())
+    for node in network.get_ops():
+        if node.get_type_name() in _CONVOLUTIONS and not _is_computed(node):
+            _keep_float(node)
     for note in proto.metadata_props:
         if note.key == ARGUMENTS:
             network.set_rt_info(note.value, ARGUMENTS)
     return network
+
+
+def _is_computed(convolution: openvino.Node) -> bool:
+    """Return whether OpenVINO's 8-bit kernel, which is oneDNN's, computes what it should."""
+    attributes = convolution.get_attributes()
+    shape, weight = convolution.input(0).get_partial_shape(), convolution.input(1).get_shape()
+    size = [shape[axis].get_length() for axis in range(2, len(shape))]
+    depth, *kernel = weight[-len(size) - 1 :]
+    begin, end = attributes["pads_begin"], attributes["pads_end"]
+    geometries = [
+        Geometry(tuple(attributes["strides"]), tuple(sides), tuple(attributes["dilations"]), 1)
+        for sides in (begin, end)
+    ]
+    return all(item.is_computed_by_onednn(size, kernel, depth) for item in geometries)
+
+
+def _keep_float(convolution: openvino.Node) -> None:
+    """Put what changes no number between a convolution and its quantizer, so that both stay."""
+    source, lowest = convolution.input_value(0), float(torch.finfo(torch.float32).min)
+    unchanged = opset13.maximum(source, opset13.constant(lowest, dtype="float32"))
+    convolution.input(0).replace_source_output(unchanged.output(0))
 
 
 def _unused(input: Any) -> Any:

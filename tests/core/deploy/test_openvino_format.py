@@ -193,3 +193,21 @@ def test_inputs_that_the_model_does_not_read_are_taken(tmp_path: Path) -> None:
     torch.testing.assert_close(run(mask=mask, x=x, ids=ids), expected)
     result = deploy.fastest(converted, examples, routes=["openvino"], rounds=1)
     assert all(row.left_out is None for row in result.results), result
+
+
+@pytest.mark.parametrize(
+    ("first", "shape"),
+    [
+        (nn.Conv2d(1, 8, 3, padding=3), (4, 1, 12, 12)),
+        (nn.Conv3d(1, 8, 3, padding=1), (4, 1, 1, 9, 9)),
+    ],
+)
+def test_convolutions_that_read_padding_only(
+    first: nn.Module, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    converted = trained(nn.Sequential(first, nn.Flatten(), nn.LazyLinear(3)), inputs).convert()
+    path = deploy.export(converted, tmp_path / "model.xml", "openvino", inputs).path
+    with torch.no_grad():
+        expected = converted(inputs)
+    torch.testing.assert_close(deploy.load_exported(path)(inputs), expected, rtol=0.02, atol=0.02)

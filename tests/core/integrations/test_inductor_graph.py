@@ -349,3 +349,24 @@ def test_the_probe_says_whether_products_of_8_bits_are_exact() -> None:
     )
     expected = input.long() @ weight.long().t()
     assert torch.equal(product.long(), expected) == int8_kernels_are_exact()
+
+
+@pytest.mark.parametrize(
+    ("first", "is_float"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=3), True),
+        (nn.Conv2d(4, 4, 3, padding=1), False),
+        (nn.Conv2d(4, 4, 3, padding="valid"), False),
+        (nn.Conv2d(4, 4, (11, 1), padding="same", groups=4), True),
+        (nn.Conv2d(4, 4, (11, 1), padding="same"), False),
+        (nn.Conv2d(4, 4, (1, 4), padding="same", dilation=2, groups=4), False),
+    ],
+)
+def test_convolutions_that_read_padding_only_stay_in_float32(
+    first: nn.Conv2d, is_float: bool
+) -> None:
+    inputs = randn(3, 4, 5, 5)
+    model = nn.Sequential(first, nn.Conv2d(4, 3, 1))
+    converted, module, weights, _ = translated(model, inputs)
+    assert weights == 2 - is_float
+    assert_same(converted, module, inputs)
