@@ -12,6 +12,7 @@ from compression_manager import hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.weights import forget_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
@@ -30,6 +31,8 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
         self._batch_norm_is_frozen = False
+        # Quantizers of inputs that observe again after the evaluation.
+        self._paused: list[FakeQuantizer] = []
 
     def required_hooks(self) -> frozenset[str]:
         """Return the hook that counts epochs, if a phase begins at one."""
@@ -74,6 +77,23 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             **reached
         ):
             self._freeze_batch_norm(context)
+
+    @hookimpl
+    def on_before_eval(self, context: Context) -> None:
+        """Let ranges follow nothing, whether or not the user calls `model.eval()`."""
+        for layer in self._layers(context.model).values():
+            for quantizer in layer.input_quantizers():
+                phase = quantizer.phase
+                if phase.observing:
+                    self._paused.append(quantizer)
+                    quantizer.set_phase(observing=False, quantizing=phase.quantizing)
+
+    @hookimpl
+    def on_after_eval(self) -> None:
+        """Let ranges follow the data again."""
+        while self._paused:
+            quantizer = self._paused.pop()
+            quantizer.set_phase(observing=True, quantizing=quantizer.phase.quantizing)
 
     @hookimpl
     def on_after_optimizer_step(self, context: Context) -> None:

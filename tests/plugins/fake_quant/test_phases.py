@@ -123,15 +123,28 @@ def test_frozen_ranges_do_not_follow_the_data():
 
 def test_evaluation_changes_no_buffer():
     manager = prepared(toys.ConvNet(), [toys.images().tensors[0]] * 2)
+    before = buffers(manager.model)
     manager.on_before_eval()
     manager.model.eval()
-    before = buffers(manager.model)
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             manager.model(100 * toys.images(seed=1).tensors[0])
     manager.on_after_eval({"accuracy": 0.0})
     after = buffers(manager.model)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_in_train_mode_changes_no_range():
+    manager = prepared(toys.mlp(), [FIRST] * 2)
+    before = buffers(manager.model)
+    manager.on_before_eval()
+    with torch.no_grad():
+        manager.model(100 * FIRST)
+    manager.on_after_eval({"accuracy": 0.0})
+    assert same(before, buffers(manager.model))
+    assert phases(manager) == (True, True)
+    step(manager, 100 * FIRST, 2)
+    assert not same(before, buffers(manager.model))
 
 
 # BatchNorm --------------------------------------------------------------------------------------
