@@ -135,7 +135,10 @@ class TrainingEvents:
         finally:
             context.step_cache.clear()
         total = losses.total()
-        self._lifecycle.loss()
+        needs_backward = total.requires_grad and losses.are_changed
+        self._lifecycle.loss(needs_backward=needs_backward)
+        if needs_backward:
+            total.register_hook(self._lifecycle.backward)
         context.remember_input(input)
         for term in losses:
             context.metrics.scalar(f"loss/{term.name}", term.value)

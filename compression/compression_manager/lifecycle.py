@@ -38,6 +38,7 @@ class Lifecycle:
         self.evaluating = False
         self.closed = False
         self.accumulating = False
+        self._is_differentiated = False
         self.epochs_begun = 0
         self.steps_begun = 0
         self._steps_in_epoch = 0
@@ -111,11 +112,20 @@ class Lifecycle:
         """Raise LifecycleError unless a loss may be computed now."""
         self._check_step("on_after_compute_loss")
 
-    def loss(self) -> None:
-        """A loss was computed inside a step."""
+    def loss(self, *, needs_backward: bool) -> None:
+        """A loss was computed inside a step; `backward` must follow if plugins changed it."""
         self.accumulating = True
+        self._is_differentiated |= not needs_backward
         self._step_has_loss = True
         self._losses_without_update += 1
+
+    def resume(self, *, accumulating: bool) -> None:
+        """Continue where losses were computed, and differentiated, since the last update."""
+        self.accumulating = self._is_differentiated = accumulating
+
+    def backward(self, gradient: object) -> None:
+        """A loss is being differentiated."""
+        self._is_differentiated = True
 
     def before_optimizer_step(self) -> None:
         """The optimizer is about to step; `update_announced` follows."""
@@ -126,7 +136,15 @@ class Lifecycle:
                 "loss = manager.on_after_compute_loss(inputs, output, loss) and "
                 "loss.backward() first."
             )
+        if not self._is_differentiated:
+            raise LifecycleError(
+                "on_before_optimizer_step came, but nobody called backward() on the loss that "
+                "on_after_compute_loss returned: plugins add their terms to it, and the task's own "
+                "loss lacks them. Write loss = manager.on_after_compute_loss(inputs, output, loss) "
+                "and then loss.backward()."
+            )
         self._check_update_was_closed()
+        self._is_differentiated = False
         self._update_is_announced = True
         self.has_updated = True
         self.accumulating = False

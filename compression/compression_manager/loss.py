@@ -38,6 +38,7 @@ class LossTerms:
 
     def __init__(self, task_loss: Tensor, task_weight: float = 1.0) -> None:
         check_scalar(TASK_TERM, task_loss)
+        self._task_weight = task_weight
         self._terms = {TASK_TERM: LossTerm(TASK_TERM, task_loss, task_weight)}
 
     def add(self, name: str, value: Tensor, weight: float | Tensor = 1.0) -> None:
@@ -62,6 +63,11 @@ class LossTerms:
 
     def __iter__(self) -> Iterator[LossTerm]:
         return iter(self._terms.values())
+
+    @property
+    def are_changed(self) -> bool:
+        """Whether plugins made the total another loss than the task's."""
+        return len(self._terms) > 1 or self._task_weight != 1.0
 
     def total(self) -> Tensor:
         """Return the weighted sum as a 0-dimensional tensor.

@@ -121,7 +121,7 @@ class TrainingState:
         self.evaluations = list(state["evaluations"])
         self.move_to(state["epoch"], state["step"])
         self.is_resumed = True
-        self._lifecycle.accumulating = state["accumulating"]
+        self._lifecycle.resume(accumulating=state["accumulating"])
         self._context.epoch = state["epoch"]
         self._context.global_step = state["global_step"]
         self._context.should_stop = state["stop"]["should_stop"]

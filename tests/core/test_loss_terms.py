@@ -11,6 +11,7 @@ import toys
 from compression_manager import (
     CompressionManager,
     ConfigError,
+    LifecycleError,
     LossError,
     LossTerms,
     prepare_compression,
@@ -175,3 +176,33 @@ def test_step_cache_is_shared_and_emptied() -> None:
     call_loss(manager)
     call_loss(manager)
     assert seen == [{}, {"a": 1}] * 2
+
+
+@pytest.mark.parametrize("adds", [{"value": 2.0}, {"value": 2.0, "weight": 0.0}])
+def test_the_loss_that_was_returned_must_be_differentiated(adds: Any) -> None:
+    manager = _begun(_adds("first", **adds))
+    task = loss_of(manager.model)
+    returned = call_loss(manager, task)
+    task.backward(retain_graph=True)
+    with pytest.raises(LifecycleError, match=r"nobody called backward\(\) on the loss that"):
+        manager.on_before_optimizer_step()
+    (returned / 2).backward()  # as in accumulation, or with a scaler
+    manager.on_before_optimizer_step()
+    call_loss(manager, loss_of(manager.model))
+    with pytest.raises(LifecycleError, match="nobody called backward"):
+        manager.on_before_optimizer_step()
+
+
+def test_a_loss_to_which_nothing_is_added_may_be_differentiated_itself() -> None:
+    manager = _begun(probe())
+    task = loss_of(manager.model)
+    call_loss(manager, task)
+    task.backward()
+    manager.on_before_optimizer_step()
+
+
+def test_a_loss_without_gradient_is_none_that_must_be_differentiated() -> None:
+    manager = _begun(_adds("first", 2.0))
+    with torch.no_grad():
+        call_loss(manager, loss_of(manager.model))
+    manager.on_before_optimizer_step()

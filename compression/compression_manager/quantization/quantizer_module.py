@@ -35,9 +35,12 @@ class FakeQuantizer(PhaseBuffers, ABC):
         scheme: how the tensor is quantized.
         site: which tensor of which layer it is.
         called_in_eval_mode: whether it met an input in eval mode that it had no range for.
+        paused: whether the model is being evaluated, so that nothing is observed in train mode
+            either.
     """
 
     called_in_eval_mode = False
+    paused = False
 
     def __init__(self, scheme: QuantizationScheme, site: QuantizationSite) -> None:
         super().__init__()
@@ -192,7 +195,7 @@ class ObservedFakeQuantizer(FakeQuantizer):
             return False
         if not self.training and not self._calibrated and not torch.compiler.is_compiling():
             self.called_in_eval_mode = True
-        return self.training
+        return self.training and not self.paused
 
     def quantization_parameters(self, input: Tensor | None = None) -> QuantizationParameters:
         """Return the numbers with which `forward` quantizes now, as tensors of their own.

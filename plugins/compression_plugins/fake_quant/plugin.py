@@ -12,7 +12,6 @@ from compression_manager import hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.weights import forget_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
@@ -31,8 +30,6 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
     def __init__(self, config: QATConfig) -> None:
         super().__init__(config)
         self._batch_norm_is_frozen = False
-        # Quantizers of inputs that observe again after the evaluation.
-        self._paused: list[FakeQuantizer] = []
 
     def required_hooks(self) -> frozenset[str]:
         """Return the hook that counts epochs, if a phase begins at one."""
@@ -81,19 +78,12 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
     @hookimpl
     def on_before_eval(self, context: Context) -> None:
         """Let ranges follow nothing, whether or not the user calls `model.eval()`."""
-        for layer in self._layers(context.model).values():
-            for quantizer in layer.input_quantizers():
-                phase = quantizer.phase
-                if phase.observing:
-                    self._paused.append(quantizer)
-                    quantizer.set_phase(observing=False, quantizing=phase.quantizing)
+        self._pause(context, paused=True)
 
     @hookimpl
-    def on_after_eval(self) -> None:
+    def on_after_eval(self, context: Context) -> None:
         """Let ranges follow the data again."""
-        while self._paused:
-            quantizer = self._paused.pop()
-            quantizer.set_phase(observing=True, quantizing=quantizer.phase.quantizing)
+        self._pause(context, paused=False)
 
     @hookimpl
     def on_after_optimizer_step(self, context: Context) -> None:
@@ -115,6 +105,11 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         super().convert_model(conversion)
 
     # Internals -------------------------------------------------------------------------------
+
+    def _pause(self, context: Context, *, paused: bool) -> None:
+        for layer in self._layers(context.model).values():
+            for quantizer in layer.quantizers():
+                quantizer.paused = paused
 
     def _check_trained(self, model: nn.Module) -> None:
         """Raise QuantizationError unless the layers compute on integers by now."""

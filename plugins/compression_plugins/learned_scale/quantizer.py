@@ -151,7 +151,7 @@ class LearnedScaleQuantizer(FakeQuantizer):
     def forward(self, input: Tensor) -> Tensor:
         """Return `input` quantized, or `input` itself when off or before any finite batch."""
         phase = self.phase
-        follows = self.training and phase.observing and not runs_backward()
+        follows = self.training and phase.observing and not (self.paused or runs_backward())
         if follows and not (self._started or self._is_weight):
             self._observe(input.detach())
         if not phase.quantizing or not self.is_calibrated():

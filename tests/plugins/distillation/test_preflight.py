@@ -41,7 +41,9 @@ TARGET = INPUTS[:, 0].long()
 def run(student, teacher):
     manager = begin(prepare_compression(student, [DistillationConfig(teacher, criterion())]))
     output = student(INPUTS)
-    manager.on_after_compute_loss(INPUTS, output, output.mean() * 0, target=TARGET)
+    loss = manager.on_after_compute_loss(INPUTS, output, output.mean() * 0, target=TARGET)
+    if loss.requires_grad:
+        loss.backward()
     return manager
 
 
