@@ -37,12 +37,14 @@ class _Known:
         base: the tensor that the weight is, or a view of. Addresses are used again; it is not.
         state: what changes with the weight.
         sample: some of its values.
+        is_trained: whether it requires a gradient.
         integers: what was computed.
     """
 
     base: TensorWeakRef
     state: tuple[object, ...]
     sample: list[float]
+    is_trained: bool
     integers: IntegerWeight
 
 
@@ -76,7 +78,7 @@ def integer_weight(
     with torch.inference_mode(False):
         computed = _quantize_weight(quantizer, weight.detach(), passes, values)
     _watch_optimizers()
-    _weights[quantizer] = _Known(TensorWeakRef(base), state, sample, computed)
+    _weights[quantizer] = _Known(TensorWeakRef(base), state, sample, weight.requires_grad, computed)
     return computed
 
 
@@ -98,7 +100,7 @@ def forget_weights(quantizers: Iterable[FakeQuantizer]) -> None:
 
 @cache
 def _watch_optimizers() -> None:
-    """Forget the weights of an optimizer whenever it has made a step; for this process, once."""
+    """Forget weights whenever an optimizer has made a step; for this process, once."""
     register_optimizer_step_post_hook(_forget_stepped)
 
 
@@ -108,7 +110,8 @@ def _forget_stepped(optimizer: Optimizer, *_: object) -> None:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for quantizer, known in list(_weights.items()):
-        if id(known.base()) in stepped:
+        # An optimizer may have shards of a weight (FSDP), or a master copy that is then copied.
+        if known.is_trained or id(known.base()) in stepped:
             del _weights[quantizer]
 
 
