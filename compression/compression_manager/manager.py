@@ -42,7 +42,7 @@ class CompressionManager(Inspection):
         state = TrainingState(context, plugins, lifecycle)
         super().__init__(Hooks(pluggy_manager.hook), context, lifecycle, state)
         self._plugins = tuple(plugins)
-        context.connect(Services(pluggy_manager), state.collect)
+        context.connect(Services(pluggy_manager), self.state_dict)
 
     @property
     def should_stop(self) -> bool:
@@ -171,11 +171,14 @@ class CompressionManager(Inspection):
         """Return the whole training state as nested dicts of plain values and live tensors.
 
         Within a step, call it when the step's work is done, after `optimizer.step()`: the state
-        then counts the step, and a resumed run continues with the next one.
+        then counts the step, and a resumed run continues with the next one. Plugins get what was
+        published so far before they are asked for their state.
 
         Raises:
             LifecycleError: the step has no loss yet, or its update is under way.
         """
+        self._lifecycle.check_can_save()
+        self._deliver_metrics()
         return self._state.collect()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 import toys
 from compression_manager import ConfigError, Metric, prepare_compression
 from compression_manager.metrics import MetricBoard
-from probes import begin_step, finish, probe
+from probes import begin_step, call_loss, finish, probe
 
 
 def test_board_keeps_order_kind_and_step() -> None:
@@ -98,3 +98,26 @@ def test_evaluations_are_numbers_recorded_and_shown() -> None:
     ]
     manager.on_step_begin(1)
     finish(manager)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_state_holds_what_was_published_before(reverse: bool) -> None:
+    """A logger that counts its rows can drop those that came after the checkpoint."""
+
+    def count(self: Any, metrics: Any) -> None:
+        self.rows = getattr(self, "rows", 0) + len(metrics)
+
+    def save(self: Any, context: Any) -> None:
+        self.saved = context.collect_state()["plugins"]["logger"]
+
+    logger = probe("logger", consume_metrics=count, state_dict=lambda self: {"rows": self.rows})
+    saver = probe("saver", on_step_end=save)
+    plugins = [saver, logger] if reverse else [logger, saver]
+    manager = prepare_compression(toys.mlp(), plugins)
+    manager.track(optimizer=torch.optim.SGD(manager.model.parameters(), 0.1))
+    begin_step(manager)
+    call_loss(manager).backward()
+    manager.on_before_optimizer_step()
+    manager.on_after_optimizer_step()
+    finish(manager)
+    assert saver.saved["rows"] == logger.rows > 0
