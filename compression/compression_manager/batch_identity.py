@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.model_call import tensors_in
+from compression_manager.sampling import sample
 
 _SAMPLED = 8
 
@@ -32,13 +32,4 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _sample(tensor: Tensor) -> list[Any]:
     is_plain = type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_nested
-    if not is_plain or not tensor.is_cpu or not tensor.numel():
-        return []
-    values: list[Any] = tensor.detach().take(_places(tensor.numel())).tolist()
-    return values
-
-
-@lru_cache(maxsize=64)
-def _places(count: int) -> Tensor:
-    """Return where to look: at random, because padding and borders are the same everywhere."""
-    return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return sample(tensor.detach(), _SAMPLED) if is_plain and tensor.is_cpu else []

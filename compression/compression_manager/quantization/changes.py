@@ -6,10 +6,9 @@ through `.data` leave no trace in its counter. A sample of the values sees them.
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 from torch import Tensor
+
+from compression_manager.sampling import sample
 
 _SAMPLED = 32
 
@@ -21,10 +20,4 @@ def version_of(tensor: Tensor) -> int:
 
 def sample_of(tensor: Tensor) -> list[float]:
     """Return values from all over a tensor on the CPU; an accelerator is not waited for."""
-    return tensor.take(_places(tensor.numel())).tolist() if tensor.is_cpu and tensor.numel() else []
-
-
-@cache
-def _places(count: int) -> Tensor:
-    """Return where to look: at random, because rows and columns may be dead."""
-    return torch.randint(count, (_SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return sample(tensor, _SAMPLED) if tensor.is_cpu else []

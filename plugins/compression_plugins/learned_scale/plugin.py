@@ -127,11 +127,14 @@ class LearnedScalePlugin(Plugin[LearnedScaleConfig]):
         """Return the weight that `site` is; None for an activation, or if it is not found."""
         if site.role != "weight" or self._context is None:
             return None
-        modules = dict(self._context.model.named_modules())
         owner, _, part = site.layer.rpartition(".")
         for name, key in ((site.layer, ""), (owner, part)):
-            kind = _quantized_class(modules[name]) if name in modules else None
-            operand = None if kind is None else kind.operands_of(modules[name]).get(key)
+            try:
+                layer = self._context.model.get_submodule(name)
+            except AttributeError:  # the name of a part
+                continue
+            kind = _quantized_class(layer)
+            operand = None if kind is None else kind.operands_of(layer).get(key)
             if operand is not None:
                 return operand.weight
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ TORCH = TorchPasses()
 
 _chosen: Passes | None = None
 _native: Passes | None = None
-_reference = False
+_recording = threading.local()
 
 
 def active_passes() -> Passes:
@@ -83,15 +84,21 @@ def why_reference() -> str | None:
         return "it is compiled or traced, which sees through fake quantization only"
     if transforms_run():
         return "torch.func or forward mode runs, which see through fake quantization only"
-    return "the operations are being recorded" if _reference else None
+    return "the operations are being recorded" if _is_recording() else None
 
 
 @contextmanager
 def reference_arithmetic() -> Iterator[None]:
-    """Let every layer call the functions of `arithmetic`, so that a recording sees them."""
-    global _reference
-    before, _reference = _reference, True
+    """Let every layer call the functions of `arithmetic`, so that a recording sees them.
+
+    In this thread; another may train meanwhile.
+    """
+    before, _recording.active = _is_recording(), True
     try:
         yield
     finally:
-        _reference = before
+        _recording.active = before
+
+
+def _is_recording() -> bool:
+    return getattr(_recording, "active", False)

@@ -86,3 +86,11 @@ def _check_names(model: nn.Module, saved: dict[str, Any], folder: Path) -> None:
             raise CheckpointMismatchError(
                 f"{folder}: '{name}' has shape {tuple(value.shape)}; the model has {shape} there."
             )
+    # Tensors that share their memory are saved once.
+    held = {own[name].data_ptr() for name in saved}
+    lacking = [name for name, value in own.items() if value.data_ptr() not in held | {0}]
+    if lacking:
+        raise CheckpointMismatchError(
+            f"{folder} has nothing for {', '.join(map(repr, lacking))} of the model; load takes a "
+            "model as it was when it was saved."
+        )

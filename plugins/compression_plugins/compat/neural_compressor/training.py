@@ -123,7 +123,8 @@ class CompressionManager(CallBacks):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        self._loop.stop_watching()
+        self.native.__exit__(kind, error, trace)
 
     def _save(self, model: nn.Module, root: str | Path | None) -> Path:
         directory = DEFAULT_DIRECTORY if root is None else root

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from compression_manager.quantization.integer import selection
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.selection import TORCH, arithmetic_in_use, use_passes
+from compression_manager.quantization.integer.selection import (
+    TORCH,
+    arithmetic_in_use,
+    reference_arithmetic,
+    use_passes,
+    why_reference,
+)
 from integer_layers import FastPasses
 
 
@@ -37,3 +45,10 @@ def test_bfloat16_products_are_named_where_they_are_asked_for(
     with use_passes(TORCH):
         used = arithmetic_in_use(ProductOptions("auto", "bfloat16"))
     assert (used["backward"], used["bfloat16"], used["passes"]) == ("bfloat16", 1, "torch")
+
+
+def test_a_recording_is_one_threads_own() -> None:
+    with ThreadPoolExecutor(1) as pool, reference_arithmetic():
+        assert why_reference() == "the operations are being recorded"
+        assert pool.submit(why_reference).result() is None
+    assert why_reference() is None

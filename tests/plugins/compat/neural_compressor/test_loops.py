@@ -571,3 +571,14 @@ def test_a_copy_of_the_model_leaves_the_manager_behind():
     assert manager.native.position == position
     assert isinstance(copied, nn.Module)
     manager.close()
+
+
+def test_plugins_hear_of_an_exception_in_the_block(monkeypatch):
+    manager = prepare_compression(toys.mlp(), distiller())
+    heard, abort = [], manager.native._abort
+    monkeypatch.setattr(
+        manager.native, "_abort", lambda error: (heard.append(str(error)), abort(error))
+    )
+    with pytest.raises(RuntimeError, match="in the loop"), manager:
+        raise RuntimeError("in the loop")
+    assert heard == ["in the loop"]

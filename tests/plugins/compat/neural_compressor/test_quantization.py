@@ -206,6 +206,20 @@ def test_another_architecture_is_refused_and_left_alone(tmp_path, conf):
     assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
 
 
+def test_a_model_with_more_than_was_saved_is_refused_and_left_alone(tmp_path):
+    manager = trained(DistillationConfig(toys.ConvNet()))
+    manager.save(tmp_path / "saved")
+    manager.close()
+    other = toys.ConvNet()
+    other.extra = nn.Linear(2, 2)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        CheckpointMismatchError, match=r"nothing for 'extra\.weight', 'extra\.bias'"
+    ):
+        load(tmp_path / "saved", other)
+    assert all(torch.equal(other.state_dict()[name], before[name]) for name in before)
+
+
 def test_pickles_of_2_6_are_not_read(tmp_path):
     (tmp_path / "best_model.pt").write_bytes(b"anything")
     with pytest.raises(CheckpointError, match="pickles are not read"):
