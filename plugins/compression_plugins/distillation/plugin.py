@@ -15,6 +15,7 @@ from compression_manager.model_call import call_model, quiet_evaluation
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.ranks import has_other_ranks, mean_of_ranks, values_of_first_rank
 from compression_plugins.distillation import preflight
+from compression_plugins.distillation.classes import classes_last
 from compression_plugins.distillation.config import DistillationConfig
 from compression_plugins.distillation.criteria import Comparison, Surroundings
 from compression_plugins.distillation.criteria.batch import Batch
@@ -192,11 +193,15 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         return NamedLoss(name, function)
 
     def _student_logits(self, output: Any) -> Tensor:
+        return classes_last(self._student_output(output), self.config.criterion.class_dimension)
+
+    def _student_output(self, output: Any) -> Tensor:
         return pick_logits(output, self.config.output, where="student", option="output")
 
     def _teacher_logits(self, output: Any) -> Tensor:
         key = self.config.teacher_output
-        return pick_logits(output, key, where="teacher", option="teacher_output")
+        logits = pick_logits(output, key, where="teacher", option="teacher_output")
+        return classes_last(logits, self.config.criterion.class_dimension)
 
     def _check_example(self, context: Context) -> None:
         inputs, source, comparison = context.example_inputs, self._teacher_source, self._running
@@ -206,7 +211,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             with quiet_evaluation(*models):
                 student_output = call_model(context.model, inputs)
                 teacher_output = source.example_outputs(
-                    context, inputs, lambda: self._student_logits(student_output)
+                    context, inputs, lambda: self._student_output(student_output)
                 )
                 batch = Batch(inputs, student_output, teacher_output, is_training=False)
                 with blame_option("criterion"):

@@ -13,6 +13,7 @@ from compression_manager.context import Context
 from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_plugins.distillation.cache import TeacherCache
+from compression_plugins.distillation.classes import dimension_of_classes
 from compression_plugins.distillation.config import DistillationConfig
 from compression_plugins.distillation.teachers.runtime import (
     RunningTeacher,
@@ -60,7 +61,7 @@ class TeacherSource(ABC):
         Args:
             context: of the manager.
             input: the example inputs.
-            student_logits: returns the student's logits (*, classes) for them.
+            student_logits: returns the student's logits for them, as the model orders them.
         """
         return self.outputs(context, input)
 
@@ -213,6 +214,7 @@ class CachedTeacher(TeacherSource):
     def __init__(self, config: DistillationConfig, cache: TeacherCache) -> None:
         self._cache = cache
         self._seeds = tuple(config.augmentation_seeds)
+        self._class_dimension = config.criterion.class_dimension
         self._teacher = config.teacher_model
         self._owner = ""
 
@@ -251,8 +253,12 @@ class CachedTeacher(TeacherSource):
         self, context: Context, input: Any, student_logits: Callable[[], Tensor]
     ) -> Any:
         """Return zeros of the student's shape, but with the cached classes; examples have no id."""
-        logits, classes = student_logits(), self._cache.sample_shape(self._seeds[0])[-1]
-        return logits.new_zeros(*logits.shape[:-1], classes)
+        logits, cached = student_logits(), self._cache.sample_shape(self._seeds[0])
+        shape = [len(logits), *cached]
+        if len(shape) == logits.dim() > 1:  # Else the comparison will show both.
+            place = dimension_of_classes(logits, self._class_dimension)
+            shape = [*logits.shape[:place], shape[place], *logits.shape[place + 1 :]]
+        return logits.new_zeros(shape)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the hash of the teacher's weights, as the live teacher would."""

@@ -82,6 +82,7 @@ def _layers(
         loss_types=types,
         loss_weights=_each(given, "loss_weights") or None,
         add_origin_loss=_task_loss(given, keeps_task_loss),
+        class_dimension=-1,  # as 2.6 has it for features of any shape
     )
 
 
@@ -133,6 +134,7 @@ def _outputs(
         loss_types=_each(given, "loss_types") or "CE",
         loss_weights=_each(given, "loss_weights") or None,
         add_origin_loss=_task_loss(given, keeps_task_loss),
+        class_dimension=-1,
     )
 
 

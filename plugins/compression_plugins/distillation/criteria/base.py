@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compression_manager.errors import CheckpointMismatchError
+from compression_manager.checks import require_integer
+from compression_manager.errors import CheckpointMismatchError, ConfigError
 from compression_manager.loss import LossTerms
 from compression_manager.model_hooks import ModelHooks
+from compression_manager.plugin import option
 from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.catalog import NamedLoss
 from compression_plugins.distillation.criteria.recorder import Recorder
@@ -27,8 +29,8 @@ class Surroundings:
         hooks: places forward hooks that close and conversion remove.
         make_loss: `make_loss(name, options, option)` returns the loss that some plugin offers;
             `option` is the criterion's option that chose it, for errors.
-        student_logits: the logits in what the student returned.
-        teacher_logits: the logits in what the teacher returned.
+        student_logits: the logits in what the student returned, brought to (batch, *, classes).
+        teacher_logits: the same of what the teacher returned.
     """
 
     student: nn.Module
@@ -95,6 +97,27 @@ class CriterionConfig(ABC):
     """Whether the teacher has to be run here, because its layers are watched."""
     task_weight_option: ClassVar[str] = "add_origin_loss"
     """The option that says the weight of the task's own loss, for errors."""
+
+    class_dimension: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=option(
+            "Dimension of the outputs that holds the classes: 1 for images (N, classes, height, "
+            "width), -1 for the last; null: the last of outputs with 2 or 3 dimensions, while "
+            "losses with a softmax refuse others. It is brought to the end before logits are "
+            "compared."
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        if self.class_dimension is None:
+            return
+        require_integer(self, "class_dimension", self.class_dimension)
+        if self.class_dimension == 0:
+            raise ConfigError(
+                f"{type(self).__name__}.class_dimension is 0, which is the batch; the classes of "
+                "images (N, classes, height, width) are dimension 1."
+            )
 
     @property
     @abstractmethod

@@ -29,21 +29,23 @@ class CatalogEntry:
         function: `loss(student, teacher, ...)`, returns a scalar.
         agreement: in what both shapes must agree: everything; all but the channels; or only the
             number of samples.
+        has_softmax: whether it compares distributions over the classes, the last dimension.
     """
 
     function: Callable[..., Tensor]
     agreement: Agreement = "everything"
+    has_softmax: bool = False
 
 
 CATALOG: dict[str, CatalogEntry] = {
-    "CE": CatalogEntry(losses.soft_cross_entropy),
-    "KL": CatalogEntry(losses.kd_loss),
+    "CE": CatalogEntry(losses.soft_cross_entropy, has_softmax=True),
+    "KL": CatalogEntry(losses.kd_loss, has_softmax=True),
     "MSE": CatalogEntry(losses.mse_loss),
     "L1": CatalogEntry(losses.l1_loss),
-    "DKD": CatalogEntry(losses.dkd_loss),
-    "DIST": CatalogEntry(losses.dist_loss),
-    "reverse_KL": CatalogEntry(losses.reverse_kl_loss),
-    "JS": CatalogEntry(losses.jensen_shannon_loss),
+    "DKD": CatalogEntry(losses.dkd_loss, has_softmax=True),
+    "DIST": CatalogEntry(losses.dist_loss, has_softmax=True),
+    "reverse_KL": CatalogEntry(losses.reverse_kl_loss, has_softmax=True),
+    "JS": CatalogEntry(losses.jensen_shannon_loss, has_softmax=True),
     "contrastive": CatalogEntry(losses.contrastive_loss),
     "attention_transfer": CatalogEntry(losses.attention_transfer_loss, "positions"),
     "similarity_preserving": CatalogEntry(losses.similarity_preserving_loss, "samples"),
@@ -96,6 +98,11 @@ class NamedLoss:
     def agreement(self) -> Agreement:
         """In what both shapes must agree; of a third party's loss, in everything."""
         return CATALOG[self.name].agreement if self.is_builtin else "everything"
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether it needs to know which dimension holds the classes; of ours only."""
+        return self.is_builtin and CATALOG[self.name].has_softmax
 
     @property
     def can_be_tried(self) -> bool:

@@ -35,7 +35,7 @@ class FeatureCriterionConfig(CriterionConfig):
         metadata=option(
             "Loss of all entries, or of each: 'MSE', 'L1', 'attention_transfer', "
             "'similarity_preserving', 'rkd_distance', 'rkd_angle', 'contrastive', 'KL' or another "
-            "loss of logits (classes are the last dimension), or one that a plugin offers."
+            "loss of logits (see class_dimension), or one that a plugin offers."
         ),
     )
     loss_weights: float | Schedule | Sequence[float | Schedule] | None = field(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
 from compression_manager.loss import LossTerms
+from compression_plugins.distillation.classes import classes_last, require_classes
 from compression_plugins.distillation.criteria.base import Comparison
 from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.catalog import NamedLoss
@@ -60,6 +61,8 @@ class FeatureComparison(Comparison):
         recorders: what keeps the outputs of layers.
         temperature: of the losses that know one.
         projects: whether features of different shape get a projection, or are refused.
+        class_dimension: what losses with a softmax compare distributions over; of features of at
+            most 3 dimensions, None is the last.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class FeatureComparison(Comparison):
         *,
         temperature: float | Schedule = 1.0,
         projects: bool = True,
+        class_dimension: int | None = None,
     ) -> None:
         self._pairs = pairs
         self._student = student
@@ -78,6 +82,7 @@ class FeatureComparison(Comparison):
         self.recorders = tuple(recorders)
         self._temperature = temperature
         self._projects = projects
+        self._class_dimension = class_dimension
 
     def check(self, batch: Batch) -> None:
         """Refuse dead layers and features that cannot be compared; create the projections."""
@@ -150,10 +155,17 @@ class FeatureComparison(Comparison):
             wide = torch.promote_types(student.dtype, torch.float32)
             pair.projection.to(student.device, wide)
             student = pair.projection(student)
+        if pair.loss.has_softmax:
+            # After the projection, which takes images as (N, channels, height, width).
+            student = classes_last(student, self._class_dimension)
+            teacher = classes_last(teacher, self._class_dimension)
+            require_classes(student, self._class_dimension, pair.loss.name)
         temperature = scheduled(self._temperature, pair.loss, batch, teacher)
         value = pair.loss(student, teacher, batch, temperature)
         # Images have no classes in their last dimension.
-        has_classes = pair.loss.agreement == "everything" and teacher.dim() < 4
+        has_classes = pair.loss.has_softmax or (
+            pair.loss.agreement == "everything" and teacher.dim() < 4
+        )
         weight = weight_at(pair.weight, batch.global_step, teacher if has_classes else None)
         return value, weight
 

@@ -51,6 +51,7 @@ class IntermediateLayersKnowledgeDistillationLossConfig(FeatureCriterionConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_entries(len(self.mappings))
         require_choice(self, "projection", self.projection, ("auto", "none"))
 
@@ -92,6 +93,7 @@ class IntermediateLayersKnowledgeDistillationLossConfig(FeatureCriterionConfig):
             of_teacher,
             (students, teachers),
             temperature=self.temperature,
+            class_dimension=self.class_dimension,
             projects=self.projection == "auto",
         )
 

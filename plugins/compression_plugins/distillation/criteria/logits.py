@@ -12,6 +12,7 @@ from compression_manager.checks import require_choice, require_not_negative, req
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.plugin import option
+from compression_plugins.distillation.classes import has_known_classes, require_classes
 from compression_plugins.distillation.criteria.base import (
     Comparison,
     CriterionConfig,
@@ -69,6 +70,7 @@ class KnowledgeDistillationLossConfig(CriterionConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         owner = type(self).__name__
         require_temperature(owner, "temperature", self.temperature)
         require_two(self, "loss_types")
@@ -89,7 +91,7 @@ class KnowledgeDistillationLossConfig(CriterionConfig):
         loss = named_loss(
             surroundings, self.loss_types[1], self.temperature, self.loss_options, chosen_by
         )
-        return LogitComparison(loss, self.temperature, self.loss_weights[1], surroundings)
+        return LogitComparison(loss, self, surroundings)
 
 
 class LogitComparison(Comparison):
@@ -98,13 +100,13 @@ class LogitComparison(Comparison):
     def __init__(
         self,
         loss: NamedLoss,
-        temperature: float | Schedule,
-        weight: float | Schedule,
+        config: KnowledgeDistillationLossConfig,
         surroundings: Surroundings,
     ) -> None:
         self._loss = loss
-        self._temperature = temperature
-        self._weight = weight
+        self._temperature = config.temperature
+        self._weight = config.loss_weights[1]
+        self._class_dimension = config.class_dimension
         self._surroundings = surroundings
 
     def check(self, batch: Batch) -> None:
@@ -120,14 +122,19 @@ class LogitComparison(Comparison):
     def _compare(self, batch: Batch) -> tuple[Tensor, float | Tensor]:
         """Return the value and its weight."""
         student, teacher = self._logits(batch)
-        temperature = scheduled(self._temperature, self._loss, batch, teacher)
+        # Which class the teacher is sure of is unknown where it is unknown what the classes are.
+        sure = teacher if has_known_classes(teacher, self._class_dimension) else None
+        temperature = scheduled(self._temperature, self._loss, batch, sure)
         value = self._loss(student, teacher, batch, temperature)
-        return value, weight_at(self._weight, batch.global_step, teacher)
+        return value, weight_at(self._weight, batch.global_step, sure)
 
     def _logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         student = self._surroundings.student_logits(batch.student_output)
         teacher = self._surroundings.teacher_logits(batch.teacher_output)
         check_same_logits(student, teacher)
+        if self._loss.has_softmax:
+            with blame_option("criterion.loss_types[1]"):
+                require_classes(student, self._class_dimension, self._loss.name)
         return student, teacher
 
 

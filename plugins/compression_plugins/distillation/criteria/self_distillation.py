@@ -50,6 +50,7 @@ class SelfKnowledgeDistillationLossConfig(FeatureCriterionConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check_entries(len(self.groups))
 
     @property
@@ -85,6 +86,7 @@ class SelfKnowledgeDistillationLossConfig(FeatureCriterionConfig):
             lambda batch, mapping: feature(batch, mapping.teacher),
             (recorder,),
             temperature=self.temperature,
+            class_dimension=self.class_dimension,
         )
 
 

@@ -18,6 +18,7 @@ from compression_manager.errors import ConfigError
 from compression_manager.loss import LossTerms
 from compression_manager.plugin import option
 from compression_plugins.distillation import losses as loss_functions
+from compression_plugins.distillation.classes import require_classes
 from compression_plugins.distillation.criteria.base import (
     Comparison,
     CriterionConfig,
@@ -91,6 +92,7 @@ class TokenDistillationLossConfig(CriterionConfig):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_choice(self, "divergence", self.divergence, DIVERGENCES)
         require_temperature(self, "temperature", self.temperature)
         check_loss_weights(self, self.loss_weights)
@@ -165,6 +167,7 @@ class TokenComparison(Comparison):
             common = min(student.shape[-1], teacher.shape[-1])
             student, teacher = student[..., :common], teacher[..., :common]
         check_same_logits(student, teacher)
+        require_classes(student, self._config.class_dimension, self._config.divergence)
         return student, teacher
 
 

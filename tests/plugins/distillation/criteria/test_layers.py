@@ -239,7 +239,8 @@ def test_a_projection_needs_a_tracked_optimizer():
     ],
 )
 def test_only_losses_that_compare_channels_get_a_projection(loss, projected):
-    manager = start(toys.ConvNet(4), toys.ConvNet(6), layers("conv1", loss_types=loss))
+    criterion = layers("conv1", loss_types=loss, class_dimension=1)
+    manager = start(toys.ConvNet(4), toys.ConvNet(6), criterion)
     total = loss_of(manager)
     assert total.requires_grad
     assert total.item() > 0
