@@ -174,6 +174,22 @@ def test_live_object_that_is_no_runtime_option(failure: Check) -> None:
     assert "trains otherwise than with the same config in Python" in found
 
 
+def test_whole_number_for_an_option_of_type_float(failure: Check) -> None:
+    @dataclass(frozen=True)
+    class Nested:
+        factors: tuple[float, ...] = field(default=(1, 2), metadata=option("Factors."))
+
+    @dataclass(frozen=True)
+    class Whole(GoodConfig):
+        inner: Nested = field(default=Nested(), metadata=option("Nested."))
+
+    Whole.__annotations__["inner"] = Nested
+    found = failure(
+        "test_recipe_gives_the_same_plugin", with_config(Whole), config=lambda: Whole(strength=1)
+    )
+    assert found == ""
+
+
 def test_option_that_a_recipe_cannot_give(failure: Check) -> None:
     @dataclass(frozen=True)
     class Tensors(GoodConfig):

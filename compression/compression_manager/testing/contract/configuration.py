@@ -96,7 +96,7 @@ class ConfigurationContract(ContractRuns):
             ) from error
         again = run.manager.state_dict()["recipe"]["plugins"]
         require_none(
-            differences(_without_folder(again, self.folder.name), _without_folder(own, "recipe")),
+            differences(_comparable(again, self.folder.name), _comparable(own, "recipe")),
             "options that were read back from a recipe are others:",
         )
         run.train()
@@ -129,10 +129,15 @@ def _instance(config: PluginConfig) -> str:
     return config.name or config.plugin
 
 
-def _without_folder(value: Any, folder: str) -> Any:
-    """Return options in which the run's folder has one name."""
+def _comparable(value: Any, folder: str) -> Any:
+    """Return options in which the run's folder has one name, and 4 and 4.0 are one number.
+
+    A recipe gives an option of type float a float; in Python users write `temperature=4`.
+    """
     if isinstance(value, dict):
-        return {key: _without_folder(item, folder) for key, item in value.items()}
+        return {key: _comparable(item, folder) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_folder(item, folder) for item in value]
+        return [_comparable(item, folder) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value.replace(f"/{folder}/", "/run/") if isinstance(value, str) else value
