@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +19,10 @@ class Recorder:
     """Keeps the outputs of some layers of one model while it is switched on.
 
     The hooks stay valid when a layer changes its class, are inert in deep copies and are removed
-    when the manager closes. A loop may call the model several times in one step: for two views of
-    a batch, or without gradients to see how well it does. All outputs that autograd follows are
-    kept, and of the others the last.
+    when the manager closes, or when nobody holds the recorder any more: they do not keep it. A
+    loop may call the model several times in one step: for two views of a batch, or without
+    gradients to see how well it does. All outputs that autograd follows are kept, and of the
+    others the last.
 
     Args:
         model: whose layers are watched.
@@ -87,17 +89,25 @@ class Recorder:
         return sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
 
     def _watch(self, module: nn.Module, layer: str, hooks: ModelHooks) -> None:
-        followed = self._followed[layer] = []
+        self._followed[layer] = []
+        # A teacher outlives managers that were dropped without close().
+        reference = weakref.ref(self)
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._is_on:
-                return
-            if torch.is_grad_enabled():
-                followed.append(output)
-            else:
-                self._last[layer] = output
+            recorder = reference()
+            if recorder is not None:
+                recorder._keep(layer, output)
 
-        hooks.add_forward_hook(module, keep)
+        handle = hooks.add_forward_hook(module, keep)
+        weakref.finalize(self, handle.remove).atexit = False
+
+    def _keep(self, layer: str, output: Any) -> None:
+        if not self._is_on:
+            return
+        if torch.is_grad_enabled():
+            self._followed[layer].append(output)
+        else:
+            self._last[layer] = output
 
 
 def _last_that_led_to(model_output: Any, outputs: list[Any]) -> int:

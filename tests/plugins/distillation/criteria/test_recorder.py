@@ -1,15 +1,22 @@
 """Keeping the outputs of layers: when, of which call, and for whom."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import toys
-from compression_manager import ConfigError
+from compression_manager import ConfigError, prepare_compression
 from compression_manager.model_hooks import ModelHooks
+from compression_plugins import (
+    DistillationConfig,
+    IntermediateLayersKnowledgeDistillationLossConfig,
+)
 from compression_plugins.distillation.criteria.recorder import Recorder
+from toy_teachers import begin
 
 INPUTS = toys.vectors(4).tensors[0]
 
@@ -125,3 +132,18 @@ def test_removed_hooks_record_nothing(model, hooks, recorder):
     with pytest.raises(ConfigError, match="was not called"):
         recorder.output("0")
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_managers_that_were_dropped_leave_nothing_on_their_teacher():
+    teacher = toys.mlp()
+    criterion = IntermediateLayersKnowledgeDistillationLossConfig(["2"])
+    gone = []
+    for _ in range(3):
+        manager = begin(prepare_compression(toys.mlp(), [DistillationConfig(teacher, criterion)]))
+        manager.model(INPUTS)
+        gone.append(weakref.ref(manager))
+    assert len(teacher[2]._forward_hooks) == 3
+    del manager
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+    assert not teacher[2]._forward_hooks
