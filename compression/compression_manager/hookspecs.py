@@ -212,8 +212,8 @@ def make_distillation_loss(name: str, options: Mapping[str, Any]) -> Callable[..
     """Service: return `loss(student, teacher) -> scalar` for `name`, or None.
 
     Both are logits, or the features of a layer. A loss whose signature names `target`, `mask` or
-    `num_items` is given what the loop passed to `on_after_compute_loss`. `options` holds the
-    user's options, and `temperature` unless a schedule changes it; one that names `temperature`
-    in its signature is then given the present value, a number or a tensor with one for each
-    position. A loss of logits includes its factor T^2.
+    `num_items` is given what the loop passed to `on_after_compute_loss`; one that names
+    `temperature`, the present temperature: a number, or a tensor with one for each position.
+    `options` holds the user's options; a fixed temperature is also among them, for losses that are
+    made for one. A loss of logits includes its factor T^2. What it raises names this plugin.
     """

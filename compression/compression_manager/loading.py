@@ -205,9 +205,26 @@ def _guard(plugin: Plugin[Any], hook: str, method: Callable[..., Any]) -> Callab
                 plugin=plugin.name,
                 hook=hook,
             )
+        if hook == "make_distillation_loss" and answer is not None:
+            return _named_calls(answer, plugin, hook)
         return answer
 
     return guarded
+
+
+def _named_calls(
+    function: Callable[..., Any], plugin: Plugin[Any], hook: str
+) -> Callable[..., Any]:
+    """Return `function`, whose errors name the plugin that offers it and not the one that calls."""
+
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **keywords: Any) -> Any:
+        try:
+            return function(*args, **keywords)
+        except Exception as error:
+            raise_named(error, plugin, hook)
+
+    return call
 
 
 def raise_named(error: Exception, plugin: Plugin[Any], hook: str) -> NoReturn:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import pluggy
 from torch import Tensor
 
-from compression_manager.errors import ConfigError
+from compression_manager.errors import ConfigError, suggest
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
@@ -51,15 +51,26 @@ class Services:
         return cast(FakeQuantizer, _answered("make_fake_quantizer", answer, f"the {site}"))
 
     def make_distillation_loss(
-        self, name: str, options: Mapping[str, Any]
+        self, name: str, options: Mapping[str, Any], *, known: Iterable[str] = ()
     ) -> Callable[..., Tensor]:
         """Return `loss(student, teacher) -> scalar` for `name`; the hook says what it is given.
+
+        Args:
+            name: of the loss.
+            options: the user's.
+            known: names that are offered here, for the error.
 
         Raises:
             ConfigError: no plugin offers a loss of that name.
             PluginError: the answer cannot be called.
         """
         answer = self._hook.make_distillation_loss(name=name, options=options)
+        names = list(known)
+        if answer is None and names:
+            raise ConfigError(
+                f"no plugin offers the distillation loss '{name}'; "
+                f"{suggest(name, names, limit=len(names))}"
+            )
         answered = _answered("make_distillation_loss", answer, f"the loss '{name}'")
         return cast(Callable[..., Tensor], answered)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from compression_plugins.distillation.classes import classes_last
 from compression_plugins.distillation.config import DistillationConfig
 from compression_plugins.distillation.criteria import Comparison, Surroundings
 from compression_plugins.distillation.criteria.batch import Batch
-from compression_plugins.distillation.criteria.catalog import NamedLoss, make_loss
+from compression_plugins.distillation.criteria.catalog import CATALOG, NamedLoss, make_loss
 from compression_plugins.distillation.outputs import pick_logits
 from compression_plugins.distillation.sources import TeacherSource, make_source
 
@@ -77,9 +77,9 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     @hookimpl(trylast=True)
     def make_distillation_loss(
         self, name: str, options: Mapping[str, Any]
-    ) -> Callable[..., Tensor]:
+    ) -> Callable[..., Tensor] | None:
         """Answer the service for the built-in losses."""
-        return make_loss(name, options)
+        return make_loss(name, options) if name in CATALOG else None
 
     @hookimpl
     def on_step_begin(self) -> None:
@@ -186,10 +186,13 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         config = self.config
         return config.criterion.needs_teacher and config.teacher_outputs == "caller"
 
-    def _make_loss(self, name: str, options: Mapping[str, Any], chosen_by: str) -> NamedLoss:
+    def _make_loss(
+        self, name: str, options: Mapping[str, Any], chosen_by: str, known: Iterable[str]
+    ) -> NamedLoss:
         assert self._context is not None  # set by validate_composition
         with blame_option(chosen_by):
-            function = self._context.services.make_distillation_loss(name, options)
+            services = self._context.services
+            function = services.make_distillation_loss(name, options, known=known)
         return NamedLoss(name, function)
 
     def _student_logits(self, output: Any) -> Tensor:

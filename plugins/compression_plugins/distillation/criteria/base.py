@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,8 +27,9 @@ class Surroundings:
         student: the model that is trained.
         teacher: the teacher that is run, or None.
         hooks: places forward hooks that close and conversion remove.
-        make_loss: `make_loss(name, options, option)` returns the loss that some plugin offers;
-            `option` is the criterion's option that chose it, for errors.
+        make_loss: `make_loss(name, options, option, known)` returns the loss that some plugin
+            offers; for errors, `option` is the criterion's option that chose it, and `known` are
+            names that it could have chosen.
         student_logits: the logits in what the student returned, brought to (batch, *, classes).
         teacher_logits: the same of what the teacher returned.
     """
@@ -36,7 +37,7 @@ class Surroundings:
     student: nn.Module
     teacher: nn.Module | None
     hooks: ModelHooks
-    make_loss: Callable[[str, Mapping[str, Any], str], NamedLoss]
+    make_loss: Callable[[str, Mapping[str, Any], str, Iterable[str]], NamedLoss]
     student_logits: Callable[[Any], Tensor]
     teacher_logits: Callable[[Any], Tensor]
 

@@ -55,13 +55,11 @@ CATALOG: dict[str, CatalogEntry] = {
 
 
 def make_loss(name: str, options: Mapping[str, Any]) -> Callable[..., Tensor]:
-    """Return the built-in loss `name` with `options`; a temperature that it lacks is left out.
+    """Return `CATALOG[name]` with `options`; a temperature that it lacks is left out.
 
     Raises:
-        ConfigError: there is none of that name, or it has no such option.
+        ConfigError: it has no such option.
     """
-    if name not in CATALOG:
-        raise ConfigError(f"no plugin offers the distillation loss '{name}'; {_known(name)}")
     function = CATALOG[name].function
     valid = set(list(inspect.signature(function).parameters)[2:]) - set(_FROM_BATCH)
     given = {key: value for key, value in options.items() if key != "temperature" or key in valid}
@@ -92,7 +90,8 @@ class NamedLoss:
     def is_builtin(self) -> bool:
         """Whether it is one of ours: a third party may answer to a name of ours, too."""
         builtin = CATALOG.get(self.name)
-        return builtin is not None and getattr(self._function, "func", None) is builtin.function
+        made = inspect.unwrap(self._function)
+        return builtin is not None and getattr(made, "func", None) is builtin.function
 
     @property
     def agreement(self) -> Agreement:
@@ -111,7 +110,7 @@ class NamedLoss:
 
     @property
     def takes_temperature(self) -> bool:
-        """Whether the temperature may change from call to call."""
+        """Whether it is given the temperature at each call, so that this may change."""
         return "temperature" in self._takes
 
     def __call__(
@@ -123,7 +122,7 @@ class NamedLoss:
             student: what is compared of the student.
             teacher: the same of the teacher, without gradient.
             batch: where the loss's further arguments come from.
-            temperature: of this call; None leaves the one it was made with.
+            temperature: of this call, if it takes one; None leaves the one it was made with.
 
         Raises:
             ConfigError: the loop left out an argument that the loss needs.
@@ -134,7 +133,3 @@ class NamedLoss:
         if temperature is not None and "temperature" in self._takes:
             further["temperature"] = temperature
         return self._function(student, teacher.detach(), **further)
-
-
-def _known(name: str) -> str:
-    return suggest(name, CATALOG, limit=len(CATALOG))

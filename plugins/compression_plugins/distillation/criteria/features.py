@@ -15,7 +15,7 @@ from compression_plugins.distillation.classes import classes_last, require_class
 from compression_plugins.distillation.criteria.base import Comparison
 from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.catalog import NamedLoss
-from compression_plugins.distillation.criteria.logits import scheduled
+from compression_plugins.distillation.criteria.logits import temperature_of
 from compression_plugins.distillation.criteria.mappings import LayerMapping
 from compression_plugins.distillation.criteria.projections import (
     Projection,
@@ -160,7 +160,7 @@ class FeatureComparison(Comparison):
             student = classes_last(student, self._class_dimension)
             teacher = classes_last(teacher, self._class_dimension)
             require_classes(student, self._class_dimension, pair.loss.name)
-        temperature = scheduled(self._temperature, pair.loss, batch, teacher)
+        temperature = temperature_of(pair.loss, self._temperature, batch, teacher)
         value = pair.loss(student, teacher, batch, temperature)
         # Images have no classes in their last dimension.
         has_classes = pair.loss.has_softmax or (

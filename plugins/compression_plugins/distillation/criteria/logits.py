@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from compression_plugins.distillation.criteria.base import (
     Surroundings,
 )
 from compression_plugins.distillation.criteria.batch import Batch
-from compression_plugins.distillation.criteria.catalog import NamedLoss
+from compression_plugins.distillation.criteria.catalog import CATALOG, NamedLoss
 from compression_plugins.distillation.criteria.schedules import (
     SCHEDULES,
     Schedule,
@@ -30,6 +30,8 @@ from compression_plugins.distillation.criteria.schedules import (
 )
 
 TASK_LOSS_TYPES = ("CE", "KL", "MSE")
+# Logits (N, classes) have no places beside the channels.
+_OF_LOGITS = [name for name, entry in CATALOG.items() if entry.agreement != "positions"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,12 @@ class KnowledgeDistillationLossConfig(CriterionConfig):
         # Only the plugin that offers the loss knows its options.
         chosen_by = "" if self.loss_options else ".loss_types[1]"
         loss = named_loss(
-            surroundings, self.loss_types[1], self.temperature, self.loss_options, chosen_by
+            surroundings,
+            self.loss_types[1],
+            self.temperature,
+            self.loss_options,
+            chosen_by,
+            known=_OF_LOGITS,
         )
         return LogitComparison(loss, self, surroundings)
 
@@ -124,7 +131,7 @@ class LogitComparison(Comparison):
         student, teacher = self._logits(batch)
         # Which class the teacher is sure of is unknown where it is unknown what the classes are.
         sure = teacher if has_known_classes(teacher, self._class_dimension) else None
-        temperature = scheduled(self._temperature, self._loss, batch, sure)
+        temperature = temperature_of(self._loss, self._temperature, batch, sure)
         value = self._loss(student, teacher, batch, temperature)
         return value, weight_at(self._weight, batch.global_step, sure)
 
@@ -138,11 +145,11 @@ class LogitComparison(Comparison):
         return student, teacher
 
 
-def scheduled(
-    temperature: float | Schedule, loss: NamedLoss, batch: Batch, teacher: Tensor | None
+def temperature_of(
+    loss: NamedLoss, temperature: float | Schedule, batch: Batch, teacher: Tensor | None
 ) -> float | Tensor | None:
-    """Return the present value of a schedule; None where the temperature is fixed, or unused."""
-    if not isinstance(temperature, Schedule) or not loss.takes_temperature:
+    """Return the present temperature, or None where the loss is not given any."""
+    if not loss.takes_temperature:
         return None
     return value_at(temperature, batch.global_step, teacher)
 
@@ -153,15 +160,25 @@ def named_loss(
     temperature: float | Schedule,
     options: Mapping[str, Any],
     chosen_by: str,
+    *,
+    known: Iterable[str] = CATALOG,
 ) -> NamedLoss:
     """Return the loss `name`, made with the temperature if that is fixed.
+
+    Args:
+        surroundings: of the criterion.
+        name: of the loss.
+        temperature: a number, or what changes it.
+        options: the loss's further options.
+        chosen_by: the criterion's option that names the loss, with its dot; or nothing.
+        known: names that the option could have had, for the error.
 
     Raises:
         ConfigError: nobody offers it, it lacks an option, or its temperature cannot be scheduled.
     """
     is_scheduled = isinstance(temperature, Schedule)
     fixed = {} if is_scheduled else {"temperature": temperature}
-    loss = surroundings.make_loss(name, {**fixed, **options}, f"criterion{chosen_by}")
+    loss = surroundings.make_loss(name, {**fixed, **options}, f"criterion{chosen_by}", known)
     # Ours that know no temperature leave out a schedule, as they do a number.
     if is_scheduled and not loss.takes_temperature and not loss.is_builtin:
         with blame_option("criterion.temperature"):
