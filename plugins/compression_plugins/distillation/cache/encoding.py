@@ -45,11 +45,17 @@ class Encoding:
             logits: (batch, *, classes) finite float.
 
         Raises:
-            ConfigError: `top_k` leaves no class out, or a logit does not fit float16.
+            ConfigError: `top_k` leaves no class out, or is to be taken of images; or a logit does
+                not fit float16.
         """
         logits = logits.float()
         if self.top_k is None:
             return self._encode_values(logits)
+        if logits.dim() > 3:
+            raise ConfigError(
+                f"{OWNER}.top_k keeps the largest logits of the last dimension, which hardly holds "
+                f"the classes of logits of shape {tuple(logits.shape)}; leave it out to keep all."
+            )
         classes = logits.shape[-1]
         if self.top_k >= classes:
             raise ConfigError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compression_manager.checks import require_choice, require_not_negative, require_type
 from compression_manager.errors import CheckpointMismatchError, ConfigError
+from compression_plugins.distillation.classes import dimension_of_classes
 from compression_plugins.distillation.outputs import find_logits
 
 OWNER = "EnsembleTeacher"
@@ -53,6 +54,8 @@ class EnsembleTeacher(nn.Module):
             `maximum` and `median`.
         mode: `average`, `geometric`, `maximum` or `median`.
         output: key or index of the logits in what each teacher returns; default: found.
+        class_dimension: dimension of the logits that holds the classes, for example 1 for images
+            (N, classes, height, width); default: the last one of logits of two or three dimensions.
 
     Attributes:
         teachers: the members, in order.
@@ -70,6 +73,7 @@ class EnsembleTeacher(nn.Module):
         mode: str = "average",
         *,
         output: str | int | None = None,
+        class_dimension: int | None = None,
     ) -> None:
         super().__init__()
         require_choice(OWNER, "mode", mode, COMBINATIONS)
@@ -82,12 +86,14 @@ class EnsembleTeacher(nn.Module):
         self.weights = _checked_weights(weights, len(self.teachers))
         self.mode = mode
         self._output = output
+        self._class_dimension = class_dimension
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the combined log-probabilities, (*, classes).
+        """Return the combined log-probabilities, in the shape of the teachers' logits.
 
         Raises:
-            ConfigError: a teacher's output holds no logits, or theirs differ in shape.
+            ConfigError: a teacher's output holds no logits, theirs differ in shape, or it has to
+                be said which dimension holds the classes.
         """
         logits = {
             index: self._logits(index, args, kwargs)
@@ -96,13 +102,15 @@ class EnsembleTeacher(nn.Module):
         }
         _check_shapes(logits)
         first = next(iter(logits.values()))
+        classes = self._dimension_of_classes(first)
         # Teachers may lie on several devices.
         parts = [
-            F.log_softmax(_at_least_float32(item.to(first.device)), -1) for item in logits.values()
+            F.log_softmax(_at_least_float32(item.to(first.device)), classes)
+            for item in logits.values()
         ]
         weights = [self.weights[index] for index in logits]
         combined = COMBINATIONS[self.mode](torch.stack(_of_one_dtype(parts)), weights)
-        return F.log_softmax(combined, -1)
+        return F.log_softmax(combined, classes)
 
     def extra_repr(self) -> str:
         """Return mode and weights, for `print`."""
@@ -126,6 +134,15 @@ class EnsembleTeacher(nn.Module):
                 f"the state is that of an {OWNER} with mode='{mode}' and weights "
                 f"{state[1:].tolist()}; this one has {self.extra_repr()}."
             )
+
+    def _dimension_of_classes(self, logits: Tensor) -> int:
+        if logits.dim() > 3 and self._class_dimension is None:
+            raise ConfigError(
+                f"{OWNER} combines distributions over classes, and which dimension of logits of "
+                f"shape {tuple(logits.shape)} holds these has to be said: class_dimension=1 for "
+                "images (N, classes, height, width), class_dimension=-1 for the last one."
+            )
+        return dimension_of_classes(logits, self._class_dimension)
 
     def _logits(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         return find_logits(

@@ -134,6 +134,13 @@ def test_a_logit_beyond_float32_is_refused() -> None:
         Encoding(None, "float32").encode(torch.tensor([[1.0, 1e300]], dtype=torch.float64))
 
 
+def test_a_top_k_of_images_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"hardly holds the classes of logits of shape \(2, 5, 4, 9"
+    ):
+        Encoding(3, "float32").encode(torch.randn(2, 5, 4, 9))
+
+
 @pytest.mark.parametrize("top_k", [CLASSES, CLASSES + 1])
 def test_a_top_k_that_leaves_nothing_out_is_refused(top_k: int) -> None:
     with pytest.raises(ConfigError, match="predicts 12 classes"):

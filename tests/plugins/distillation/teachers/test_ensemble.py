@@ -324,3 +324,14 @@ def test_mode_and_weights_are_part_of_the_hash_of_checkpoints():
         EnsembleTeacher(members, mode="median"),
     ]
     assert len({weights_hash(item) for item in ensembles}) == 4
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_classes_of_images_are_where_it_is_said(mode):
+    logits = random_logits(3, 2, 5, 4, 6)
+    given = answer(logits, mode=mode, class_dimension=1)
+    expected = combined(logits.movedim(2, -1), mode)
+    np.testing.assert_allclose(given.exp().movedim(1, -1).numpy(), expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ConfigError, match=r"class_dimension=1 for images \(N, classes, height"):
+        answer(logits, mode=mode)
+    assert answer(logits, mode=mode, class_dimension=-1).shape == (2, 5, 4, 6)
