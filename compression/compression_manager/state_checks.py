@@ -18,6 +18,7 @@ _KINDS: dict[str, type] = {
     "model": Mapping,
     "accumulating": bool,
     "gradients": Mapping,
+    "tracked_gradients": Mapping,
     "plugins": Mapping,
     "tracked": Mapping,
     "objects": Mapping,
@@ -26,8 +27,8 @@ _KINDS: dict[str, type] = {
     "evaluations": list,
     "stop": Mapping,
 }
-# Earlier releases did not write it.
-_OPTIONAL = frozenset({"objects"})
+# Earlier releases did not write them.
+_OPTIONAL = frozenset({"objects", "tracked_gradients"})
 _INNER_KEYS = {
     "loader": frozenset({"epoch_start", "random", "generators"}),
     "stop": frozenset({"should_stop", "reason"}),
@@ -83,6 +84,7 @@ def check_names(
     state: Mapping[str, Any],
     *,
     gradients: Collection[str],
+    tracked_gradients: Mapping[str, Collection[str]],
     plugins: Mapping[str, Any],
     tracked: Collection[str],
 ) -> None:
@@ -91,15 +93,11 @@ def check_names(
     Args:
         state: a training state.
         gradients: names of the model's parameters.
+        tracked_gradients: the same of every tracked module, by its name.
         plugins: present state of each plugin; one that keeps none may be added or left out.
         tracked: names of the tracked objects that keep state.
     """
-    for name in state["gradients"]:
-        if name not in gradients:
-            raise CheckpointMismatchError(
-                f"the checkpoint holds a gradient of '{name}', which is no parameter of the "
-                f"model; {suggest(name, gradients)}"
-            )
+    _check_gradients("the model", gradients, state["gradients"])
     _check_plugins(plugins, state["plugins"])
     for name in state["tracked"]:
         if name not in tracked:
@@ -113,6 +111,8 @@ def check_names(
                 f"'{name}' is tracked, but the checkpoint was written without it; it holds: "
                 f"{_names(state['tracked'])}."
             )
+    for name, saved in state.get("tracked_gradients", {}).items():
+        _check_gradients(f"'{name}'", tracked_gradients.get(name, ()), saved)
 
 
 def check_parameters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -165,6 +165,15 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+def _check_gradients(owner: str, own: Collection[str], saved: Iterable[str]) -> None:
+    for name in saved:
+        if name not in own:
+            raise CheckpointMismatchError(
+                f"the checkpoint holds a gradient of '{name}', which is no parameter of {owner}; "
+                f"{suggest(name, own)}"
+            )
 
 
 def _check_plugins(own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

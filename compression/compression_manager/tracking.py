@@ -56,6 +56,11 @@ class Tracked(Mapping[str, Any]):
         """The tracked torch optimizers by name."""
         return {k: v for k, v in self._objects.items() if isinstance(v, Optimizer)}
 
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The tracked modules by name, such as a head whose weights belong to the loss."""
+        return {k: v for k, v in self._objects.items() if isinstance(v, nn.Module)}
+
     def state_dict(self) -> dict[str, Any]:
         """Return name -> state of every tracked object that keeps state."""
         return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}

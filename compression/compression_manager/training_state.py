@@ -84,6 +84,7 @@ class TrainingState:
             # Gradients of an unfinished accumulation are part of the next update.
             "accumulating": accumulating,
             "gradients": gradients_of(context.model) if accumulating else {},
+            "tracked_gradients": self._tracked_gradients() if accumulating else {},
             "plugins": self._plugin_states(),
             "tracked": context.tracked.state_dict(),
             "objects": context.tracked.describe(context.model),
@@ -104,6 +105,7 @@ class TrainingState:
         before = {
             "model": copy.deepcopy(self._context.model.state_dict()),
             "gradients": gradients_of(self._context.model),
+            "tracked_gradients": self._tracked_gradients(),
             "plugins": copy.deepcopy(self._plugin_states()),
             "tracked": copy.deepcopy(self._context.tracked.state_dict()),
         }
@@ -131,6 +133,11 @@ class TrainingState:
         """Yield the name of each part of a state and what puts it back."""
         model, tracked = self._context.model, self._context.tracked
         yield "the model", functools.partial(model.load_state_dict, state["model"])
+        gradients = state.get("tracked_gradients", {})  # earlier releases did not keep them
+        # One of these modules may wrap the model, whose own gradients therefore come last.
+        for name, module in tracked.modules.items():
+            put = functools.partial(_set_gradients, module, gradients.get(name, {}))
+            yield f"the gradients of '{name}'", put
         yield "the gradients", functools.partial(_set_gradients, model, state["gradients"])
         for plugin in self._plugins:
             own = state["plugins"].get(plugin.name, {})
@@ -144,6 +151,10 @@ class TrainingState:
                 put()
             except Exception as failure:
                 error.add_note(f"{part} could not be put back as it was: {failure!r}")
+
+    def _tracked_gradients(self) -> dict[str, dict[str, Tensor]]:
+        modules = self._context.tracked.modules
+        return {name: gradients_of(module) for name, module in modules.items()}
 
     def _plugin_states(self) -> dict[str, dict[str, Any]]:
         states = {}
@@ -164,6 +175,10 @@ class TrainingState:
         check_names(
             state,
             gradients=set(dict(model.named_parameters())),
+            tracked_gradients={
+                name: set(dict(module.named_parameters()))
+                for name, module in self._context.tracked.modules.items()
+            },
             plugins=self._plugin_states(),
             tracked=set(self._context.tracked.state_dict()),
         )
