@@ -136,6 +136,38 @@ def check_parameters(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                     )
 
 
+def check_options(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise CheckpointMismatchError if an optimizer's class has other options than the saved one.
+
+    It would find neither these nor its own state in what was saved, and fail in the next step.
+    torch itself fits what an earlier version of the same class saved.
+
+    Args:
+        saved: what `Tracked.describe` returned when the checkpoint was written.
+        own: what it returns now.
+    """
+    for name in saved.keys() & own.keys():
+        there, here = saved[name], own[name]
+        options = there.get("options")  # earlier releases did not write them
+        if not options or not here["options"] or there["class"] == here["class"]:
+            continue
+        differences = [
+            f"{owner} has no {', '.join(sorted(lacking))}"
+            for owner, lacking in (
+                (there["class"], set(here["options"]) - set(options)),
+                (here["class"], set(options) - set(here["options"])),
+            )
+            if lacking
+        ]
+        if differences:
+            raise CheckpointMismatchError(
+                f"'{name}' is a {here['class']} now, which cannot continue from the state of the "
+                f"checkpoint's {there['class']}: {'; '.join(differences)}. To continue that "
+                f"training, take a {there['class']}; to begin one with a new optimizer from its "
+                "weights, call manager.load_weights(directory)."
+            )
+
+
 def changed_classes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     """Return which tracked objects are of another class, a line each; as `check_parameters`."""
     return [

@@ -68,16 +68,20 @@ class Tracked(Mapping[str, Any]):
     def describe(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """Return name -> what the state of each object does not say, as plain values.
 
-        That is its class, and of an optimizer the names of the parameters in each group; "" for one
-        that is none of the model's.
+        That is its class, and of an optimizer the names of its options and those of the parameters
+        in each group; "" for one that is none of the model's.
         """
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         found: dict[str, dict[str, Any]] = {}
         for key, value in self._objects.items():
             if is_stateful(value):
-                groups = value.param_groups if isinstance(value, Optimizer) else []
+                is_optimizer = isinstance(value, Optimizer)
+                groups = value.param_groups if is_optimizer else []
                 found[key] = {
                     "class": f"{type(value).__module__}.{type(value).__qualname__}",
+                    # Those of the class: schedulers put more into the groups. What wraps another
+                    # optimizer may have none.
+                    "options": sorted(getattr(value, "defaults", {})) if is_optimizer else [],
                     "parameters": [
                         [names.get(id(parameter), "") for parameter in group["params"]]
                         for group in groups

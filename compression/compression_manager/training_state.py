@@ -22,6 +22,7 @@ from compression_manager.state_checks import (
     check_kinds,
     check_model,
     check_names,
+    check_options,
     check_parameters,
     gradients_of,
 )
@@ -183,7 +184,9 @@ class TrainingState:
             tracked=set(self._context.tracked.state_dict()),
         )
         # Earlier releases did not describe them.
-        check_parameters(state.get("objects", {}), self._context.tracked.describe(model))
+        saved, own = state.get("objects", {}), self._context.tracked.describe(model)
+        check_options(saved, own)
+        check_parameters(saved, own)
         LoaderPosition.check_state(state["loader"], consumed=state["step"])
 
 

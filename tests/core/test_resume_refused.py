@@ -265,3 +265,60 @@ def test_an_optimizer_or_a_scheduler_of_another_class_is_warned_of(tmp_path: Pat
         tracked(torch.optim.Adam, step_rate).resume(path)
     with pytest.warns(UserWarning, match=r"'scheduler' was a .*StepLR, and is a .*ExponentialLR"):
         tracked(torch.optim.AdamW, falling_rate).resume(path)
+
+
+def _optimized(optimizer: Any, **options: Any) -> CompressionManager:
+    model = toys.mlp()
+    manager = prepare_compression(model, [QATConfig()])
+    manager.track(optimizer=optimizer(model.parameters(), 0.1, **options))
+    return manager
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (torch.optim.SGD, torch.optim.Adam, r"SGD has no amsgrad, betas, .*Adam has no dampening"),
+        (torch.optim.Adam, torch.optim.SGD, r"Adam has no dampening, momentum, .*SGD has no amsgr"),
+        (torch.optim.RAdam, torch.optim.Adamax, r"Adamax has no decoupled_weight_decay\. To cont"),
+    ],
+)
+def test_an_optimizer_with_other_options_is_refused(before: Any, after: Any, text: str) -> None:
+    """torch would take the state, and find no `betas` or `momentum_buffer` in the next step."""
+    torch.manual_seed(0)
+    state = _optimized(before).state_dict()
+    manager = _optimized(after)
+    own = copy.deepcopy(manager.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=text) as error:
+        manager.load_state_dict(state)
+    for part in (before.__qualname__, after.__qualname__, "load_weights"):
+        assert part in str(error.value)
+    assert differences(manager.state_dict(), own) == []
+
+
+def test_schedulers_may_add_options_to_the_groups_and_a_class_may_gain_some() -> None:
+    before = _optimized(torch.optim.AdamW)
+    optimizer = before._context.tracked["optimizer"]
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+    state = before.state_dict()
+    _optimized(torch.optim.Adam).load_state_dict(state)
+    state["objects"]["optimizer"]["options"].remove("capturable")  # of another version of torch
+    _optimized(torch.optim.AdamW).load_state_dict(state)
+
+
+def test_an_optimizer_of_unknown_options_is_taken() -> None:
+    """Earlier releases did not write them, and what wraps an optimizer may not have them."""
+
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self, parameters: Any, rate: float) -> None:
+            wrapped = torch.optim.Adam(parameters, rate)
+            self.param_groups, self.state = wrapped.param_groups, wrapped.state
+
+        def state_dict(self) -> Any:
+            return {}
+
+        def load_state_dict(self, state: Any) -> None: ...
+
+    state = _optimized(torch.optim.SGD).state_dict()
+    _optimized(Wrapping).load_state_dict(state)
+    del state["objects"]["optimizer"]["options"]
+    _optimized(torch.optim.Adam).load_state_dict(state)
