@@ -19,6 +19,7 @@ from compression_manager.plugin import Plugin
 from compression_manager.position import Position
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
+from compression_manager.state.files import is_temporary
 from compression_manager.state_checks import (
     changed_classes,
     changed_options,
@@ -201,4 +202,7 @@ class CompressionManager(Inspection):
 
 
 def _has_content(directory: Path) -> bool:
-    return directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    """Return whether anything is there; what a killed first save left does not count."""
+    if not directory.is_dir():
+        return directory.exists()
+    return any(not is_temporary(path.name) for path in directory.iterdir())

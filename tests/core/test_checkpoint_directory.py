@@ -18,6 +18,7 @@ from compression_manager import (
     prepare_compression,
 )
 from compression_manager.state import write_checkpoint
+from compression_manager.state.files import temporary_path
 from probes import begin_step, call_loss, finish, probe
 
 
@@ -49,6 +50,14 @@ def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         manager.resume(tmp_path / "empty", missing_ok=True)
     assert not hasattr(error.value, "__notes__")
+
+
+def test_a_first_save_that_was_killed_left_nothing_to_continue(tmp_path: Path) -> None:
+    temporary_path(tmp_path / "step-00000001").mkdir()
+    manager = prepare_compression(toys.mlp(), [probe()])
+    assert manager.resume(tmp_path, missing_ok=True) == Position()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; it holds \.step-00000001"):
+        manager.resume(tmp_path)
 
 
 def test_resume_comes_before_training(directory: Path) -> None:
