@@ -25,9 +25,13 @@ class Cleanup:
         """Put `callback` on the stack; `owner` is named if it fails."""
         self._callbacks.append((owner, callback))
 
-    def run(self) -> list[Exception]:
-        """Run all callbacks, last added first, empty the stack and return what they raised."""
-        failures: list[Exception] = []
+    def run(self) -> list[BaseException]:
+        """Run all callbacks, last added first, empty the stack and return what they raised.
+
+        An interrupt (Ctrl-C, for example) is one of these: what is left has to be undone all the
+        same.
+        """
+        failures: list[BaseException] = []
         while self._callbacks:
             owner, callback = self._callbacks.pop()
             try:
@@ -38,12 +42,24 @@ class Cleanup:
                 )
                 failure.__cause__ = error
                 failures.append(failure)
+            except BaseException as interrupt:
+                failures.append(interrupt)
         return failures
 
 
-def raise_failures(failures: list[Exception]) -> None:
-    """Raise the only failure as it is, or several as a group; nothing for none."""
-    if len(failures) == 1:
-        raise failures[0]
-    if failures:
-        raise ClosingErrors("several plugins failed", failures)
+def raise_failures(failures: Sequence[BaseException]) -> None:
+    """Raise the only failure as it is, or several as a group; nothing for none.
+
+    An interrupt is raised as it is, with the others as notes.
+    """
+    errors = [failure for failure in failures if isinstance(failure, Exception)]
+    interrupts = [failure for failure in failures if not isinstance(failure, Exception)]
+    if interrupts:
+        first = min(interrupts, key=lambda item: not isinstance(item, KeyboardInterrupt))
+        for error in errors:
+            first.add_note(f"while closing: {error}")
+        raise first
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ClosingErrors("several plugins failed", errors)

@@ -91,7 +91,7 @@ class Context:
         """Run `callback` when the manager closes or preparation fails, last added first."""
         self._cleanup.add(callback, owner)
 
-    def run_cleanup(self) -> list[Exception]:
+    def run_cleanup(self) -> list[BaseException]:
         """Run every callback once and return what they raised."""
         return self._cleanup.run()
 

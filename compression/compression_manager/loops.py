@@ -176,11 +176,13 @@ class TrainingLoops(TrainingEvents):
 
     def _close_after(self, error: BaseException) -> list[Exception]:
         failures: list[Exception] = []
-        if not self._lifecycle.closed:
-            failures += announce_exception(self._hooks.relay, self._context, error)
-        self._lifecycle.abandon()
         try:
-            self.close()
-        except Exception as failure:
-            failures.append(failure)
+            if not self._lifecycle.closed:
+                failures += announce_exception(self._hooks.relay, self._context, error)
+        finally:  # after an interrupt too
+            self._lifecycle.abandon()
+            try:
+                self.close()
+            except Exception as failure:
+                failures.append(failure)
         return failures

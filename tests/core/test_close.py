@@ -24,7 +24,7 @@ from compression_plugins import DistillationConfig, QATConfig
 from probes import begin_step, call_loss, finish, probe
 
 
-def _with_cleanups(log: list[str], **failing: Exception) -> list[Any]:
+def _with_cleanups(log: list[str], **failing: BaseException) -> list[Any]:
     def plugin(name: str) -> Any:
         def cleanup() -> None:
             log.append(name)
@@ -69,6 +69,31 @@ def test_several_failures_are_raised_together() -> None:
         manager.close()
     assert isinstance(error.value, ExceptionGroup)
     assert [failure.plugin for failure in error.value.exceptions] == ["c", "a"]
+    assert log == ["c", "b", "a"]
+
+
+def test_an_interrupt_does_not_leave_the_model_half_restored() -> None:
+    log: list[str] = []
+    failing = {"a": OSError("disk"), "b": KeyboardInterrupt(), "c": SystemExit(3)}
+    manager = prepare_compression(toys.mlp(), _with_cleanups(log, **failing))
+    with pytest.raises(KeyboardInterrupt) as error:
+        manager.close()
+    assert error.value is failing["b"]
+    assert error.value.__notes__ == ["while closing: plugin 'a' failed while closing: disk"]
+    assert log == ["c", "b", "a"]
+    manager.close()
+
+
+def test_an_interrupt_in_on_exception_closes_all_the_same() -> None:
+    log: list[str] = []
+
+    def on_exception(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    plugins = [*_with_cleanups(log), probe("x", on_exception=on_exception)]
+    with pytest.raises(KeyboardInterrupt) as error, prepare_compression(toys.mlp(), plugins):
+        raise KeyError("body")
+    assert isinstance(error.value.__context__, KeyError)
     assert log == ["c", "b", "a"]
 
 
