@@ -105,17 +105,19 @@ def exclusive(folder: Path) -> Iterator[None]:
     created, descriptor = _create_and_lock(target)
     if descriptor is not None:
         _exclusive.add(descriptor)
+    process = os.getpid()
     try:
         yield
     finally:
-        try:
-            with contextlib.suppress(OSError):  # it is not empty
-                for path in created:
-                    path.rmdir()
-        finally:
-            if descriptor is not None:
-                _exclusive.discard(descriptor)
-                os.close(descriptor)
+        if process == os.getpid():  # a forked one has let go
+            try:
+                with contextlib.suppress(OSError):  # it is not empty
+                    for path in created:
+                        path.rmdir()
+            finally:
+                if descriptor is not None:
+                    _exclusive.discard(descriptor)
+                    os.close(descriptor)
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -31,6 +31,7 @@ from compression_manager.state import (
     write_index,
 )
 from compression_plugins.checkpoint.config import CheckpointConfig
+from compression_plugins.checkpoint.ownership import Ownership
 from compression_plugins.checkpoint.retention import Saved, kept, ranked
 
 _NAME = re.compile(r"step-[0-9]{8,}")
@@ -56,6 +57,7 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         self._last_saved_step = 0
         self._metrics: dict[str, float] = {}
         self._metrics_epoch: int | None = None
+        self._ownership = Ownership(self._root)
 
     def required_hooks(self) -> frozenset[str]:
         """Return the hook that carries the metric to watch, and the one that counts epochs."""
@@ -99,10 +101,18 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
         Warns of checkpoints that are newer than the one that was resumed.
 
         Raises:
-            CheckpointError: the folder holds checkpoints of a training that is not resumed.
+            CheckpointError: another training saves there now; or the folder holds checkpoints of
+                one that is not resumed.
         """
-        if not self._root.is_dir():
-            return
+        context.add_cleanup(self._ownership.give_up, owner=self.name)
+        self._ownership.take(self.name)
+        try:
+            self._check_folder(context)
+        except BaseException:
+            self._ownership.give_up()
+            raise
+
+    def _check_folder(self, context: Context) -> None:
         if any((self._root / item.name).exists() for item in self._saved):
             self._warn_of_newer(context.global_step)
             return
@@ -125,6 +135,11 @@ class CheckpointPlugin(Plugin[CheckpointConfig]):
                 "directory.",
                 stacklevel=2,
             )
+
+    @hookimpl
+    def on_train_end(self) -> None:
+        """Let other trainings save to the folder: nothing is saved between two trainings."""
+        self._ownership.give_up()
 
     @hookimpl
     def on_after_eval(self, context: Context, metrics: Mapping[str, float]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from typing import ClassVar
 
 import pluggy
 import pytest
@@ -23,9 +24,16 @@ from compression_plugins.checkpoint import plugin as plugin_module
 
 
 class Run:
-    """A plugin in a training of its own, with a model whose weight is the global step."""
+    """A plugin in a training of its own, with a model whose weight is the global step.
+
+    The one before it in the same folder has ended then, as with its process.
+    """
+
+    _present: ClassVar = {}
 
     def __init__(self, root, resume=None, **options):
+        if root in self._present:
+            self._present.pop(root).context.run_cleanup()
         self.root = root
         self.context = Context(nn.Linear(1, 1), recipe={})
         self.context._collect_state = self.collect
@@ -36,6 +44,7 @@ class Run:
             self.context.epoch, self.context.global_step = state["epoch"], state["global_step"]
             self.plugin.load_state_dict(state["plugins"]["checkpoint"])
         self.plugin.on_train_begin(self.context)
+        self._present[root] = self
 
     def collect(self):
         return {
@@ -303,8 +312,11 @@ def test_a_file_in_the_way_is_refused_at_prepare(tmp_path, below):
     assert (tmp_path / "taken").read_text() == "precious"
 
 
-def test_prepare_writes_nothing(tmp_path):
-    Run(tmp_path / "new")
+def test_a_training_that_saves_nothing_leaves_nothing(tmp_path):
+    plugin = CheckpointPlugin(CheckpointConfig(tmp_path / "new"))
+    plugin.validate_composition([plugin])
+    assert os.listdir(tmp_path) == []
+    Run(tmp_path / "new").context.run_cleanup()
     assert os.listdir(tmp_path) == []
 
 
