@@ -48,6 +48,11 @@ class EarlyStoppingPlugin(Plugin[EarlyStoppingConfig]):
         self._resumed = False
 
     @hookimpl
+    def on_train_end(self) -> None:
+        """Count it as begun in a loop without epochs too."""
+        self._resumed = False
+
+    @hookimpl
     def on_after_eval(self, context: Context, metrics: Mapping[str, float]) -> None:
         """Compare this evaluation with the best one.
 

@@ -114,11 +114,13 @@ def test_second_fresh_training_starts_afresh():
     assert run.evaluate(0.1, 0.1) is None
 
 
-def test_a_training_after_the_resumed_one_starts_afresh():
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_end"])
+def test_a_training_after_the_resumed_one_starts_afresh(hook):
+    """A loop without epochs has its end alone."""
     first = Run(patience=2)
     first.evaluate(0.5, 0.4)
     run = Run(first.plugin.state_dict(), patience=2)
-    run.plugin.on_epoch_begin()
+    getattr(run.plugin, hook)()
     run.plugin.on_train_begin(run.context)
     assert run.evaluate(0.1, 0.1) is None
 
