@@ -27,8 +27,8 @@ def implemented_hooks(plugin: Plugin[Any]) -> dict[str, Callable[..., Any]]:
     """Return attribute name -> hook implementation, checked against the specification.
 
     Raises:
-        PluginError: an unknown hook name, a hook without its decorator, or a parameter that the
-            hook does not have or that has a default.
+        PluginError: an unknown hook name, a hook without its decorator, a wrapper of
+            `on_exception`, or a parameter that the hook does not have or that has a default.
     """
     specifications = _specifications()
     found: dict[str, Callable[..., Any]] = {}
@@ -41,6 +41,14 @@ def implemented_hooks(plugin: Plugin[Any]) -> dict[str, Callable[..., Any]]:
         if marks is not None:
             hook = marks.get("specname") or attribute
             _check_implementation(plugin, hook, method, specifications)
+            if hook == "on_exception" and (marks["wrapper"] or marks["hookwrapper"]):
+                raise PluginError(
+                    f"{_describe(plugin)} wraps 'on_exception', which is called plugin by plugin, "
+                    "so that one that fails keeps no other from hearing; implement it without "
+                    "wrapper=True.",
+                    plugin=plugin.name,
+                    hook=hook,
+                )
             found[attribute] = method
         elif attribute in specifications:
             raise PluginError(

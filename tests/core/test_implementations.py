@@ -68,6 +68,18 @@ class UndecoratedOverride(_Parent):
     def on_step_begin(self, context: Any) -> None: ...
 
 
+class WrappedException(_Base):
+    @hookimpl(wrapper=True)
+    def on_exception(self, error: BaseException) -> Any:
+        return (yield)
+
+
+class OldWrappedException(_Base):
+    @hookimpl(hookwrapper=True, specname="on_exception")
+    def whatever(self, error: BaseException) -> Any:
+        yield
+
+
 @pytest.mark.parametrize(
     ("plugin_class", "hook", "text"),
     [
@@ -81,6 +93,8 @@ class UndecoratedOverride(_Parent):
         (KeywordOnly, "on_step_begin", "must be an ordinary parameter, not keyword-only"),
         (Undecorated, "on_step_begin", "decorate it with @hookimpl"),
         (UndecoratedOverride, "on_step_begin", "decorate it with @hookimpl"),
+        (WrappedException, "on_exception", "implement it without wrapper=True"),
+        (OldWrappedException, "on_exception", "implement it without wrapper=True"),
     ],
 )
 def test_refused_at_load(plugin_class: type[Plugin[Any]], hook: str, text: str) -> None:
