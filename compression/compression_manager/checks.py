@@ -9,6 +9,7 @@ name of the option.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Iterable
@@ -69,6 +70,21 @@ def require_type(
         types = expected if isinstance(expected, tuple) else (expected,)
         names = " or ".join("None" if item is type(None) else item.__name__ for item in types)
         raise _error(owner, field, f"of type {names}", value)
+
+
+def as_count(call: str, name: str, value: object) -> int:
+    """Return `value`, the argument `name` of `call`, as an int; NumPy's and torch's are taken too.
+
+    Raises:
+        ConfigError: it is no whole number, or negative.
+    """
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # raises, caught
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise ConfigError(f"{call} takes {name} as a whole number from 0, got {value!r}.")
+    return count
 
 
 def as_path(call: str, value: object, *, of: str = "folder") -> Path:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from compression_manager.checks import as_count
 from compression_manager.cleanup import raise_failures
 from compression_manager.context import Context
 from compression_manager.dispatch import Hooks
@@ -62,7 +62,7 @@ class TrainingEvents:
     def on_epoch_begin(self, epoch: int) -> None:
         """An epoch begins."""
         self._begin_call()
-        epoch = _count("on_epoch_begin", "epoch", epoch)
+        epoch = as_count("on_epoch_begin", "epoch", epoch)
         loader, position = self._state.loader, self._state.position
         if self._state.is_resumed and epoch != position.epoch:
             raise LifecycleError(
@@ -81,7 +81,7 @@ class TrainingEvents:
     def on_step_begin(self, step: int) -> None:
         """A step begins, before the model's forward pass."""
         self._begin_call()
-        step = _count("on_step_begin", "step", step)
+        step = as_count("on_step_begin", "step", step)
         self._state.loader.check_restored()
         self._context.parameter_groups.check_joined()
         self._lifecycle.step_begin()
@@ -254,16 +254,6 @@ class TrainingEvents:
         metrics = tuple(self._context.metrics.drain())
         if metrics:
             self._hooks.consume_metrics(context=self._context, metrics=metrics)
-
-
-def _count(hook: str, name: str, value: object) -> int:
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]  # raises, caught
-    except TypeError:
-        count = -1
-    if count < 0:
-        raise LifecycleError(f"{hook} takes {name} as a number from 0, got {value!r}.")
-    return count
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:

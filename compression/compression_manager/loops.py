@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from compression_manager.checks import as_count
 from compression_manager.cleanup import raise_failures
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.events import TrainingEvents
@@ -34,9 +35,7 @@ class TrainingLoops(TrainingEvents):
         or return ends the epoch and the training; if the batches of `steps` were not used up,
         the position stays within the epoch.
         """
-        if isinstance(total, bool) or not isinstance(total, int) or total < 0:
-            raise ConfigError(f"epochs takes a number that is not negative, got {total!r}.")
-        return self._run_epochs(total)
+        return self._run_epochs(as_count("epochs", "total", total))
 
     def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """Yield `(step, batch)` with the step events around the body.
@@ -115,9 +114,14 @@ class TrainingLoops(TrainingEvents):
                 self.on_step_end()
             position.finish()
             if empty:
+                hint = (
+                    "it is an iterator, which is used up after one epoch; make a new one for every "
+                    "epoch, or pass what it was made from."
+                    if isinstance(loader, Iterator)
+                    else "check the data set's size, batch_size and drop_last."
+                )
                 raise ConfigError(
-                    f"the data loader ({type(loader).__name__}) yielded no batch; check the data "
-                    "set's size, batch_size and drop_last."
+                    f"the data loader ({type(loader).__name__}) yielded no batch; {hint}"
                 )
 
     # How they are left -----------------------------------------------------------------------

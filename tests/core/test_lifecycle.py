@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import toys
-from compression_manager import CompressionManager, LifecycleError, prepare_compression
+from compression_manager import CompressionManager, ConfigError, LifecycleError, prepare_compression
 from compression_manager.testing import Event, RecordingPlugin
 from compression_plugins import QATConfig
 from probes import call_loss
@@ -157,7 +157,7 @@ def test_numbers_of_epochs_and_steps(hook: str, value: Any) -> None:
     manager = _prepared(log)
     manager.on_train_begin()
     expected = _observable(manager, log)
-    with pytest.raises(LifecycleError, match="a number from 0"):
+    with pytest.raises(ConfigError, match=f"{hook} takes .* as a whole number from 0"):
         getattr(manager, hook)(value)
     assert _observable(manager, log) == expected
 

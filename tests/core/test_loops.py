@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from compression_manager import (
     ConfigError,
@@ -66,13 +68,29 @@ def test_epochs_go_on_from_the_position() -> None:
         assert seen == expected
 
 
-@pytest.mark.parametrize("loader", [[], iter([]), range(0)])
+@pytest.mark.parametrize("loader", [[], range(0)])
 def test_empty_loader(loader: Any) -> None:
     run = Run()
     with pytest.raises(ConfigError, match=r"yielded no batch; check .*batch_size and drop_last"):
         run_through(run, batches=loader)
     assert run.events == "T+ E+ X"
     assert run.manager._lifecycle.closed
+
+
+def test_an_iterator_is_used_up_after_one_epoch() -> None:
+    run = Run()
+    batches = (batch for batch in BATCHES)
+    with pytest.raises(ConfigError, match=r"generator\) yielded no batch; it is an iterator"):
+        run_through(run, batches=batches)
+    assert run.events == f"T+ E+ {STEPS} E- E+ X"
+
+
+@pytest.mark.parametrize("total", [np.int64(1), torch.tensor(1)])
+def test_whole_numbers_of_other_libraries(total: Any) -> None:
+    run = Run()
+    for _ in run.manager.epochs(total):
+        list(run.manager.steps(BATCHES))
+    assert run.manager.position.epoch == 1
 
 
 @pytest.mark.parametrize("loader", [None, 3])
@@ -84,7 +102,7 @@ def test_no_loader(loader: Any) -> None:
 @pytest.mark.parametrize("total", [-1, 1.5, "3", None, True])
 def test_unfit_number_of_epochs(total: Any) -> None:
     run = Run()
-    with pytest.raises(ConfigError, match="not negative"):
+    with pytest.raises(ConfigError, match="epochs takes total as a whole number from 0"):
         run.manager.epochs(total)
     assert run.events == ""
 
