@@ -24,6 +24,8 @@ class Lifecycle:
         required: optional hook -> names of the plugins that cannot do without it.
 
     Attributes:
+        closed: whether the manager is closed.
+        closed_by_exception: whether that was because the loop raised an exception.
         accumulating: whether losses were computed since the last optimizer step.
         has_updated: whether the loop announced an optimizer step in this training.
         epochs_begun: number of epochs begun; identifies the present one.
@@ -37,6 +39,7 @@ class Lifecycle:
         self.in_step = False
         self.evaluating = False
         self.closed = False
+        self.closed_by_exception = False
         self.accumulating = False
         self._is_differentiated = False
         self.epochs_begun = 0
@@ -247,8 +250,15 @@ class Lifecycle:
 
     def check_open(self, action: str) -> None:
         """Raise LifecycleError if the manager is closed."""
-        if self.closed:
-            raise LifecycleError(f"{action} was called on a closed manager; prepare a new one.")
+        if not self.closed:
+            return
+        if self.closed_by_exception:
+            raise LifecycleError(
+                f"{action} was called on a manager that an exception in its loop has closed: the "
+                "model is a float model again, with the weights of that moment. Prepare a new "
+                "manager, and resume, or call load_weights, where there are checkpoints."
+            )
+        raise LifecycleError(f"{action} was called on a closed manager; prepare a new one.")
 
     def check_before_training(self, action: str) -> None:
         """Raise LifecycleError if training is under way or the manager is closed."""

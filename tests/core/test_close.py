@@ -268,3 +268,17 @@ def test_failing_validation_closes_nothing_twice() -> None:
     with pytest.raises(ConfigError, match="no"):
         prepare_compression(toys.mlp(), plugins)
     assert log == ["c", "b", "a"]
+
+
+def test_the_error_says_what_closed_a_manager() -> None:
+    manager = prepare_compression(toys.mlp(), [probe()])
+
+    def interrupted() -> None:
+        for _ in manager.epochs(2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    message = "convert was called on a manager that an exception in its loop has closed"
+    with pytest.raises(LifecycleError, match=message):
+        manager.convert()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -30,10 +31,9 @@ class Ownership:
         """
         if self._held is not None:
             return
-        held = exclusive(self._root)
         with writing(self._root):
             try:
-                held.__enter__()
+                self._held = _entered(self._root)
             except BlockingIOError:
                 raise CheckpointError(
                     f"plugin '{plugin}': another training saves to {self._root} now, in "
@@ -41,10 +41,22 @@ class Ownership:
                     "run, and every rank, a folder of its own; or end the other one first, with "
                     "on_train_end() or close()."
                 ) from None
-        self._held = held
 
     def give_up(self) -> None:
         """Let others save there; a folder that was created for nothing is removed again."""
         held, self._held = self._held, None
         if held is not None:
             held.__exit__(None, None, None)
+
+
+def _entered(root: Path) -> AbstractContextManager[None]:
+    """Return what holds the folder from now on."""
+    held = exclusive(root)
+    try:
+        held.__enter__()
+    except BlockingIOError:
+        # A notebook's cell that is run again drops its last manager without closing it.
+        gc.collect()
+        held = exclusive(root)
+        held.__enter__()
+    return held

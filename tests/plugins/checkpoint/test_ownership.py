@@ -108,3 +108,13 @@ def test_a_killed_training_keeps_nobody_out(tmp_path: Path) -> None:
         process.wait()
         manager.on_train_begin()
         manager.close()
+
+
+def test_a_manager_that_was_dropped_keeps_nobody_out(tmp_path: Path) -> None:
+    """As when the cell of a notebook is run again."""
+    manager = _manager(tmp_path)
+    manager.on_train_begin()
+    _epoch(manager)
+    manager = _manager(tmp_path)
+    manager.on_train_begin()
+    manager.close()
