@@ -11,6 +11,7 @@ from compression_manager.errors import (
     CheckpointMismatchError,
     CompressionError,
     ConfigError,
+    ForeignDirectoryError,
     LifecycleError,
     LossError,
     MissingObjectError,
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointCorruptError",
     "CheckpointMismatchError",
+    "ForeignDirectoryError",
     "blame_option",
     "suggest",
 ]

@@ -7,8 +7,10 @@ Catch `CompressionError` to catch them all. Each message says what is wrong, whe
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class CompressionError(Exception):
@@ -44,6 +46,10 @@ class MissingObjectError(ConfigError):
         super().__init__(message)
         self.option = option
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to copy it into another process, which calls it with all its arguments."""
+        return functools.partial(type(self), option=self.option), self.args, vars(self)
+
 
 class LifecycleError(CompressionError):
     """Hooks were called in an order that the training loop does not allow."""
@@ -77,6 +83,10 @@ class CheckpointMismatchError(CheckpointError):
     """A checkpoint is sound but belongs to another model, plugin list or teacher."""
 
 
+class ForeignDirectoryError(CheckpointError):
+    """There is no checkpoint or converted model at a path, or it is something else."""
+
+
 class PluginError(CompressionError):
     """A plugin is unusable, or raised an exception that is not one of ours.
 
@@ -89,6 +99,11 @@ class PluginError(CompressionError):
         super().__init__(message)
         self.plugin = plugin
         self.hook = hook
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to copy it into another process, which calls it with all its arguments."""
+        make = functools.partial(type(self), plugin=self.plugin, hook=self.hook)
+        return make, self.args, vars(self)
 
 
 @contextmanager

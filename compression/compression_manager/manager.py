@@ -131,7 +131,8 @@ class CompressionManager(Inspection):
                 raise
             if missing_ok:
                 return self.position
-            error.add_note("resume(..., missing_ok=True) begins a new training instead.")
+            hint = "resume(..., missing_ok=True) begins a new training instead."
+            error.args = (f"{error} {hint}", *error.args[1:])
             raise
         state = read_checkpoint(path)
         try:

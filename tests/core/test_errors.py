@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import pickle
+
 import pytest
 
-from compression_manager import ConfigError, blame_option, suggest
+import compression_manager
+from compression_manager import (
+    CompressionError,
+    ConfigError,
+    MissingObjectError,
+    PluginError,
+    blame_option,
+    suggest,
+)
+
+ERRORS = [
+    value
+    for value in vars(compression_manager).values()
+    if inspect.isclass(value) and issubclass(value, CompressionError)
+]
+ARGUMENTS: dict[type[CompressionError], dict[str, str]] = {
+    MissingObjectError: {"option": "teacher_model"},
+    PluginError: {"plugin": "qat", "hook": "prepare_model"},
+}
 
 
 @pytest.mark.parametrize(
@@ -36,3 +57,16 @@ def test_innermost_option_is_blamed() -> None:
 def test_other_exceptions_pass() -> None:
     with pytest.raises(KeyError), blame_option("rules"):
         raise KeyError("x")
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_errors_reach_another_process(kind: type[CompressionError]) -> None:
+    """As those of a worker do."""
+    error = kind("message", **ARGUMENTS.get(kind, {}))
+    error.key_path = "plugins.qat"
+    error.args = (f"recipe.yaml: {error}",)
+    error.add_note("note")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is kind
+    assert str(arrived) == "recipe.yaml: message"
+    assert vars(arrived) == vars(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_json, to_yaml
-from compression_manager.errors import CheckpointError
+from compression_manager.errors import CheckpointError, ForeignDirectoryError
 from compression_manager.json_values import json_values
 from compression_manager.state import (
     CHECKPOINT_FORMAT,
@@ -20,7 +20,7 @@ from compression_manager.state import (
 )
 from compression_manager.state.checkpoint import candidates, check_newest_is_there
 from compression_manager.state.index import INDEX_NAME, read_index
-from compression_manager.state.manifest import MANIFEST_NAME, ForeignDirectoryError, locate
+from compression_manager.state.manifest import MANIFEST_NAME, locate
 from compression_manager.state_checks import check_kinds
 
 NAME = "inspect"

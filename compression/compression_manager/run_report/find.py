@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression_manager.errors import CheckpointError
+from compression_manager.errors import CheckpointError, ForeignDirectoryError
 from compression_manager.run_report.event_files import holds_events
 from compression_manager.state import CHECKPOINT_FORMAT, find_checkpoint, list_checkpoints
 from compression_manager.state.manifest import (
     MANIFEST_NAME,
-    ForeignDirectoryError,
     Manifest,
     read_manifest,
 )

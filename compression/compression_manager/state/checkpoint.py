@@ -17,13 +17,13 @@ from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,
     ConfigError,
+    ForeignDirectoryError,
 )
 from compression_manager.state.directory import atomic_directory
 from compression_manager.state.files import is_temporary
 from compression_manager.state.index import INDEX_NAME, read_index
 from compression_manager.state.manifest import (
     MANIFEST_NAME,
-    ForeignDirectoryError,
     Manifest,
     locate,
     original_name,

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compression_manager.errors import CheckpointCorruptError, CheckpointError
+from compression_manager.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ForeignDirectoryError,
+)
 from compression_manager.state.files import is_regular_file
 
 MANIFEST_NAME = "manifest.json"
-
-
-class ForeignDirectoryError(CheckpointError):
-    """There is no directory of the expected format."""
 
 
 @dataclass(frozen=True)

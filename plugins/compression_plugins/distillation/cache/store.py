@@ -19,7 +19,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from compression_manager.errors import CheckpointCorruptError, CheckpointMismatchError
+from compression_manager.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    ForeignDirectoryError,
+)
 from compression_manager.state import (
     Manifest,
     atomic_directory,
@@ -27,7 +31,6 @@ from compression_manager.state import (
     remove_directory,
     verify_directory,
 )
-from compression_manager.state.manifest import ForeignDirectoryError
 from compression_plugins.distillation.cache.key import CacheKey
 
 FORMAT = "compression_plugins.teacher_cache"
