@@ -45,8 +45,8 @@ def reference(name: str) -> nn.Module:
 def overflow_free(model: nn.Module) -> nn.Module:
     """Halve the integer weights, so that no pair of 8-bit products leaves 16 bits."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.dtype == torch.int8:
+        weight = module._buffers.get("weight")
+        if weight is not None and weight.dtype == torch.int8:
             weight.copy_(weight // 2)
     return model
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.deploy import products
+from compression_manager.deploy.lazy_weight import LazyWeight
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
@@ -80,7 +81,10 @@ class ConvertedLayer(nn.Module):
     Attributes:
         weight_format: how the integers are stored, and the shape that `stored_form` gives the
             weight: (output channels, ...).
-        weight: integers in that shape; below 8 bits uint8 (bytes,), as `pack_bits` packs them.
+        weight: in floating point, as the float layer's: models ask for its dtype, or compute with
+            it. Dequantized when its values are read; writing to them changes nothing. Under the
+            same name a state_dict holds the integers in the shape of `weight_format`; below 8 bits
+            uint8 (bytes,), as `pack_bits` packs them.
         weight_scale: float32, (), (channels,) or (rows, groups).
         weight_zero_point: the scheme's `storage_dtype`, same shape; of affine schemes only.
         input_scale: float32 (); absent in a weight-only layer and with a dynamic input.
@@ -89,7 +93,6 @@ class ConvertedLayer(nn.Module):
     """
 
     weight_format: WeightFormat
-    weight: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor
     input_scale: Tensor
@@ -103,7 +106,8 @@ class ConvertedLayer(nn.Module):
         for name in cast(list[str], getattr(float_layer, "__constants__", ())):
             setattr(self, name, getattr(float_layer, name))
         float_weight = self.stored_form(float_layer)
-        device = float_weight.device
+        device, self._dtype = float_weight.device, float_weight.dtype
+        self._float_shape = cast(Tensor, float_layer.weight).shape
         assert spec.weight is not None
         self.weight_format = WeightFormat(spec.weight, tuple(float_weight.shape))
         placeholders = self.weight_format.placeholders(device)
@@ -124,9 +128,34 @@ class ConvertedLayer(nn.Module):
         zero_point = torch.zeros((), dtype=zero_point_dtype(scheme), device=device)
         self.register_buffer("input_zero_point", zero_point)
 
+    @property
+    def weight(self) -> Tensor:
+        """See the class."""
+        if "weight" not in self._buffers:
+            raise AttributeError  # nn.Module then says so, as of every attribute
+        if torch.compiler.is_dynamo_compiling():
+            return self._dequantized()  # what is not used, it removes
+        device = self.weight_scale.device
+        return LazyWeight(self._dequantized, self._float_shape, self._dtype, device)
+
+    def _dequantized(self) -> Tensor:
+        return self.float_form(self.float_weight(self._dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor) and value.is_floating_point():
+            raise QuantizationError(
+                f"the weight of a deployed {self.spec.kind} is stored as integers and cannot be "
+                "replaced by floating-point numbers; set it in the trained model and convert that."
+            )
+        super().__setattr__(name, value)
+
     def stored_form(self, float_layer: nn.Module) -> Tensor:
         """Return the weight of the float layer with its output channels in dimension 0."""
         return cast(Tensor, float_layer.weight)
+
+    def float_form(self, weight: Tensor) -> Tensor:
+        """Return a weight in the shape of `stored_form` in that of the float layer."""
+        return weight
 
     @torch.no_grad()
     def fill(
@@ -168,7 +197,7 @@ class ConvertedLayer(nn.Module):
     def weight_tensors(self) -> dict[str, Tensor]:
         """Return the buffers that stand for the weight, by what their names add to `weight`."""
         suffixes = self.weight_format.value_suffixes()
-        return {suffix: getattr(self, "weight" + suffix) for suffix in suffixes}
+        return {suffix: cast(Tensor, self._buffers["weight" + suffix]) for suffix in suffixes}
 
     def quantized_input(self, input: Tensor) -> Tensor:
         """Return the input on its quantization grid, in its own dtype."""
@@ -185,13 +214,12 @@ class ConvertedLayer(nn.Module):
         """Refuse an input that is not floating-point.
 
         Raises:
-            QuantizationError: with what to do.
+            QuantizationError: it is not.
         """
         if not input.is_floating_point():
             raise QuantizationError(
-                f"a deployed {self.spec.kind} got an input of {input.dtype}. If the model brings "
-                "its input to the dtype of a layer's weight, which is that of integers now, leave "
-                "that layer out with LayerRule(layer=..., skip=True)."
+                f"a deployed {self.spec.kind} got an input of {input.dtype}; it takes floating "
+                "point, as the float layer does."
             )
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
@@ -259,10 +287,6 @@ class ConvertedConv(ConvertedLayer):
 
 class ConvertedEmbedding(ConvertedLayer):
     """Deployed `nn.Embedding`; dequantizes only the rows that are looked up."""
-
-    def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
-        super().__init__(float_layer, spec)
-        self._dtype = cast(Tensor, float_layer.weight).dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (*, embedding_dim) for integer indices of any shape."""

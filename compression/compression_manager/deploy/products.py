@@ -130,7 +130,7 @@ def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
     """Return the layer's weight as an operand, which is made anew if a buffer changed."""
     source = [
         (tensor.data_ptr(), version_of(tensor), sample_of(tensor))
-        for tensor in (layer.weight, layer.weight_scale)
+        for tensor in layer.weight_tensors().values()
     ]
     known = _weights.get(layer)
     if known is None or known[0] != source:

@@ -39,12 +39,16 @@ class ConvertedConvTranspose(ConvertedLayer):
         """Return (out, in / groups, *kernel)."""
         return swap_channel_axes(cast(Tensor, float_layer.weight), cast(int, float_layer.groups))
 
+    def float_form(self, weight: Tensor) -> Tensor:
+        """Return (in, out / groups, *kernel) of (out, in / groups, *kernel)."""
+        return swap_channel_axes(weight, self.groups)
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Return the transposed convolution; arguments as the float layer's."""
         self.check_input(input)
         output: Tensor = _OPERATIONS[len(self.kernel_size)](
             self.quantized_input(input),
-            swap_channel_axes(self.float_weight(input.dtype), self.groups),
+            self.float_form(self.float_weight(input.dtype)),
             self.bias,
             self.stride,
             self.padding,
@@ -65,6 +69,10 @@ class ConvertedConv1D(ConvertedLinear):
     def stored_form(self, float_layer: nn.Module) -> Tensor:
         """Return (outputs, inputs)."""
         return cast(Tensor, float_layer.weight).t()
+
+    def float_form(self, weight: Tensor) -> Tensor:
+        """Return (inputs, outputs) of (outputs, inputs)."""
+        return weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (*, outputs) of `x`: (*, inputs)."""

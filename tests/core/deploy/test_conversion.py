@@ -164,7 +164,7 @@ def test_quantized_weights_are_held_as_integers_alone(name):
             assert not (tensor.is_floating_point() and tuple(tensor.shape) in shapes)
             assert tensor.grad is None
         if isinstance(module, ConvertedLayer):
-            assert module.weight.dtype == torch.int8
+            assert module.integer_weight().dtype == torch.int8
             assert not list(module.parameters())
 
 
@@ -173,7 +173,7 @@ def test_tied_weights_share_their_integers():
     converted = manager.convert()
     assert isinstance(converted.embedding, ConvertedEmbedding)
     assert isinstance(converted.head, ConvertedLinear)
-    assert converted.embedding.weight is converted.head.weight
+    assert converted.embedding.integer_weight() is converted.head.integer_weight()
     assert converted.embedding.weight_scale is converted.head.weight_scale
 
 

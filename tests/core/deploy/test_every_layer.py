@@ -221,14 +221,15 @@ def test_the_integers_of_a_transposed_convolution_are_output_channels_first(tmp_
     torch.manual_seed(0)
     model = nn.ConvTranspose2d(4, 6, 3, groups=2)
     converted = trained(model, randn(2, 4, 5, 5)).convert()
-    assert converted.weight.shape == (6, 2, 3, 3)
+    integers = converted.integer_weight()
+    assert integers.shape == (6, 2, 3, 3)
     assert converted.weight_scale.shape == (6,)
-    assert converted.weight.dtype == torch.int8
+    assert integers.dtype == torch.int8
     # Of group 1 of 2: output channel 4 is the second of three, inputs 2 and 3.
     own = model.weight[2:, 1].detach()
     torch.testing.assert_close(converted.weight_scale[4], own.abs().max() / 127)
     expected = (own / own.abs().max() * 127).round().to(torch.int8)
-    assert torch.equal(converted.weight[4], expected)
+    assert torch.equal(integers[4], expected)
 
 
 def test_batch_norm_behind_a_transposed_convolution_is_folded():
@@ -244,7 +245,7 @@ def test_batch_norm_behind_a_transposed_convolution_is_folded():
     # Signs follow gamma, channel by channel.
     plain = model[0].weight.detach().unflatten(0, (2, 2)).transpose(1, 2).flatten(0, 1)
     signs = torch.tensor([1, -1, 0, 1, -1, 1]).reshape(-1, 1, 1, 1)
-    assert torch.equal(converted[0].weight.sign(), (plain.sign() * signs).to(torch.int8))
+    assert torch.equal(converted[0].integer_weight().sign(), (plain.sign() * signs).to(torch.int8))
 
 
 def test_a_loaded_bag_reads_other_calls_as_well():

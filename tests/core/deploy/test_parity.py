@@ -29,7 +29,7 @@ def conversion(model, inputs):
 
 
 def sabotage_integer(layer):
-    layer.weight.view(-1)[0] += 60
+    layer.integer_weight().view(-1)[0] += 60
 
 
 def sabotage_scale(layer):
@@ -163,10 +163,10 @@ def test_code_that_uses_a_quantized_weight_itself_is_explained():
     class Direct(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = nn.Linear(6, 6)
+            self.memory = nn.RNN(6, 6)
 
         def forward(self, input):
-            return F.linear(self.linear(input), self.linear.weight)
+            return F.linear(self.memory(input)[0], self.memory.weight_ih_l0)
 
     manager = prepared(Direct(), [VECTORS] * 2)
     with pytest.raises(ParityError, match=r"uses the weight .* LayerRule\(layer=\.\.\., skip=True"):

@@ -83,11 +83,11 @@ def test_shared_weights_share_their_integers(name, tmp_path):
     for candidate in (converted, loaded):
         for first, second in pairs:
             one, other = (candidate.get_submodule(key) for key in (first, second))
-            assert one.weight is other.weight
+            assert one.integer_weight() is other.integer_weight()
             assert one.weight_scale is other.weight_scale
         shared = {second for _, second in pairs}
         own = {
-            id(module.weight)
+            id(module.integer_weight())
             for key, module in candidate.named_modules()
             if isinstance(module, ConvertedLayer)
             and key not in shared
@@ -121,7 +121,7 @@ def test_a_wrapped_frozen_layer_is_quantized_inside_of_its_wrapper(build):
     assert isinstance(model.base, QuantizedLayer)
     assert torch.equal(model.base.weight, before)
     converted = manager.convert()
-    assert converted.base.weight.dtype == torch.int8
+    assert converted.base.integer_weight().dtype == torch.int8
     assert max(manager._conversion.parity.layer_errors.values()) <= 1e-6
     manager.close()
     assert not any(parameter.requires_grad for parameter in model.base.parameters())

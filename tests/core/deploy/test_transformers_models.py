@@ -1,4 +1,4 @@
-"""GPT-2 and BERT of transformers, tiny and from a config: trained, converted, saved and loaded.
+"""GPT-2, BERT and ViT of transformers, tiny, from a config: trained, converted, saved and loaded.
 
 transformers is imported inside of the tests, because that alone takes seconds.
 """
@@ -39,6 +39,16 @@ def bert() -> nn.Module:
     return model
 
 
+def vit() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4, num_labels=5,
+    )  # fmt: skip
+    model: nn.Module = transformers.ViTForImageClassification(config)
+    return model
+
+
 def tokens() -> Tensor:
     return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -51,6 +61,11 @@ def sentences() -> dict[str, Tensor]:
     mask = torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, 5:] = 0
     return {"input_ids": tokens(), "attention_mask": mask, "labels": torch.tensor([0, 1])}
+
+
+def images() -> dict[str, Tensor]:
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 1])}
 
 
 def train(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> CompressionManager:
@@ -111,10 +126,11 @@ def test_gpt2(tmp_path: Path) -> None:
     for layer in convolutions:
         name = next(key for key, module in model.named_modules() if module is layer)
         converted = loaded.get_submodule(name)
-        assert converted.weight.dtype == torch.int8
-        assert converted.weight.shape == layer.weight.t().shape
+        assert converted.integer_weight().dtype == torch.int8
+        assert converted.integer_weight().shape == layer.weight.t().shape
+        assert converted.weight.shape == layer.weight.shape
     # The output layer's weight is the embedding's.
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert loaded.lm_head.integer_weight() is loaded.transformer.wte.integer_weight()
 
 
 def test_bert(tmp_path: Path) -> None:
@@ -130,6 +146,21 @@ def test_bert(tmp_path: Path) -> None:
     floating = {item.name: item.detail for item in report.layers if not item.quantized}
     assert len(floating) == len(layers_of(model, "LayerNorm")) == 5
     assert set(floating.values()) == {"LayerNorm has no quantized form"}
+
+
+def test_vit(tmp_path: Path) -> None:
+    """It brings its images to the dtype of the first convolution's weight."""
+    torch.manual_seed(0)
+    manager = train(vit(), images())
+    loaded = serve(manager, vit(), images(), tmp_path / "vit")
+    pixels = {"pixel_values": images()["pixel_values"]}
+    for format, name in {"onnx": "model.onnx", "torch": "model.pt2"}.items():
+        result = deploy.export(loaded, tmp_path / name, format, pixels)
+        assert result.output_error < 1e-2
+    program = deploy.load_exported(tmp_path / "model.pt2")
+    with torch.no_grad():
+        expected = loaded(**pixels).logits
+    torch.testing.assert_close(program(**pixels).logits, expected, rtol=1e-2, atol=1e-3)
 
 
 def test_closing_gives_gpt2_its_float_classes_back() -> None:

@@ -64,8 +64,8 @@ def test_folding_changes_scales_and_signs_alone(bias, affine, gamma, seed):
     if affine:
         factor = factor * np.array(gamma)
     sign = np.sign(factor).reshape(-1, 1, 1, 1)
-    assert conv.weight.dtype == torch.int8
-    assert np.array_equal(conv.weight.numpy(), expected_integers * sign)
+    assert conv.integer_weight().dtype == torch.int8
+    assert np.array_equal(conv.integer_weight().numpy(), expected_integers * sign)
     live = factor != 0
     scale = conv.weight_scale.double().numpy()
     np.testing.assert_allclose(scale[live], (grid[0] * np.abs(factor))[live], rtol=1e-6)
@@ -108,7 +108,8 @@ def test_a_layer_converts_to_the_integers_of_training():
         grid = weight_grid(weight)
         layer = converted[name]
         assert type(layer) is kind
-        assert np.array_equal(layer.weight.numpy(), integers(weight, grid, 0).clip(-127, 127))
+        expected = integers(weight, grid, 0).clip(-127, 127)
+        assert np.array_equal(layer.integer_weight().numpy(), expected)
         assert np.array_equal(layer.weight_scale.numpy(), grid[0])
     head = model["head"]
     assert torch.equal(converted["head"].bias, head.bias)
@@ -177,7 +178,7 @@ def test_bfloat16_models_convert():
     manager = trained(model, images)
     converted = manager.convert()
     assert converted(images).dtype == torch.bfloat16
-    assert converted.fc.weight.dtype == torch.int8
+    assert converted.fc.integer_weight().dtype == torch.int8
     assert converted.fc.bias.dtype == torch.bfloat16
     assert converted.fc.weight_scale.dtype == torch.float32
     model.eval()
@@ -192,7 +193,7 @@ def test_a_layer_that_training_never_used_is_converted_without_input_range():
     converted = manager.convert()
     layer = converted["unused"]
     assert layer.spec.input is None
-    assert layer.weight.dtype == torch.int8
+    assert layer.integer_weight().dtype == torch.int8
     model.eval()
     assert torch.equal(layer(VECTORS), model["unused"](VECTORS))
     detail = {item.name: item.detail for item in manager.report().layers}["unused"]

@@ -78,7 +78,7 @@ def test_conversion_is_exact_and_survives_saving(options, seed, tmp_path):
     parity = manager.report().parity
     assert parity.layer_errors.keys() >= {"embedding", "attention", "conv", "head"}
     assert max(parity.layer_errors.values()) <= 1e-6
-    assert "int8" in str(converted.head.weight.dtype)
+    assert "int8" in str(converted.head.integer_weight().dtype)
     output = converted(INDICES)
     torch.testing.assert_close(output, model.eval()(INDICES), rtol=1e-4, atol=1e-4)
     manager.save_converted(tmp_path / "model")

@@ -86,7 +86,7 @@ def test_the_model_is_int8_where_it_stands_after_training():
     found = classes(model)
     assert found["_model.conv1"] == found["_model.conv2"] == "ConvertedConv"
     assert found["_model.fc"] == "ConvertedLinear"
-    assert model.model.conv1.weight.dtype == torch.int8
+    assert model.model.conv1.integer_weight().dtype == torch.int8
     assert type(student.conv1) is nn.Conv2d  # the model that was given is a float model again
 
 
