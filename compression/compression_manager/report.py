@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
-from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.deploy.parity import Parity
 from compression_manager.json_values import json_values
 from compression_manager.layer_measurements import LayerMeasurement, measure_layers

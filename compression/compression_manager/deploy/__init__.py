@@ -3,12 +3,12 @@
 from compression_manager.deploy.compiling import CompiledModel, compile
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.exporting import Export, export
+from compression_manager.deploy.layer_spec import LayerSpec
 from compression_manager.deploy.layers import (
     ConvertedConv,
     ConvertedEmbedding,
     ConvertedLayer,
     ConvertedLinear,
-    LayerSpec,
 )
 from compression_manager.deploy.measuring import Fastest, RouteResult, fastest
 from compression_manager.deploy.opening import ExportedModel, load_exported

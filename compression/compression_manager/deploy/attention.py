@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from compression_manager.deploy.composite import ConvertedComposite
-from compression_manager.deploy.layers import LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
 from compression_manager.quantization.attention import ProjectedAttention
 from compression_manager.quantization.layers.attention import (
     PROJECTIONS,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from compression_manager.deploy.layers import ConvertedLayer, ConvertedLinear, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer, ConvertedLinear
 from compression_manager.quantization.layers.base import Operand
 
 

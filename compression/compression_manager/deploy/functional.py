@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from compression_manager.deploy import products
 from compression_manager.deploy.composite import ConvertedComposite
-from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.quantization.layers.base import QuantizedLayer
 from compression_manager.quantization.layers.functional import (
     QuantizedAdd,

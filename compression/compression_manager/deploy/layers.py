@@ -7,76 +7,29 @@ a state_dict saves and restores it exactly.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.deploy import products
+from compression_manager.deploy.layer_spec import LayerSpec
 from compression_manager.deploy.lazy_weight import LazyWeight
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic import fake_quantize
 from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
-from compression_manager.quantization.integer.options import FORWARD, Forward
 from compression_manager.quantization.parameters import QuantizationParameters, zero_point_dtype
-from compression_manager.quantization.scheme import QuantizationScheme
-from compression_manager.quantization.storage.weight import WeightFormat
+from compression_manager.quantization.precision import Float32Buffers
+from compression_manager.quantization.storage.weight import SCALE, WeightFormat
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """What must be known of a deployed layer besides its tensors; JSON-able.
-
-    Attributes:
-        kind: class name of the float layer, for example `Linear`.
-        weight: scheme of all its weights, or None if it has none.
-        input: scheme of all its inputs, or None if they stay in floating point.
-        bias: whether the deployed layer adds a bias (folding BatchNorm creates one).
-        forward: how a linear layer, convolution or sum computes.
-    """
-
-    kind: str
-    weight: QuantizationScheme | None
-    input: QuantizationScheme | None
-    bias: bool
-    forward: Forward = "auto"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `from_dict` takes them back."""
-        return {
-            **asdict(self),
-            "weight": None if self.weight is None else self.weight.to_dict(),
-            "input": None if self.input is None else self.input.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
-        """Return the spec that `to_dict` described.
-
-        Raises:
-            QuantizationError: a scheme or `forward` that there is not.
-        """
-        # Files of releases that did not write it down were loaded as this.
-        forward = values.get("forward", "auto")
-        if forward not in FORWARD:
-            raise QuantizationError(f"forward has to be one of {FORWARD}, is {forward!r}.")
-        return cls(
-            kind=values["kind"],
-            weight=_scheme_or_none(values["weight"]),
-            input=_scheme_or_none(values["input"]),
-            bias=values["bias"],
-            forward=forward,
-        )
-
-
-def _scheme_or_none(values: dict[str, Any] | None) -> QuantizationScheme | None:
-    return None if values is None else QuantizationScheme.from_dict(values)
-
-
-class ConvertedLayer(nn.Module):
+class ConvertedLayer(Float32Buffers):
     """Base of the deployed layers.
+
+    Casts of the model, such as `.bfloat16()`, leave the scales as they are: integers of another
+    grid would be other numbers.
 
     Attributes:
         weight_format: how the integers are stored, and the shape that `stored_form` gives the
@@ -98,6 +51,7 @@ class ConvertedLayer(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     bias: Tensor | None
+    _dtype = torch.float32
 
     def __init__(self, float_layer: nn.Module, spec: LayerSpec) -> None:
         super().__init__()
@@ -130,13 +84,20 @@ class ConvertedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """See the class."""
+        """Return the weight as the float layer has it, dequantized when its values are read."""
         if "weight" not in self._buffers:
             raise AttributeError  # nn.Module then says so, as of every attribute
         if torch.compiler.is_dynamo_compiling():
             return self._dequantized()  # what is not used, it removes
         device = self.weight_scale.device
         return LazyWeight(self._dequantized, self._float_shape, self._dtype, device)
+
+    def _stays_float32(self, name: str) -> bool:
+        return name.endswith(SCALE)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def _dequantized(self) -> Tensor:
         return self.float_form(self.float_weight(self._dtype))

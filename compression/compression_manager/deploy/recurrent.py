@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from compression_manager.deploy.composite import ConvertedComposite
-from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.quantization.layers.recurrent import QuantizedLSTM, with_weights
 
 

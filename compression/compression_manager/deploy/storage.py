@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from compression_manager.checks import as_path
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.kinds import CONVERTED_CLASSES
-from compression_manager.deploy.layers import ConvertedLayer, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer
 from compression_manager.deploy.settings import differing_setting, layer_settings
 from compression_manager.errors import (
     CheckpointCorruptError,

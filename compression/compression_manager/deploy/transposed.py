@@ -10,7 +10,8 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.deploy.layers import ConvertedLayer, ConvertedLinear, LayerSpec
+from compression_manager.deploy.layer_spec import LayerSpec
+from compression_manager.deploy.layers import ConvertedLayer, ConvertedLinear
 from compression_manager.quantization.layers.convolution import (
     find_output_padding,
     swap_channel_axes,

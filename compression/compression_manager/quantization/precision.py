@@ -15,6 +15,10 @@ class Float32Buffers(nn.Module):
     Moving to another device works as usual.
     """
 
+    def _stays_float32(self, name: str) -> bool:
+        """Return whether the buffer `name` is not to be cast; a subclass may exempt some."""
+        return True
+
     def _buffer(self, name: str) -> Tensor:
         """Return a buffer, for what small layers do in every step.
 
@@ -28,7 +32,7 @@ class Float32Buffers(nn.Module):
         before: dict[str, Any] = {
             name: buffer
             for name, buffer in self._buffers.items()
-            if buffer is not None and buffer.dtype == torch.float32
+            if buffer is not None and buffer.dtype == torch.float32 and self._stays_float32(name)
         }
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for name, buffer in before.items():

@@ -1,0 +1,60 @@
+"""What must be known of a deployed layer besides its tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer.options import FORWARD, Forward
+from compression_manager.quantization.scheme import QuantizationScheme
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What must be known of a deployed layer besides its tensors; JSON-able.
+
+    Attributes:
+        kind: class name of the float layer, for example `Linear`.
+        weight: scheme of all its weights, or None if it has none.
+        input: scheme of all its inputs, or None if they stay in floating point.
+        bias: whether the deployed layer adds a bias (folding BatchNorm creates one).
+        forward: how a linear layer, convolution or sum computes.
+    """
+
+    kind: str
+    weight: QuantizationScheme | None
+    input: QuantizationScheme | None
+    bias: bool
+    forward: Forward = "auto"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; `from_dict` takes them back."""
+        return {
+            **asdict(self),
+            "weight": None if self.weight is None else self.weight.to_dict(),
+            "input": None if self.input is None else self.input.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerSpec:
+        """Return the spec that `to_dict` described.
+
+        Raises:
+            QuantizationError: a scheme or `forward` that there is not.
+        """
+        # Files of releases that did not write it down were loaded as this.
+        forward = values.get("forward", "auto")
+        if forward not in FORWARD:
+            raise QuantizationError(f"forward has to be one of {FORWARD}, is {forward!r}.")
+        return cls(
+            kind=values["kind"],
+            weight=_scheme_or_none(values["weight"]),
+            input=_scheme_or_none(values["input"]),
+            bias=values["bias"],
+            forward=forward,
+        )
+
+
+def _scheme_or_none(values: dict[str, Any] | None) -> QuantizationScheme | None:
+    return None if values is None else QuantizationScheme.from_dict(values)
