@@ -63,13 +63,14 @@ class PercentileObserver(BinnedObserver):
         if self._scheme.symmetric:
             largest = torch.maximum(low.abs(), high.abs())
             magnitudes = fold(counts, layout).flip(1)
-            end = self._cut_bins(magnitudes, width * self.bins, width, largest)
+            nearest = torch.maximum(low, -high).clamp(min=0)
+            end = self._cut_bins(magnitudes, width * self.bins, width, largest, nearest)
             return self._reshape(-end, end)
         bottom = layout.first * width
         top = (layout.first + self.bins) * width
-        high = self._cut_bins(counts.flip(1), top, width, high)
-        low = -self._cut_bins(counts, -bottom, width, -low)
-        return self._reshape(low, high)
+        upper = self._cut_bins(counts.flip(1), top, width, high, low)
+        lower = -self._cut_bins(counts, -bottom, width, -low, -high)
+        return self._reshape(lower, upper)
 
     def compute_range(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Return (minimum, maximum) of the percentile of `input` alone.
@@ -107,7 +108,9 @@ class PercentileObserver(BinnedObserver):
         rest = scaled - place * self._cut.denominator
         return place, rest.to(torch.float32) / self._cut.denominator
 
-    def _cut_bins(self, counts: Tensor, top: Tensor, width: Tensor, extreme: Tensor) -> Tensor:
+    def _cut_bins(
+        self, counts: Tensor, top: Tensor, width: Tensor, extreme: Tensor, end: Tensor
+    ) -> Tensor:
         """Return the value below which the percentage lies, (rows,).
 
         Args:
@@ -115,6 +118,7 @@ class PercentileObserver(BinnedObserver):
             top: upper edge of the first bin.
             width: width of the bins.
             extreme: the largest value itself.
+            end: no value is smaller.
         """
         place, rest = self._position(counts.sum(1))
         cumulative = counts.cumsum(1)
@@ -122,7 +126,7 @@ class PercentileObserver(BinnedObserver):
         def value_at(place: Tensor) -> Tensor:
             index = (cumulative <= place.unsqueeze(1)).sum(1)
             centre = torch.minimum(top - (index.to(torch.float32) + 0.5) * width, extreme)
-            return torch.where(place == 0, extreme, centre)
+            return torch.where(place == 0, extreme, torch.maximum(centre, end))
 
         return torch.lerp(value_at(place), value_at(place + (rest > 0)), rest)
 

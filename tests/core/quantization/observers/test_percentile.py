@@ -96,6 +96,17 @@ def test_never_exceeds_the_extremes():
     assert target.observed_range()[1] == values[0]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1e-38, -3.0, 0.50001])
+def test_equal_values_have_no_reversed_range(value, symmetric):
+    """The centre of a bin may lie beyond the farthest value as well."""
+    target = observer(PercentileCalibration(99.0), scheme(8, symmetric))
+    target.observe(torch.full((1000,), value))
+    low, high = target.observed_range()
+    wanted = torch.tensor(abs(value) if symmetric else value)
+    assert (low, high) == (-wanted if symmetric else wanted, wanted)
+
+
 def test_position_of_many_values_is_exact():
     # 3e7 zeros would shift a float32 position; the histogram of one batch is repeated instead.
     target = observer(PercentileCalibration(99.99), scheme(8, True))
