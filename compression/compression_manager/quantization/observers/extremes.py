@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization import scalars
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.observers.base import RangeObserver
@@ -67,6 +68,9 @@ class MovingAverageObserver(_EndsObserver):
     Args:
         averaging_constant: share of a new batch, in (0, 1].
 
+    Raises:
+        QuantizationError: `averaging_constant` is out of range.
+
     Attributes:
         first_minimum, first_maximum: range of the first batch, which merging needs.
     """
@@ -78,6 +82,11 @@ class MovingAverageObserver(_EndsObserver):
         self, scheme: QuantizationScheme, site: QuantizationSite, averaging_constant: float = 0.01
     ) -> None:
         super().__init__(scheme, site)
+        if not 0.0 < averaging_constant <= 1.0:
+            raise QuantizationError(
+                f"{site}: an averaging constant is above 0 and at most 1, got "
+                f"{averaging_constant!r}."
+            )
         self.averaging_constant = averaging_constant
         for name in ("first_minimum", "first_maximum"):
             self._add_range(name)

@@ -122,6 +122,13 @@ def test_vectors_and_single_numbers(kind):
     assert per_tensor.minimum == per_tensor.maximum == 4.0
 
 
+@pytest.mark.parametrize("constant", [0.0, -0.1, 5.0, float("nan")])
+def test_a_share_of_a_batch_that_is_none_is_refused(constant):
+    site = QuantizationSite("fc", "activation")
+    with pytest.raises(QuantizationError, match=r"fc.*above 0 and at most 1, got"):
+        MovingAverageObserver(QuantizationScheme(), site, constant)
+
+
 def test_equals_torch_moving_average():
     observers = pytest.importorskip("torch.ao.quantization.observer")
     theirs = observers.MovingAverageMinMaxObserver(averaging_constant=CONSTANT)
