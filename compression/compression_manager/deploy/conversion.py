@@ -150,7 +150,9 @@ def _share_tied_weights(model: nn.Module, replacements: Sequence[Replacement]) -
     """Let layers whose float weight is one Parameter share their integers as well."""
     first: dict[tuple[object, ...], tuple[Tensor, ConvertedLayer]] = {}
     for replacement in replacements:
-        layer = cast(QuantizedLayer, model.get_submodule(replacement.name))
+        layer = model.get_submodule(replacement.name)
+        if not isinstance(layer, QuantizedLayer):
+            continue  # a plugin replaced a layer that it does not train
         for part, (weight, *_) in layer.parts().items():
             if weight is None:
                 continue

@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import toys
-from compression_manager import prepare_compression
-from compression_manager.deploy import ConvertedEmbedding, ConvertedLayer, ConvertedLinear
+from compression_manager import Plugin, PluginConfig, hookimpl, prepare_compression
+from compression_manager.deploy import (
+    ConvertedEmbedding,
+    ConvertedLayer,
+    ConvertedLinear,
+    LayerSpec,
+)
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import ParityError, QuantizationError
 from compression_manager.model_hooks import _DetachableHook
-from compression_manager.quantization import FakeQuantizer
+from compression_manager.quantization import FakeQuantizer, QuantizationScheme, choose_qparams
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.quantization.parameters import QuantizationParameters
 from compression_plugins.distillation import DistillationConfig
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from quantization_reference import prepared, step, trained
@@ -182,6 +188,37 @@ def test_tied_weights_with_different_schemes_do_not_share():
     manager = trained(Language(), INDICES, overrides=(rule,))
     converted = manager.convert()
     assert not torch.equal(converted.embedding.weight, converted.head.weight)
+
+
+class PlainLinearsConfig(PluginConfig):
+    plugin = "plain_linears"
+
+
+class PlainLinears(Plugin[PlainLinearsConfig]):
+    """Converts layers that no plugin trains."""
+
+    config_class = PlainLinearsConfig
+
+    @hookimpl
+    def convert_model(self, conversion):
+        scheme = QuantizationScheme(granularity="channel")
+        for name, layer in list(conversion.model.named_modules()):
+            if isinstance(layer, nn.Linear):
+                converted = ConvertedLinear(layer, LayerSpec("Linear", scheme, None, True))
+                weight = layer.weight.detach()
+                scale, zero_point = choose_qparams(weight.amin(1), weight.amax(1), scheme)
+                limits = scheme.quant_min, scheme.quant_max, scheme.axis
+                parameters = QuantizationParameters(scale, zero_point, *limits)
+                converted.fill(weight, parameters, None, layer.bias)
+                conversion.replace(name, converted)
+
+
+def test_layers_that_are_not_trained_are_replaced():
+    model = toys.mlp()
+    manager = prepare_compression(model, [PlainLinears(PlainLinearsConfig())])
+    converted = manager.convert()
+    assert isinstance(converted[0], ConvertedLinear)
+    torch.testing.assert_close(converted[0].weight * 1, model[0].weight.data, rtol=0, atol=0.01)
 
 
 def test_a_module_with_two_names_is_replaced_under_both():
