@@ -24,17 +24,18 @@ class CompiledModel:
         int8_kernels: those of them that run on 8-bit kernels; the others, and all layers where
             the processor's kernels overflow, compute with float32 weights.
         output_error: relative error (root mean square) of the outputs for the example inputs,
-            compared with the converted model's.
+            compared with the converted model's; None until they are compared.
     """
 
     layers: int
     int8_kernels: int
-    output_error: float
+    output_error: float | None
 
     def __init__(self, run: Callable[..., Any], layers: int) -> None:
         self._run = run
         self.layers = layers
         self.int8_kernels = 0
+        self.output_error = None
         self._compiled: set[tuple[object, ...]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +59,8 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         kernels = f"{self.int8_kernels} of {self.layers} layers on 8-bit kernels"
+        if self.output_error is None:
+            return f"CompiledModel({kernels})"
         return f"CompiledModel({kernels}, relative error of the outputs {self.output_error:.1e})"
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import toys
 from compression_manager import deploy
+from compression_manager.deploy import CompiledModel
 from compression_manager.errors import ConfigError, NotExportableError, ParityError
 from compression_manager.integrations import inductor
 from compression_manager.quantization.integer.selection import reference_arithmetic
@@ -45,9 +46,13 @@ def test_a_compiled_model_says_how_many_layers_run_on_kernels(
     with reference_arithmetic():  # which is what the module that is compiled computes
         result = deploy.compile(model, VECTORS)
     assert (result.int8_kernels, result.layers, result.output_error) == (2, 2, 0)
-    assert "2 of 2 layers on 8-bit kernels" in repr(result)
+    assert "2 of 2 layers on 8-bit kernels, relative error" in repr(result)
     monkeypatch.setattr(inductor, "int8_kernels_are_exact", lambda: False)
     assert deploy.compile(model, VECTORS).layers == 0
+
+
+def test_a_model_that_is_not_compared_has_no_error() -> None:
+    assert repr(CompiledModel(lambda: None, 2)) == "CompiledModel(0 of 2 layers on 8-bit kernels)"
 
 
 def test_a_call_needs_no_settings_once_its_shapes_are_known(
