@@ -5,6 +5,7 @@ transformers is imported inside of the tests, because that alone takes seconds.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,15 @@ def test_closing_gives_gpt2_its_float_classes_back() -> None:
     kinds = [type(module) for module in model.modules()]
     train(model, text(), steps=1).close()
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_prepared_gpt2_is_pickled() -> None:
+    """Its layers' class is made when the first one is found."""
+    torch.manual_seed(0)
+    model = gpt2()
+    train(model, text(), steps=2)
+    assert layers_of(model, "Conv1D")
+    again = pickle.loads(pickle.dumps(model.eval()))
+    assert [type(module) for module in again.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)

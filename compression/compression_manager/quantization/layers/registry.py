@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, SupportsIndex, cast
 
 from torch import nn
 
@@ -69,6 +69,7 @@ QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
 _BY_NAME: dict[tuple[str, str], type[QuantizedLayer]] = {
     ("transformers.pytorch_utils", "Conv1D"): QuantizedConv1D,
 }
+_MADE: dict[type[nn.Module], type[QuantizedLayer]] = {}
 
 
 def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer] | None:
@@ -77,11 +78,29 @@ def quantized_class(kind: type[nn.Module]) -> type[QuantizedLayer] | None:
         base = _BY_NAME.get((kind.__module__, kind.__qualname__))
         if base is None:
             return None
-        attributes = {"float_class": kind, "__module__": base.__module__, "__doc__": base.__doc__}
-        QUANTIZED_CLASSES[kind] = cast(
-            type[QuantizedLayer], type(base.__name__, (base, kind), attributes)
-        )
+        if kind not in _MADE:
+            attributes = {
+                "float_class": kind,
+                "__module__": base.__module__,
+                "__doc__": base.__doc__,
+                "__reduce_ex__": _reduce,
+            }
+            made = type(base.__name__, (base, kind), attributes)
+            _MADE[kind] = cast(type[QuantizedLayer], made)
+        return _MADE[kind]
     return QUANTIZED_CLASSES[kind]
+
+
+def _reduce(layer: QuantizedLayer, protocol: SupportsIndex) -> Any:
+    # Under the name of a class that was made, pickle finds its base.
+    reduced = cast(tuple[Any, ...], object.__reduce_ex__(layer, max(int(protocol), 2)))
+    return (_new_layer, (layer.float_class,), *reduced[2:])
+
+
+def _new_layer(float_class: type[nn.Module]) -> QuantizedLayer:
+    """Return an instance without state, which pickle and deepcopy fill."""
+    kind = cast(type[QuantizedLayer], quantized_class(float_class))
+    return kind.__new__(kind)
 
 
 def quantize_layer(
