@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +24,6 @@ class Outcome:
 
     output: str
     problems: tuple[str, ...] = ()
-
-
-Subcommand = Callable[[argparse.Namespace], Outcome]
 
 
 def to_json(document: Any) -> str:
