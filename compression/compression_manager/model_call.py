@@ -38,10 +38,15 @@ def call_with_examples(model: nn.Module, inputs: Any) -> Any:
         with without_compiled_code():
             return call_model(model, inputs)
     except Exception as error:
+        hint = (
+            " A tuple is taken for several arguments: of a pair (inputs, targets) pass the inputs."
+            if isinstance(inputs, tuple)
+            else ""
+        )
         raise ConfigError(
             f"the model cannot be called with the example inputs ({error!r}). Pass as "
             "example_inputs what your loop calls the model with; without them, the input of the "
-            "first on_after_compute_loss is taken."
+            f"first on_after_compute_loss is taken.{hint}"
         ) from error
 
 

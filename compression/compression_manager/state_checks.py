@@ -67,17 +67,31 @@ def check_model(model: nn.Module, saved: Mapping[str, Any]) -> None:
         if name not in saved:
             raise CheckpointMismatchError(
                 f"the checkpoint holds no '{name}', which the model has; {suggest(name, saved)}"
+                f"{_of_quantizer(name)}"
             )
     for name, value in saved.items():
         if name not in own:
             raise CheckpointMismatchError(
                 f"the checkpoint holds '{name}', which the model lacks; {suggest(name, own)}"
+                f"{_of_quantizer(name)}"
             )
         here, there = _describe(own[name]), _describe(value)
         if here != there:
             raise CheckpointMismatchError(
                 f"'{name}' is {there} in the checkpoint and {here} in the model."
             )
+
+
+def _of_quantizer(name: str) -> str:
+    """Return what it means that only one side has this tensor, if it is a quantizer's."""
+    layer, quantizer, _ = name.partition("_quantizer.")
+    if not quantizer:
+        return ""
+    layer = layer.rpartition(".")[0] or "(the model)"
+    return (
+        f" Only one of both quantizes the layer '{layer}': list the same plugin (QATConfig, for "
+        "example) with the same rules."
+    )
 
 
 def check_names(

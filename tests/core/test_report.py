@@ -212,6 +212,8 @@ def test_a_wrong_example_is_explained():
     manager = trained(toys.mlp(), VECTORS)
     with pytest.raises(ConfigError, match="cannot be called with the example inputs"):
         manager.report(IMAGES)
+    with pytest.raises(ConfigError, match=r"of a pair \(inputs, targets\) pass the inputs"):
+        manager.report((VECTORS, VECTORS))
     assert not manager.model[0]._forward_hooks
 
 

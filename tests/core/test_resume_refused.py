@@ -120,6 +120,9 @@ UNFIT: dict[str, tuple[Callable[[Any], None], type[Exception], str]] = {
     "tensor too many": (
         _with(torch.ones(1), "model", "fc.bais"), CheckpointMismatchError,
         "'fc.bais', which the model lacks; did you mean 'fc.bias'"),
+    "tensor of a quantizer": (
+        _with(torch.ones(1), "model", "fc.weight_quantizer.scale"), CheckpointMismatchError,
+        "Only one of both quantizes the layer 'fc': list the same plugin"),
     "other shape": (
         _with(torch.ones(5), "model", "fc.bias"), CheckpointMismatchError,
         "'fc.bias' is float32 of shape (5,) in the checkpoint and float32 of shape (4,)"),

@@ -81,10 +81,16 @@ def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> Exporte
         with quiet_evaluation(model, restore_buffers=True), exporting(view):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
+        reason = brief(error)
+        advice = (
+            "The model returns what it keeps between calls, which no file can hold; for a model "
+            "of transformers set model.config.use_cache = False."
+            if "DynamicCache" in reason
+            else "The model's code must not depend on values of tensors, nor on how many samples "
+            "there are in the first dimension of its inputs."
+        )
         raise NotExportableError(
-            f"torch.export cannot trace the model for any batch size: {brief(error)} The model's "
-            "code must not depend on values of tensors, nor on how many samples there are in the "
-            "first dimension of its inputs."
+            f"torch.export cannot trace the model for any batch size: {reason} {advice}"
         ) from error
     # A program knows its inputs in the order of this call alone.
     program.graph_module.meta[PARAMETERS] = positional_of(model)

@@ -53,6 +53,12 @@ class LayerRule:
                 "a LayerRule takes either layer or module_class, "
                 f"got layer={self.layer!r}, module_class={self.module_class!r}."
             )
+        for selector, value in (("layer", self.layer), ("module_class", self.module_class)):
+            if value is not None and not isinstance(value, str):
+                name = value.__name__ if isinstance(value, type) else str(value)
+                raise ConfigError(
+                    f"LayerRule.{selector} takes a name, got {value!r}; write {selector}={name!r}."
+                )
         if self.skip and (self.weight or self.activation or self.weight_only):
             raise ConfigError(f"{self}: skip=True leaves nothing to choose a scheme for.")
         if self.weight_only and self.activation is not None:

@@ -13,7 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compression_manager import CompressionManager, deploy, prepare_compression
+from compression_manager import (
+    CompressionManager,
+    NotExportableError,
+    deploy,
+    prepare_compression,
+)
 from compression_manager.quantization.layers import QuantizedConv1D, QuantizedLayer
 from compression_plugins import QATConfig
 
@@ -182,3 +187,13 @@ def test_a_prepared_gpt2_is_pickled() -> None:
     assert [type(module) for module in again.modules()] == [type(m) for m in model.modules()]
     with torch.no_grad():
         assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_cache_between_calls_is_named_by_its_option(tmp_path: Path) -> None:
+    manager = train(gpt2(), text())
+    converted = manager.convert()
+    manager.close()
+    with pytest.raises(NotExportableError, match=r"set model\.config\.use_cache = False"):
+        deploy.export(converted, tmp_path / "model.pt2", "torch", {"input_ids": tokens()})
+    converted.config.use_cache = False
+    deploy.export(converted, tmp_path / "model.pt2", "torch", {"input_ids": tokens()})

@@ -1,6 +1,7 @@
 """Options of the quantization-aware training plugin."""
 
 import pytest
+from torch import nn
 
 import compression_plugins
 from compression_manager.errors import ConfigError
@@ -26,6 +27,8 @@ def test_the_default_is_int8_per_channel_and_uint8_affine_per_tensor():
     [
         ({}, "either layer or module_class"),
         ({"layer": "a", "module_class": "Linear"}, "either layer or module_class"),
+        ({"module_class": nn.Linear}, "takes a name, .* write module_class='Linear'"),
+        ({"layer": 3}, "LayerRule.layer takes a name, got 3; write layer='3'"),
         ({"layer": "a", "skip": True, "weight_only": True}, "skip=True leaves nothing"),
         ({"layer": "a", "skip": True, "weight": QuantizationScheme()}, "skip=True leaves nothing"),
         ({"layer": "a", "weight_only": True, "activation": QuantizationScheme()}, "contradicts"),
