@@ -41,7 +41,7 @@ def inputs_of(batch: Any, *, source: str, otherwise: str) -> Any:
     return dict(without_labels(batch)) if isinstance(batch, Mapping) else batch
 
 
-def number_of_batches(batches: Any, limit: int | None) -> int | None:
+def number_of_batches(batches: Any, limit: int | None = None) -> int | None:
     """Return how many batches there are, at most `limit`; the limit itself if that is unknown."""
     try:
         length = len(batches)

@@ -14,8 +14,11 @@ import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 from compression_manager.errors import ConfigError, suggest
+
+MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
 
 
 def require_integer(
@@ -70,6 +73,11 @@ def require_type(
         types = expected if isinstance(expected, tuple) else (expected,)
         names = " or ".join("None" if item is type(None) else item.__name__ for item in types)
         raise _error(owner, field, f"of type {names}", value)
+
+
+def is_seed(value: object) -> TypeGuard[int]:
+    """Return whether `value` is a whole number from 0 to `MAX_SEED`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SEED
 
 
 def as_count(call: str, name: str, value: object) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from compression_manager.checks import MAX_SEED, is_seed
 from compression_manager.composition import (
     PluginSpec,
     complete,
@@ -21,8 +22,6 @@ from compression_manager.context import Context
 from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.manager import CompressionManager
 from compression_manager.state import seed_everything
-
-MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
 
 
 def prepare_compression(
@@ -92,7 +91,5 @@ def prepare_compression(
 
 
 def _check_seed(seed: object) -> None:
-    if seed is None:
-        return
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+    if seed is not None and not is_seed(seed):
         raise ConfigError(f"seed takes a whole number from 0 to {MAX_SEED}, got {seed!r}.")

@@ -13,11 +13,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from compression_manager.checks import MAX_SEED, is_seed
 from compression_manager.errors import ConfigError, suggest
 from compression_manager.yaml_limits import check_limits
 
 _ROOT_KEYS = ("plugins", "seed")
-_MAX_SEED = 2**32 - 1  # numpy's limit; torch takes more
 _SUFFIXES = {".yaml", ".yml"}
 _UNREADABLE = (OmegaConfBaseException, yaml.YAMLError, RecursionError, ValueError, OSError)
 
@@ -157,9 +157,9 @@ def _check_node(name: Any, node: Any, source: str) -> dict[str, Any]:
 def _check_seed(seed: Any, source: str) -> int | None:
     if seed is None:
         return None
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _MAX_SEED:
+    if not is_seed(seed):
         raise ConfigError(
-            f"{source}: seed: expected an integer from 0 to {_MAX_SEED}, got {seed!r}."
+            f"{source}: seed: expected an integer from 0 to {MAX_SEED}, got {seed!r}."
         )
     return seed
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
+from compression_manager.progress_bar import ProgressBar
 
 _INTERVAL = 0.5
 
@@ -30,7 +30,9 @@ def waiting(text: str, *, after: float = 2.0) -> Iterator[None]:
     def show() -> None:
         if done.wait(after):
             return
-        with tqdm(desc=text, bar_format="{desc}: {elapsed}", leave=False, file=sys.stderr) as bar:
+        with ProgressBar(
+            desc=text, bar_format="{desc}: {elapsed}", leave=False, file=sys.stderr
+        ) as bar:
             while not done.wait(_INTERVAL):
                 bar.refresh()
 

@@ -7,6 +7,7 @@ torch.export or torch.compile trace, weights are dequantized and multiplied in f
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -85,10 +86,10 @@ def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     """Return the result of a deployed convolution, or None if integers do not compute it."""
     operand, passes = None, passes_for(input.device)
-    if why_no_geometry(layer, input) is None and _computes_integers(
-        layer, input, lambda: convolution_size(layer, input), passes
-    ):
-        operand = _integers_of(layer, input, passes)
+    if not _is_seen_through(input) and why_no_geometry(layer, input) is None:
+        size = partial(convolution_size, layer, input)
+        if _computes_integers(layer, input, size, passes):
+            operand = _integers_of(layer, input, passes)
     if operand is None:
         return None
     weight, geometry = _weight_of(layer), geometry_of(layer)

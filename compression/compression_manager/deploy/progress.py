@@ -5,19 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-if TYPE_CHECKING:
-    _BarBase = tqdm[Any]
-else:
-    _BarBase = tqdm
-
-
-class _Bar(_BarBase):
-    # Otherwise tqdm starts a thread that redraws slow bars.
-    monitor_interval = 0
+from compression_manager.progress_bar import ProgressBar
 
 
 @contextmanager
@@ -30,7 +19,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
         title: what is done.
         total: number of steps.
     """
-    bar = _Bar(
+    bar = ProgressBar(
         total=total,
         desc=title,
         disable=None,

@@ -1,1 +1,1 @@
-"""Adapters to libraries that the framework does not need itself; each is an extra."""
+"""Adapters to compilers and runtimes; those of torch itself, and of libraries that are extras."""

@@ -22,8 +22,8 @@ class QuantizationSite:
         layer: qualified name of the layer, for example `encoder.layers.0.linear1`.
         role: the layer's weight, or its input activation.
         channels: length of the scheme's channel axis, or None when granularity is per tensor.
-        shape: shape of the tensor, if it is known before training (a weight's is).
         device: where the buffers of the observer and fake quantizer live.
+        shape: shape of the tensor, if it is known before training (a weight's is).
     """
 
     layer: str

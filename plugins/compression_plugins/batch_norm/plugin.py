@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tqdm import tqdm
-
 from compression_manager.batches import inputs_of, number_of_batches, undisturbed
 from compression_manager.checks import require_integer
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
+from compression_manager.progress_bar import ProgressBar
 from compression_plugins.batch_norm.loader import check_loader
 from compression_plugins.batch_norm.reestimation import layers_with_statistics, reestimate
 
@@ -102,7 +101,7 @@ class BatchNormReestimationPlugin(Plugin[BatchNormReestimationConfig]):
             )
 
     def _inputs(self) -> Iterator[Any]:
-        bar = tqdm(
+        bar = ProgressBar(
             itertools.islice(self._loader, self.config.batches),
             total=number_of_batches(self._loader, self.config.batches),
             desc="BatchNorm statistics",

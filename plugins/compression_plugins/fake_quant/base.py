@@ -26,11 +26,11 @@ from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.selection import arithmetic_in_use, prepare_native
 from compression_manager.quantization.layers import QuantizedLayer, quantize_parts, restore_layer
 from compression_manager.quantization.layers.relu import keep_bits, keep_outputs
-from compression_plugins.fake_quant.batch_norm import PairFinder, observe_next_forward
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.convert import can_fold, convert_layer
 from compression_plugins.fake_quant.details import publish_layer
 from compression_plugins.fake_quant.insertion import make_quantizers
+from compression_plugins.fake_quant.pair_finder import PairFinder, observe_next_forward
 from compression_plugins.fake_quant.pair_watch import PairWatch
 from compression_plugins.fake_quant.plan import ModelPlan
 from compression_plugins.fake_quant.post_training_config import PTQConfig

@@ -7,22 +7,17 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
-from tqdm import tqdm
 
 from compression_manager.batches import inputs_of, number_of_batches, to_device_of
 from compression_manager.errors import CompressionError, ConfigError
 from compression_manager.model_call import call_model
+from compression_manager.progress_bar import ProgressBar
 from compression_plugins.fake_quant.post_training_config import PTQConfig
 
 Item = TypeVar("Item")
-
-if TYPE_CHECKING:
-    _BarBase = tqdm[Any]
-else:
-    _BarBase = tqdm
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def progress(
     items: Iterable[Item], title: str, total: int | None, unit: str
 ) -> Iterator[Iterable[Item]]:
     """Show a bar while the items yielded are walked; without a terminal, one line at the end."""
-    bar = _Bar(
+    bar = ProgressBar(
         items,
         desc=title,
         total=total,
@@ -121,9 +116,3 @@ def progress(
         yield bar
     if not has_terminal:
         print(f"{title}: done", file=sys.stderr, flush=True)
-
-
-class _Bar(_BarBase):
-    """A bar without tqdm's thread, which redraws slow bars."""
-
-    monitor_interval = 0

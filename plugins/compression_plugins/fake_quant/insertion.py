@@ -1,4 +1,4 @@
-"""Making the fake quantizers of one planned layer, and placing them."""
+"""Making the fake quantizers of one planned layer."""
 
 from __future__ import annotations
 

@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme, fake_quantize
-from compression_manager.quantization.autograd import apply
+from compression_manager.quantization.autograd import apply, transforms_run
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.grid import compute_dtype, make_grid
 
@@ -60,6 +61,19 @@ def learned_fake_quantize(
     if not torch.is_grad_enabled() or is_exporting():
         return _quantized(input, scale, zero_point, scheme)
     return apply(_LearnedScale, input, scale, zero_point, scheme, gradient_factor)
+
+
+def refuse_transforms() -> None:
+    """Refuse what the functions of this module have no rules for.
+
+    Raises:
+        QuantizationError: a transform of torch.func, or forward mode, is active.
+    """
+    if not torch.compiler.is_compiling() and transforms_run():
+        raise QuantizationError(
+            "a learned scale is differentiated by backward() alone; torch.func (vmap, grad, jvp) "
+            "and forward mode take models that are quantized without the plugin learned_scale."
+        )
 
 
 def sum_per_scale(values: Tensor, scheme: QuantizationScheme) -> Tensor:

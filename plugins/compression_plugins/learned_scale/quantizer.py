@@ -28,6 +28,7 @@ from compression_plugins.learned_scale.arithmetic import (
     PositiveScale,
     ZeroGradient,
     learned_fake_quantize,
+    refuse_transforms,
 )
 from compression_plugins.learned_scale.start import (
     mean_magnitude,
@@ -149,13 +150,18 @@ class LearnedScaleQuantizer(FakeQuantizer):
         self._freeze_or_train()
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return `input` quantized, or `input` itself when off or before any finite batch."""
+        """Return `input` quantized, or `input` itself when off or before any finite batch.
+
+        Raises:
+            QuantizationError: a transform of torch.func, or forward mode, is active.
+        """
         phase = self.phase
         follows = self.training and phase.observing and not (self.paused or runs_backward())
         if follows and not (self._started or self._is_weight):
             self._observe(input.detach())
         if not phase.quantizing or not self.is_calibrated():
             return self._with_parameters(input)
+        refuse_transforms()
         # Starting reads values back, which a compiled forward cannot.
         if self.training and not self._started and not torch.compiler.is_compiling():
             self.start(input.detach())

@@ -6,19 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from tqdm import tqdm
-
+from compression_manager.batches import number_of_batches
 from compression_manager.checks import require_not_negative, require_type
 from compression_manager.context import Context
 from compression_manager.metrics import Metric
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
-
-if TYPE_CHECKING:
-    _BarBase = tqdm[int]
-else:
-    _BarBase = tqdm
+from compression_manager.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class ProgressPlugin(Plugin[ProgressConfig]):
 
     def __init__(self, config: ProgressConfig) -> None:
         super().__init__(config)
-        self._bar: _Bar | None = None
+        self._bar: ProgressBar | None = None
         self._closes_with_manager = False
         self._batches: int | None = None
         self._completed = 0
@@ -62,7 +57,7 @@ class ProgressPlugin(Plugin[ProgressConfig]):
     def on_train_begin(self, context: Context, dataloader: object) -> None:
         """Learn how many batches an epoch has."""
         self._latest = {}
-        self._batches = _length(
+        self._batches = number_of_batches(
             context.tracked.get("dataloader") if dataloader is None else dataloader
         )
         if not self._closes_with_manager:
@@ -74,7 +69,7 @@ class ProgressPlugin(Plugin[ProgressConfig]):
         """Open the epoch's bar."""
         self._close()
         self._completed = 0
-        self._bar = _Bar(
+        self._bar = ProgressBar(
             total=self._batches,
             desc=self._title(epoch),
             disable=None,
@@ -139,17 +134,3 @@ class ProgressPlugin(Plugin[ProgressConfig]):
         bar, self._bar = self._bar, None
         if bar is not None:
             bar.close()
-
-
-class _Bar(_BarBase):
-    """A bar that is drawn only when asked."""
-
-    # Otherwise tqdm starts a thread that redraws slow bars.
-    monitor_interval = 0
-
-
-def _length(loader: object) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]  # raises, caught
-    except (TypeError, NotImplementedError):
-        return None

@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 
 from compression_manager import CompressionManager, prepare_compression
 from compression_manager.batches import undisturbed
-from compression_manager.checks import require_integer, require_type
+from compression_manager.checks import MAX_SEED, require_integer, require_type
 from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.model_call import quiet_evaluation
-from compression_manager.prepare import MAX_SEED
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation.outputs import find_logits

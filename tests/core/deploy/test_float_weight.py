@@ -48,8 +48,6 @@ def randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-# The geometry of a convolution is remembered; torch.compile says that it does without.
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call")
 @pytest.mark.parametrize("build", [Patches, UsesWeight])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_model_that_reads_a_weight_is_deployed(

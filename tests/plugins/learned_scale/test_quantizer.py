@@ -292,3 +292,29 @@ def test_the_scale_stays_positive_whatever_the_optimizer_does():
         if value < 88:
             assert module.quantization_parameters().scale.item() >= np.float32(0.01)
             assert bool(module(batch).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda module, input: torch.func.vmap(module)(input),
+        lambda module, input: torch.func.grad(lambda values: module(values).sum())(input),
+    ],
+    ids=["vmap", "grad"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_transforms_of_torch_func_are_refused(transform, training):
+    batch = torch.linspace(-1, 1, 20).reshape(4, 5)
+    module = observed(batch)
+    module.set_phase(observing=False, quantizing=True)
+    module.train(training)
+    with pytest.raises(QuantizationError, match="without the plugin learned_scale"):
+        transform(module, batch)
+
+
+def test_forward_mode_is_refused():
+    module = observed(torch.linspace(-1, 1, 20))
+    module.set_phase(observing=False, quantizing=True)
+    dual_level = torch.autograd.forward_ad.dual_level()
+    with dual_level, pytest.raises(QuantizationError, match="without the plugin learned_scale"):
+        module(torch.ones(3))

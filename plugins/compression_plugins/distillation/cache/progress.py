@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from compression_manager.batches import number_of_batches
-
-if TYPE_CHECKING:
-    _BarBase = tqdm[Any]
-else:
-    _BarBase = tqdm
+from compression_manager.progress_bar import ProgressBar
 
 
-class _Bar(_BarBase):
-    # Otherwise tqdm starts a thread that redraws slow bars.
-    monitor_interval = 0
-
-
-def progress_bar(loader: Iterable[Any]) -> _Bar:
+def progress_bar(loader: Iterable[Any]) -> ProgressBar:
     """Return the batches of `loader` with a bar on stderr, which is shown only in a terminal."""
-    return _Bar(
+    return ProgressBar(
         loader,
-        total=number_of_batches(loader, None),
+        total=number_of_batches(loader),
         desc="caching the teacher",
         disable=None,
         dynamic_ncols=True,

@@ -60,7 +60,7 @@ class Projection(nn.Module):
         return mapped
 
     def describe(self) -> dict[str, Any]:
-        """Return everything that `restored` needs: how it was made, its tensors and gradients."""
+        """Return everything that `restore` needs: how it was made, its tensors and gradients."""
         named = dict(self.named_parameters())
         return {
             "made_with": self._made_with,
