@@ -25,8 +25,9 @@ def stays_float(node: Any) -> bool:
         node: of one of `CONVOLUTIONS`.
     """
     size = node.args[0].meta["val"].shape
+    spatial = [length if isinstance(length, int) else None for length in size[2:]]
     return size[1] == 1 or not all(
-        geometry.is_computed_by_onednn(size[2:], kernel, depth)
+        geometry.is_computed_by_onednn(spatial, kernel, depth)
         for geometry, kernel, depth in _geometries(node)
     )
 

@@ -94,7 +94,8 @@ def _is_computed(convolution: openvino.Node) -> bool:
     """Return whether OpenVINO's 8-bit kernel, which is oneDNN's, computes what it should."""
     attributes = convolution.get_attributes()
     shape, weight = convolution.input(0).get_partial_shape(), convolution.input(1).get_shape()
-    size = [shape[axis].get_length() for axis in range(2, len(shape))]
+    spatial = [shape[axis] for axis in range(2, len(shape))]
+    size = [axis.get_length() if axis.is_static else None for axis in spatial]
     depth, *kernel = weight[-len(size) - 1 :]
     begin, end = attributes["pads_begin"], attributes["pads_end"]
     geometries = [

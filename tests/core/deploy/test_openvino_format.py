@@ -211,3 +211,23 @@ def test_convolutions_that_read_padding_only(
     with torch.no_grad():
         expected = converted(inputs)
     torch.testing.assert_close(deploy.load_exported(path)(inputs), expected, rtol=0.02, atol=0.02)
+
+
+class OverTheBatch(nn.Module):
+    """Convolves over the samples, whose number is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(6, 3, 3, padding=1)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.convolution(input.t().unsqueeze(0)).squeeze(0).t()
+
+
+def test_a_convolution_over_an_axis_of_any_length(tmp_path: Path) -> None:
+    converted = trained(OverTheBatch(), VECTORS).convert()
+    path = deploy.export(converted, tmp_path / "model.xml", "openvino", VECTORS).path
+    with torch.no_grad():
+        expected = converted(VECTORS[:5])
+    output = deploy.load_exported(path)(VECTORS[:5])
+    torch.testing.assert_close(output, expected, rtol=0.02, atol=0.02)

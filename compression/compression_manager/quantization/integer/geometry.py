@@ -28,33 +28,49 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
     groups: int
 
-    def is_computed_by_onednn(self, size: Sequence[int], kernel: Sequence[int], depth: int) -> bool:
+    def is_computed_by_onednn(
+        self, size: Sequence[int | None], kernel: Sequence[int], depth: int
+    ) -> bool:
         """Return whether oneDNN's 8-bit convolution (3.12) computes what it should.
 
         Where a window lies beside the input altogether, it returns garbage or ends the process;
         likewise, with one channel, where a tap of the kernel never meets the input.
 
         Args:
-            size: of the input, (*spatial).
+            size: of the input, (*spatial); None where it is open.
             kernel: its sizes, (*spatial).
             depth: channels that are summed.
         """
-        axes = zip(
-            size, kernel, self.stride, self.padding, self.dilation,
-            self.places(size, kernel), strict=True,
-        )  # fmt: skip
-        return not any(
-            _has_empty_window(*axis) or (depth == 1 and _has_unused_tap(*axis)) for axis in axes
+        axes = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return all(
+            _always_meets(extent, padding, dilation, depth)
+            if length is None
+            else _meets_input(length, extent, stride, padding, dilation, depth)
+            for length, extent, stride, padding, dilation in axes
         )
 
     def places(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
         """Return the size of the result of an input and a kernel of these sizes."""
-        return tuple(
-            (length + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
-            for length, extent, stride, padding, dilation in zip(
-                size, kernel, self.stride, self.padding, self.dilation, strict=True
-            )
-        )
+        axes = zip(size, kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple(_places(*axis) for axis in axes)
+
+
+def _places(length: int, extent: int, stride: int, padding: int, dilation: int) -> int:
+    return (length + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
+
+
+def _always_meets(extent: int, padding: int, dilation: int, depth: int) -> bool:
+    """Return what `_meets_input` does of an axis of any length."""
+    return padding == 0 or (depth > 1 and dilation == 1 and padding < extent)
+
+
+def _meets_input(
+    length: int, extent: int, stride: int, padding: int, dilation: int, depth: int
+) -> bool:
+    """Return whether windows, and of one channel taps, meet the input along an axis."""
+    axis = length, extent, stride, padding, dilation
+    places = _places(*axis)
+    return not (_has_empty_window(*axis, places) or (depth == 1 and _has_unused_tap(*axis, places)))
 
 
 def _has_empty_window(

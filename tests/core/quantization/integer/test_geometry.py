@@ -40,6 +40,18 @@ def test_every_place_and_every_tap_is_looked_at(
     assert geometry.is_computed_by_onednn(size, kernel, depth) == computed
 
 
+@given(AXIS, st.integers(1, 2))
+def test_what_is_said_of_an_open_axis_holds_for_every_length(
+    axis: tuple[int, int, int, int, int], depth: int
+) -> None:
+    _, extent, stride, padding, dilation = axis
+    geometry = Geometry((stride,), (padding,), (dilation,), groups=1)
+    if geometry.is_computed_by_onednn([None], [extent], depth):
+        lengths = range(1, 24)
+        fits = [length for length in lengths if geometry.places([length], [extent])[0] > 0]
+        assert all(geometry.is_computed_by_onednn([n], [extent], depth) for n in fits)
+
+
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
