@@ -185,7 +185,7 @@ class TrainingLoops(TrainingEvents):
                 failures += announce_exception(self._hooks.relay, self._context, error)
         finally:  # after an interrupt too
             self._lifecycle.abandon()
-            self._lifecycle.closed_by_exception = not self._lifecycle.closed
+            self._lifecycle.closed_by_exception |= not self._lifecycle.closed
             try:
                 self.close()
             except Exception as failure:

@@ -270,11 +270,14 @@ def test_failing_validation_closes_nothing_twice() -> None:
     assert log == ["c", "b", "a"]
 
 
-def test_the_error_says_what_closed_a_manager() -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_error_says_what_closed_a_manager(nested: bool) -> None:
     manager = prepare_compression(toys.mlp(), [probe()])
 
     def interrupted() -> None:
         for _ in manager.epochs(2):
+            for _ in manager.steps([1]) if nested else ():
+                raise KeyboardInterrupt
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
