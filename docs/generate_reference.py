@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compression_manager import CompressionError, Plugin, PluginConfig, errors, hookspecs
-from compression_manager.discovery import installed_plugins, load_plugin_class
-from compression_manager.options import describe_options, nested_kinds
+from compression_manager.configuration.options import describe_options, nested_kinds
+from compression_manager.plugin_host.discovery import installed_plugins, load_plugin_class
 
 REFERENCE = Path(__file__).parent / "reference"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager import CompressionManager, prepare_compression
-from compression_manager.model_call import call_model, tensors_in
+from compression_manager.models.calling import call_model, tensors_in
 from compression_plugins.fake_quant import QATConfig
 
 EPSILON = np.float32(2.0**-23)

@@ -26,10 +26,10 @@ from compression_manager.loss import LossTerms
 from compression_manager.manager import CompressionManager
 from compression_manager.metrics import Metric
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
-from compression_manager.position import Position
 from compression_manager.prepare import prepare_compression
 from compression_manager.report import Report
-from compression_manager.schedule import StartAt
+from compression_manager.training.position import Position
+from compression_manager.training.schedule import StartAt
 
 __all__ = [
     "prepare_compression",

@@ -10,9 +10,9 @@ from torch import nn
 from compression_manager.cleanup import Cleanup
 from compression_manager.errors import ConfigError, LifecycleError
 from compression_manager.metrics import MetricBoard
-from compression_manager.model_hooks import ModelHooks
-from compression_manager.parameter_groups import ParameterGroup, ParameterGroups
-from compression_manager.tracking import Tracked
+from compression_manager.models.hooks import ModelHooks
+from compression_manager.tracking.parameter_groups import ParameterGroup, ParameterGroups
+from compression_manager.tracking.tracked import Tracked
 
 if TYPE_CHECKING:
     from compression_manager.services import Services

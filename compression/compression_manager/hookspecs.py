@@ -53,6 +53,11 @@ if TYPE_CHECKING:
 # another meaning; additions leave it as it is.
 HOOK_API_VERSION = 1
 
+# Hooks that a loop may leave out, unless a plugin cannot do without one.
+OPTIONAL_HOOKS = frozenset(
+    {"on_epoch_begin", "on_after_optimizer_step", "on_before_eval", "on_after_eval"}
+)
+
 # Shape: once, inside prepare_compression ------------------------------------------------------
 
 

@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from compression_manager.checks import as_path
+from compression_manager.configuration.checks import as_path
 from compression_manager.deploy.conversion import Conversion, convert_copy
 from compression_manager.deploy.exporting import Export, export
 from compression_manager.deploy.formats import find_format
 from compression_manager.deploy.storage import save_converted
 from compression_manager.errors import ConfigError
-from compression_manager.loops import TrainingLoops
 from compression_manager.quantization.graph import QuantizationGraph
-from compression_manager.report import Report, build_report
-from compression_manager.sensitivity import Sensitivity, measure_sensitivity
+from compression_manager.report import Report
+from compression_manager.report.report import build_report
+from compression_manager.report.sensitivity import Sensitivity, measure_sensitivity
+from compression_manager.training.loops import TrainingLoops
 
 
 class Inspection(TrainingLoops):

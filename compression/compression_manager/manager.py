@@ -8,25 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from compression_manager.checks import as_path
+from compression_manager.configuration.checks import as_path
 from compression_manager.context import Context
-from compression_manager.dispatch import Hooks
 from compression_manager.errors import CheckpointError, ConfigError
 from compression_manager.inspection import Inspection
-from compression_manager.lifecycle import Lifecycle
-from compression_manager.loading import register, required_hooks
 from compression_manager.plugin import Plugin
-from compression_manager.position import Position
+from compression_manager.plugin_host.dispatch import Hooks
+from compression_manager.plugin_host.loading import register, required_hooks
 from compression_manager.services import Services
 from compression_manager.state import find_checkpoint, read_checkpoint
 from compression_manager.state.files import is_temporary
-from compression_manager.state_checks import (
+from compression_manager.training.lifecycle import Lifecycle
+from compression_manager.training.position import Position
+from compression_manager.training.state_checks import (
     changed_classes,
     changed_options,
     check_kinds,
     check_model,
 )
-from compression_manager.training_state import TrainingState
+from compression_manager.training.training_state import TrainingState
 
 
 class CompressionManager(Inspection):

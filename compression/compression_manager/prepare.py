@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compression_manager.checks import MAX_SEED, is_seed
-from compression_manager.composition import (
+from compression_manager.configuration.checks import MAX_SEED, is_seed
+from compression_manager.context import Context
+from compression_manager.errors import CompressionError, ConfigError
+from compression_manager.manager import CompressionManager
+from compression_manager.plugin_host.composition import (
     PluginSpec,
     complete,
     describe,
@@ -18,9 +21,6 @@ from compression_manager.composition import (
     plugins_from_recipe,
     refuse_runtime_objects,
 )
-from compression_manager.context import Context
-from compression_manager.errors import CompressionError, ConfigError
-from compression_manager.manager import CompressionManager
 from compression_manager.state import seed_everything
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compression_manager.errors import ConfigError, suggest
 from compression_manager.quantization.observer import Observer
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 

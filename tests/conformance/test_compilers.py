@@ -19,7 +19,7 @@ from torch import nn
 from compression_manager import deploy
 from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.integrations import inductor
-from compression_manager.model_call import call_model, tensors_in
+from compression_manager.models.calling import call_model, tensors_in
 from compression_manager.quantization import QuantizableAdd
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from conformance_models import CASES, converted

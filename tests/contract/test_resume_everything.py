@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import toys
 from compression_manager import CompressionManager, prepare_compression
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 from compression_plugins import (
     CheckpointConfig,
     DistillationConfig,

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from compression_manager import discovery
+from compression_manager.plugin_host import discovery
 
 
 class _Distribution:

@@ -60,7 +60,7 @@ def test_no_init_below_tests() -> None:
 
 
 def test_every_built_in_entry_point_loads(setup: configparser.ConfigParser) -> None:
-    from compression_manager.discovery import load_plugin_class
+    from compression_manager.plugin_host.discovery import load_plugin_class
 
     entries = _lines(setup["options.entry_points"]["compression_manager.plugins.v1"])
     for line in entries:

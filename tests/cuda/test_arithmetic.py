@@ -15,7 +15,7 @@ from compression_manager.quantization import (
     fake_quantize,
     quantize,
 )
-from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.arithmetic.ranges import tensor_range
 from device_runs import DTYPES, assert_same_bits, assert_same_state
 
 BITS = (1, 2, 4, 8, 16, 24, 32)

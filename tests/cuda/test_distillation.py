@@ -11,7 +11,7 @@ from torch import nn
 import toys
 from compression_manager import prepare_compression
 from compression_manager.quantization import choose_qparams, fake_quantize
-from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.arithmetic.ranges import tensor_range
 from compression_plugins import DistillationConfig, QATConfig, QuantizedTeacher
 from device_runs import assert_same_bits
 from toy_teachers import criterion

@@ -14,7 +14,7 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
-from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
 from device_runs import DTYPES, assert_same_bits, assert_same_state, no_waiting
 
 CALIBRATIONS = {**reference.CALIBRATIONS, "fixed": FixedRangeCalibration(-2.0, 1.5)}

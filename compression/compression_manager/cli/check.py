@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_yaml
-from compression_manager.recipe_check import check_recipe
+from compression_manager.cli.recipe_check import check_recipe
 
 NAME = "check"
 SUMMARY = "validate a recipe and print it with every option's value"

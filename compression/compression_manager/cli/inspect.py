@@ -21,7 +21,7 @@ from compression_manager.state import (
 from compression_manager.state.checkpoint import candidates, check_newest_is_there
 from compression_manager.state.index import INDEX_NAME, read_index
 from compression_manager.state.manifest import MANIFEST_NAME, locate
-from compression_manager.state_checks import check_kinds
+from compression_manager.training.state_checks import check_kinds
 
 NAME = "inspect"
 SUMMARY = "verify a checkpoint and show what it holds"

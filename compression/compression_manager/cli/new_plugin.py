@@ -12,8 +12,8 @@ from pathlib import Path
 from string import Template
 
 from compression_manager.cli.outcome import Outcome
-from compression_manager.discovery import ENTRY_POINT_GROUP, installed_plugins
 from compression_manager.errors import ConfigError
+from compression_manager.plugin_host.discovery import ENTRY_POINT_GROUP, installed_plugins
 
 NAME = "new-plugin"
 SUMMARY = "write a plugin of your own to start from"

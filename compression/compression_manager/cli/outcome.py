@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from compression_manager.config_values import reads_as_number
+from compression_manager.configuration.values import reads_as_number
 
 _WIDTH = 100
 

@@ -10,9 +10,13 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from compression_manager.cli.outcome import Outcome, to_json
-from compression_manager.discovery import installed_plugins, load_plugin_class
+from compression_manager.configuration.options import (
+    OptionDescription,
+    describe_options,
+    nested_kinds,
+)
 from compression_manager.errors import ConfigError, PluginError, suggest
-from compression_manager.options import OptionDescription, describe_options, nested_kinds
+from compression_manager.plugin_host.discovery import installed_plugins, load_plugin_class
 
 NAME = "plugins"
 SUMMARY = "list installed plugins and their options"

@@ -3,13 +3,11 @@
 from compression_manager.deploy.compiling import CompiledModel, compile
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.deploy.exporting import Export, export
-from compression_manager.deploy.layer_spec import LayerSpec
-from compression_manager.deploy.layers import (
-    ConvertedConv,
-    ConvertedEmbedding,
-    ConvertedLayer,
-    ConvertedLinear,
-)
+from compression_manager.deploy.layers.base import ConvertedLayer
+from compression_manager.deploy.layers.convolution import ConvertedConv
+from compression_manager.deploy.layers.embedding import ConvertedEmbedding
+from compression_manager.deploy.layers.layer_spec import LayerSpec
+from compression_manager.deploy.layers.linear import ConvertedLinear
 from compression_manager.deploy.measuring import Fastest, RouteResult, fastest
 from compression_manager.deploy.opening import ExportedModel, load_exported
 from compression_manager.deploy.parity import Parity, check_parity

@@ -11,9 +11,9 @@ from torch import nn
 from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.deploy.progress import progress
 from compression_manager.deploy.reference import Reference, require_converted
-from compression_manager.deploy.tracing import batch_size, brief, trace, with_batch
 from compression_manager.errors import NotExportableError
-from compression_manager.model_call import call_model, tensors_in, without_labels
+from compression_manager.models.calling import call_model, tensors_in, without_labels
+from compression_manager.tracing.program import batch_size, brief, trace, with_batch
 
 
 class CompiledModel:

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from compression_manager.deploy.copying import copy_model
-from compression_manager.deploy.layers import ConvertedLayer
+from compression_manager.deploy.layers.base import ConvertedLayer
 from compression_manager.deploy.parity import Parity, check_parity
 from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ConfigError
+from compression_manager.models.copying import copy_model
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.quantization.layers import QuantizedLayer, weight_identity
 

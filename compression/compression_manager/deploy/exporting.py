@@ -16,10 +16,8 @@ from compression_manager.deploy.formats import ExportFormat, find_format
 from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.deploy.progress import progress
 from compression_manager.deploy.reference import Reference, require_converted
-from compression_manager.deploy.tracing import batch_size, brief, trace, with_batch
 from compression_manager.errors import CheckpointError, ConfigError, NotExportableError, ParityError
-from compression_manager.integrations.graph_inputs import without_constants
-from compression_manager.model_call import without_labels
+from compression_manager.models.calling import without_labels
 from compression_manager.state.files import (
     is_regular_file,
     make_folder,
@@ -28,6 +26,8 @@ from compression_manager.state.files import (
     temporary,
     writing,
 )
+from compression_manager.tracing.graph_inputs import without_constants
+from compression_manager.tracing.program import batch_size, brief, trace, with_batch
 
 
 @dataclass(frozen=True)

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from compression_manager.checks import require_integer
+from compression_manager.configuration.checks import require_integer
 from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.deploy.parity import MODEL_TOLERANCE
 from compression_manager.deploy.progress import progress
 from compression_manager.deploy.reference import Reference, require_converted
 from compression_manager.deploy.routes import Route, Runner, Source, find_routes
-from compression_manager.deploy.tracing import batch_size, brief
 from compression_manager.errors import CompressionError
-from compression_manager.model_call import (
+from compression_manager.models.calling import (
     call_model,
     quiet_evaluation,
     tensors_in,
     without_labels,
 )
+from compression_manager.tracing.program import batch_size, brief
 
 # A clock and a scheduler disturb shorter bursts by more than a percent.
 _BURST_SECONDS = 0.05

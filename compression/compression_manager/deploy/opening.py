@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from compression_manager.checks import as_path
+from compression_manager.configuration.checks import as_path
 from compression_manager.deploy.formats import FORMATS, ExportFormat
 from compression_manager.deploy.packages import install_command, missing_packages
-from compression_manager.deploy.tracing import brief
 from compression_manager.errors import ConfigError
+from compression_manager.tracing.program import brief
 
 
 class ExportedModel:

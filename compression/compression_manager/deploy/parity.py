@@ -20,7 +20,7 @@ from compression_manager.deploy.differences import (
 )
 from compression_manager.deploy.replacement import Replacement
 from compression_manager.errors import ParityError
-from compression_manager.model_call import (
+from compression_manager.models.calling import (
     call_model,
     call_with_examples,
     quiet_evaluation,

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.deploy.parity import compare_outputs, full_precision
-from compression_manager.deploy.tracing import batch_size, brief
 from compression_manager.errors import ConfigError, ParityError
-from compression_manager.model_call import (
+from compression_manager.models.calling import (
     call_model,
     call_with_examples,
     quiet_evaluation,
@@ -20,6 +19,7 @@ from compression_manager.model_call import (
 )
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.tracing.program import batch_size, brief
 
 
 def require_converted(model: object, owner: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compression_manager.deploy.layers import ConvertedLayer
+from compression_manager.deploy.layers.base import ConvertedLayer
 
 
 @dataclass(frozen=True)

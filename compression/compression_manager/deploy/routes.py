@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from compression_manager.deploy.compiling import compile_now, traced_for_compiler
 from compression_manager.deploy.formats import FORMATS
 from compression_manager.deploy.reference import Reference
-from compression_manager.deploy.tracing import arguments_of, batch_size, trace, with_batch
 from compression_manager.errors import ConfigError, suggest
-from compression_manager.integrations.graph_inputs import (
+from compression_manager.models.calling import call_model, quiet_evaluation
+from compression_manager.tracing.graph_inputs import (
     Arguments,
     constants_in,
     positional_of,
     without_constants,
 )
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.tracing.program import arguments_of, batch_size, trace, with_batch
 
 Runner = Callable[..., Any]
 

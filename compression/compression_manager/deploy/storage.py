@@ -16,12 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from compression_manager.checks import as_path
+from compression_manager.configuration.checks import as_path
 from compression_manager.deploy.conversion import Conversion
-from compression_manager.deploy.kinds import CONVERTED_CLASSES
-from compression_manager.deploy.layer_spec import LayerSpec
-from compression_manager.deploy.layers import ConvertedLayer
-from compression_manager.deploy.settings import differing_setting, layer_settings
+from compression_manager.deploy.layers.base import ConvertedLayer
+from compression_manager.deploy.layers.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers.layer_spec import LayerSpec
+from compression_manager.deploy.layers.settings import differing_setting, layer_settings
 from compression_manager.errors import (
     CheckpointCorruptError,
     CheckpointError,

@@ -19,13 +19,13 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.export import ExportedProgram
 
-from compression_manager.deploy.tracing import batch_shapes, batch_size, is_batch
-from compression_manager.integrations.compiled_inputs import (
+from compression_manager.integrations.inductor_graph import to_inductor_operators
+from compression_manager.models.calling import tensors_in
+from compression_manager.tracing.compiled_inputs import (
     called_as_examples,
     described_examples,
 )
-from compression_manager.integrations.inductor_graph import to_inductor_operators
-from compression_manager.model_call import tensors_in
+from compression_manager.tracing.program import batch_shapes, batch_size, is_batch
 
 # Under which name a package says what its inputs are.
 _INPUTS = "inputs"

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from compression_manager.integrations.inductor_convolutions import CONVOLUTIONS, stays_float
-from compression_manager.quantization import operators
+from compression_manager.quantization.arithmetic import operators
 from compression_manager.quantization.scheme import kernel_range
 
 # Of torch.fx: their arguments have a type that nothing can be done with before asserting.

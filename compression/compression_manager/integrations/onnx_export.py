@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from compression_manager.deploy.tracing import arguments_of_program
 from compression_manager.errors import NotExportableError
-from compression_manager.integrations.graph_inputs import ARGUMENTS
 from compression_manager.integrations.onnx_graph import write_attention
 from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
+from compression_manager.tracing.graph_inputs import ARGUMENTS
+from compression_manager.tracing.program import arguments_of_program
 
 
 def to_onnx(program: ExportedProgram) -> bytes:

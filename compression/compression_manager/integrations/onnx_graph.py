@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compression_manager.quantization import operators
+from compression_manager.quantization.arithmetic import operators
 
 # Of torch.fx: their arguments have a type that nothing can be done with before asserting.
 Node = Any

@@ -9,7 +9,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from compression_manager.integrations.graph_inputs import (
+from compression_manager.tracing.graph_inputs import (
     ARGUMENTS,
     Arguments,
     called_as_model,

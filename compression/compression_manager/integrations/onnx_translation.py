@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from onnxscript import opset18
 
-from compression_manager.quantization import operators
+from compression_manager.quantization.arithmetic import operators
 from compression_manager.quantization.scheme import (
     MAX_FLOAT32_BITS,
     kernel_range,

@@ -12,13 +12,13 @@ import torch
 from openvino import opset13
 
 from compression_manager.errors import ConfigError
-from compression_manager.integrations.graph_inputs import (
+from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.tracing.graph_inputs import (
     ARGUMENTS,
     Arguments,
     Feed,
     called_as_model,
 )
-from compression_manager.quantization.integer.geometry import Geometry
 
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 

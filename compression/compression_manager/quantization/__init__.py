@@ -1,6 +1,10 @@
 """Schemes, arithmetic and the modules that quantize while a model trains."""
 
-from compression_manager.quantization.arithmetic import dequantize, fake_quantize, quantize
+from compression_manager.quantization.arithmetic.parameters import (
+    QuantizationParameters,
+    choose_qparams,
+)
+from compression_manager.quantization.arithmetic.rounding import dequantize, fake_quantize, quantize
 from compression_manager.quantization.calibration import (
     Calibration,
     FixedRangeCalibration,
@@ -9,7 +13,6 @@ from compression_manager.quantization.calibration import (
     MovingAverageCalibration,
     PercentileCalibration,
 )
-from compression_manager.quantization.dynamic_quantizer import DynamicFakeQuantizer
 from compression_manager.quantization.graph import FakeQuantizeOp, QuantizationGraph
 from compression_manager.quantization.layers.functional import (
     QuantizableAdd,
@@ -25,9 +28,9 @@ from compression_manager.quantization.observers import (
     PercentileObserver,
     RangeObserver,
 )
-from compression_manager.quantization.parameters import QuantizationParameters, choose_qparams
-from compression_manager.quantization.phase import Phase
-from compression_manager.quantization.quantizer_module import (
+from compression_manager.quantization.quantizers.dynamic_quantizer import DynamicFakeQuantizer
+from compression_manager.quantization.quantizers.phase import Phase
+from compression_manager.quantization.quantizers.quantizer_module import (
     FakeQuantizer,
     ObservedFakeQuantizer,
 )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from compression_manager.held_attributes import hold
+from compression_manager.models.held_attributes import hold
 
 # In eval mode without gradients these modules hand their children's weights to one fused
 # kernel and never call the children. Each attribute, set to the value, makes them compute as in

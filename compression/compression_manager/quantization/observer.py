@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.precision import Float32Buffers
+from compression_manager.quantization.quantizers.precision import Float32Buffers
 
 
 class Observer(Float32Buffers, ABC):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.arithmetic.ranges import range_shape
 from compression_manager.quantization.scheme import QuantizationScheme
 
 Role = Literal["weight", "activation"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compression_manager.configuration.recipe import flat_recipe
 from compression_manager.json_values import json_values
-from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.chart import WIDE, line_chart
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.run import Run

@@ -18,7 +18,7 @@ from compression_manager.quantization import (
 )
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.noise import sqnr_db
-from compression_manager.report import build_report
+from compression_manager.report.report import build_report
 from compression_manager.run_report.environment import describe_environment
 
 

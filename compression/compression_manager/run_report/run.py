@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compression_manager.configuration.recipe import flat_recipe
 from compression_manager.errors import CheckpointError
 from compression_manager.metrics import quantizer_tag
-from compression_manager.recipe import flat_recipe
 from compression_manager.run_report.curve import Curve
 from compression_manager.run_report.event_files import Events, read_events
 from compression_manager.run_report.find import choose_events, find_run
 from compression_manager.state import Manifest, read_checkpoint
-from compression_manager.state_checks import check_kinds
+from compression_manager.training.state_checks import check_kinds
 
 LOSS = "loss/"
 EVALUATION = "eval/"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from compression_manager import discovery
 from compression_manager.plugin import Plugin
+from compression_manager.plugin_host import discovery
 
 
 class _InMemoryEntryPoint(EntryPoint):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from compression_manager.manager import CompressionManager
-from compression_manager.model_call import call_model
+from compression_manager.models.calling import call_model
 
 LossArguments = Callable[[Any], Mapping[str, Any]]
 

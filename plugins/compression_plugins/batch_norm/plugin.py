@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from compression_manager.batches import inputs_of, number_of_batches, undisturbed
-from compression_manager.checks import require_integer
+from compression_manager.configuration.checks import require_integer
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
 from compression_manager.progress_bar import ProgressBar
+from compression_manager.tracking.batches import inputs_of, number_of_batches, undisturbed
 from compression_plugins.batch_norm.loader import check_loader
 from compression_plugins.batch_norm.reestimation import layers_with_statistics, reestimate
 

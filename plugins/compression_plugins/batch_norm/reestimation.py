@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compression_manager.batches import to_device_of
-from compression_manager.model_call import call_model, quiet_evaluation
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.calling import call_model, quiet_evaluation
+from compression_manager.models.hooks import ModelHooks
+from compression_manager.tracking.batches import to_device_of
 
 
 def layers_with_statistics(model: nn.Module) -> list[_BatchNorm]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from compression_manager.checks import require_type
+from compression_manager.configuration.checks import require_type
 from compression_manager.errors import ConfigError, suggest
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import Calibration, MovingAverageCalibration

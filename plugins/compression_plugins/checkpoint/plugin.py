@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compression_manager.checks import require_writable_folder
+from compression_manager.configuration.checks import require_writable_folder
 from compression_manager.context import Context
 from compression_manager.errors import (
     CheckpointError,

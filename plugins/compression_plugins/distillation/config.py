@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from compression_manager.checks import (
+from compression_manager.configuration.checks import (
     require_choice,
     require_fraction,
     require_integer,

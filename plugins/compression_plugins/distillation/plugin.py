@@ -11,7 +11,7 @@ from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
 from compression_manager.errors import CheckpointMismatchError, blame_option
 from compression_manager.loss import LossTerms
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.models.calling import call_model, quiet_evaluation
 from compression_manager.quantization.fused_paths import disable_fused_paths
 from compression_manager.ranks import has_other_ranks, mean_of_ranks, values_of_first_rank
 from compression_plugins.distillation import preflight

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.context import Context
-from compression_manager.deploy.copying import copy_model
 from compression_manager.errors import CheckpointMismatchError, ConfigError, blame_option
+from compression_manager.models.copying import copy_model
 from compression_plugins.distillation.cache import TeacherCache
 from compression_plugins.distillation.classes import dimension_of_classes
 from compression_plugins.distillation.config import DistillationConfig

@@ -13,7 +13,7 @@ from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import CheckpointMismatchError, QuantizationError
-from compression_manager.model_call import call_with_examples, quiet_evaluation
+from compression_manager.models.calling import call_with_examples, quiet_evaluation
 from compression_manager.quantization import (
     DynamicFakeQuantizer,
     FakeQuantizer,

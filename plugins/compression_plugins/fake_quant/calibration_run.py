@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from compression_manager.batches import inputs_of, number_of_batches, to_device_of
 from compression_manager.errors import CompressionError, ConfigError
-from compression_manager.model_call import call_model
+from compression_manager.models.calling import call_model
 from compression_manager.progress_bar import ProgressBar
+from compression_manager.tracking.batches import inputs_of, number_of_batches, to_device_of
 from compression_plugins.fake_quant.post_training_config import PTQConfig
 
 Item = TypeVar("Item")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
-from compression_manager.checks import require_choice, require_type
+from compression_manager.configuration.checks import require_choice, require_type
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme
@@ -16,7 +16,7 @@ from compression_manager.quantization.integer.options import (
     Forward,
     ProductOptions,
 )
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 
 DEFAULT_WEIGHT = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
 DEFAULT_ACTIVATION = QuantizationScheme(bits=8, symmetric=False, signed=False)

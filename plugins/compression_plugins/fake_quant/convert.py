@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compression_manager.deploy.kinds import CONVERTED_CLASSES
-from compression_manager.deploy.layer_spec import LayerSpec
-from compression_manager.deploy.layers import ConvertedLayer
+from compression_manager.deploy.layers.base import ConvertedLayer
+from compression_manager.deploy.layers.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers.layer_spec import LayerSpec
 from compression_manager.quantization.layers import Part, QuantizedLayer
 
 

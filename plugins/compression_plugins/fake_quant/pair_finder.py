@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compression_manager.model_call import tensors_in
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.calling import tensors_in
+from compression_manager.models.hooks import ModelHooks
 
 _CONVOLUTIONS = (
     nn.Conv1d,

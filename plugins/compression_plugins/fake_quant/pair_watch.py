@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.hooks import ModelHooks
 from compression_manager.quantization.autograd import runs_backward
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from compression_manager import Plugin, hookimpl
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError, blame_option
-from compression_manager.model_call import quiet_evaluation
+from compression_manager.models.calling import quiet_evaluation
 from compression_manager.quantization import FakeQuantizer, ObservedFakeQuantizer
 from compression_manager.quantization.layers import SinglePartLayer
 from compression_manager.quantization.observers import RangeObserver

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from compression_manager.checks import require_choice, require_integer, require_type
+from compression_manager.configuration.checks import require_choice, require_integer, require_type
 from compression_manager.errors import ConfigError, MissingObjectError
 from compression_manager.plugin import PluginConfig, option
 from compression_manager.quantization import QuantizationScheme

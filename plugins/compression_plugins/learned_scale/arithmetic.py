@@ -32,9 +32,9 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import QuantizationScheme, fake_quantize
+from compression_manager.quantization.arithmetic.grid import compute_dtype, make_grid
 from compression_manager.quantization.autograd import apply, transforms_run
 from compression_manager.quantization.exporting import is_exporting
-from compression_manager.quantization.grid import compute_dtype, make_grid
 
 
 def learned_fake_quantize(

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from compression_manager.checks import require_not_negative, require_positive, require_type
+from compression_manager.configuration.checks import (
+    require_not_negative,
+    require_positive,
+    require_type,
+)
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import PluginConfig, option
-from compression_manager.quantization.parameters import MIN_SCALE
+from compression_manager.quantization.arithmetic.parameters import MIN_SCALE
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from compression_manager.quantization import (
     QuantizationScheme,
     QuantizationSite,
 )
+from compression_manager.quantization.arithmetic.parameters import check_range
 from compression_manager.quantization.autograd import apply, runs_backward
 from compression_manager.quantization.exporting import is_exporting
-from compression_manager.quantization.parameters import check_range
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
 from compression_manager.ranks import has_other_ranks, is_distributed
 from compression_plugins.learned_scale.arithmetic import (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.quantization import QuantizationScheme
-from compression_manager.quantization.parameters import compute_qparams
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
 from compression_manager.ranks import sum_of_ranks
 from compression_plugins.learned_scale.arithmetic import sum_per_scale
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from compression_manager.batches import number_of_batches
-from compression_manager.checks import require_not_negative, require_type
+from compression_manager.configuration.checks import require_not_negative, require_type
 from compression_manager.context import Context
 from compression_manager.metrics import Metric
 from compression_manager.plugin import Plugin, PluginConfig, hookimpl, option
 from compression_manager.progress_bar import ProgressBar
+from compression_manager.tracking.batches import number_of_batches
 
 
 @dataclass(frozen=True)

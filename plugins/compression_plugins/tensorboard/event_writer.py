@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from compression_manager.configuration.recipe import flat_recipe
 from compression_manager.metrics import Metric
-from compression_manager.recipe import flat_recipe
 
 
 class EventWriter:

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compression_manager.checks import require_integer, require_type, require_writable_folder
+from compression_manager.configuration.checks import (
+    require_integer,
+    require_type,
+    require_writable_folder,
+)
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.metrics import Metric

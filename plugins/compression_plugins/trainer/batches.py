@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError, suggest
-from compression_manager.model_call import LABEL_KEYS, without_labels
+from compression_manager.models.calling import LABEL_KEYS, without_labels
 from compression_manager.state import capture_random_state, restore_random_state
-from compression_manager.tracking import is_iterable
+from compression_manager.tracking.tracked import is_iterable
 
 SAMPLE_IDS = "sample_ids"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from compression_manager.composition import PluginSpec
 from compression_manager.errors import ConfigError
+from compression_manager.plugin_host.composition import PluginSpec
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation import DistillationConfig
 from compression_plugins.distillation.criteria import CriterionConfig

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.models.calling import call_model, quiet_evaluation
 from compression_plugins.distillation.outputs import find_logits
 from compression_plugins.trainer.batches import unpack
 

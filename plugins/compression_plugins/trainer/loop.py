@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from compression_manager import CompressionManager
-from compression_manager.model_call import call_model
+from compression_manager.models.calling import call_model
 from compression_plugins.trainer.batches import Batch, unpack
 from compression_plugins.trainer.evaluation import Criterion
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compression_manager import CompressionManager, prepare_compression
-from compression_manager.batches import undisturbed
-from compression_manager.checks import MAX_SEED, require_integer, require_type
-from compression_manager.composition import PluginSpec
+from compression_manager.configuration.checks import MAX_SEED, require_integer, require_type
 from compression_manager.errors import ConfigError, LifecycleError
-from compression_manager.model_call import quiet_evaluation
+from compression_manager.models.calling import quiet_evaluation
+from compression_manager.plugin_host.composition import PluginSpec
 from compression_manager.quantization.layers import QuantizedLayer
+from compression_manager.tracking.batches import undisturbed
 from compression_plugins.checkpoint import CheckpointConfig
 from compression_plugins.distillation.outputs import find_logits
 from compression_plugins.distillation.teachers.teacher import Teacher

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from compression_manager import Plugin, PluginConfig, option
 from compression_manager.cli import main
-from compression_manager.discovery import installed_plugins, load_plugin_class
+from compression_manager.plugin_host.discovery import installed_plugins, load_plugin_class
 
 
 @dataclass(frozen=True)

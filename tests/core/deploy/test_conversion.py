@@ -20,11 +20,11 @@ from compression_manager.deploy import (
 )
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import ParityError, QuantizationError
-from compression_manager.model_hooks import _DetachableHook
+from compression_manager.models.hooks import _DetachableHook
 from compression_manager.quantization import FakeQuantizer, QuantizationScheme, choose_qparams
+from compression_manager.quantization.arithmetic.parameters import QuantizationParameters
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_manager.quantization.layers import QuantizedLayer
-from compression_manager.quantization.parameters import QuantizationParameters
 from compression_plugins.distillation import DistillationConfig
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from quantization_reference import prepared, step, trained

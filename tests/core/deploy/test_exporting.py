@@ -26,7 +26,7 @@ from compression_manager.errors import (
     ParityError,
 )
 from compression_manager.integrations import onnx_export
-from compression_manager.model_call import call_model, tensors_in
+from compression_manager.models.calling import call_model, tensors_in
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.quantization.integer.selection import reference_arithmetic
 from compression_plugins import QATConfig

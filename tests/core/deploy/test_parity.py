@@ -13,7 +13,7 @@ from compression_manager.deploy import Parity, check_parity
 from compression_manager.deploy.conversion import Replacement
 from compression_manager.errors import ConfigError, ParityError
 from compression_manager.plugin import PluginConfig
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 from compression_plugins.fake_quant import QATConfig
 from quantization_reference import prepared, trained
 

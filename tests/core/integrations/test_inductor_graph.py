@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager import deploy
-from compression_manager.deploy.tracing import trace
 from compression_manager.integrations.inductor import int8_kernels_are_exact
 from compression_manager.integrations.inductor_graph import to_inductor_operators
 from compression_manager.quantization import QuantizableAdd, QuantizationScheme
 from compression_manager.quantization.integer.selection import reference_arithmetic
+from compression_manager.tracing.program import trace
 from quantization_reference import trained
 
 

@@ -16,8 +16,8 @@ from compression_manager.quantization import (
     fake_quantize,
     quantize,
 )
-from compression_manager.quantization.parameters import choose_qparams
-from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.arithmetic.parameters import choose_qparams
+from compression_manager.quantization.arithmetic.ranges import tensor_range
 from compression_manager.quantization.storage import unpack_bits
 from quantization_reference import trained
 

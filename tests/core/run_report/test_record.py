@@ -16,8 +16,8 @@ import toys
 from compression_manager import prepare_compression
 from compression_manager.quantization import QuantizationScheme
 from compression_manager.run_report.record import describe_run
-from compression_manager.schedule import StartAt
 from compression_manager.state import list_checkpoints
+from compression_manager.training.schedule import StartAt
 from compression_plugins import (
     CheckpointConfig,
     LearnedScaleConfig,

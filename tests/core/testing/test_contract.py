@@ -390,7 +390,9 @@ def test_hook_that_is_never_reached(failure: Check, monkeypatch: pytest.MonkeyPa
         def on_exception(self) -> None:
             pass
 
-    monkeypatch.setattr("compression_manager.loops.announce_exception", lambda *arguments: [])
+    monkeypatch.setattr(
+        "compression_manager.training.loops.announce_exception", lambda *arguments: []
+    )
     found = failure("test_failure_in_every_hook", Stopping)
     assert "do not reach the hook 'on_exception'" in found
 

@@ -14,7 +14,7 @@ import pytest
 
 import toys
 from compression_manager import ConfigError, Plugin, PluginConfig, option, prepare_compression
-from compression_manager.discovery import installed_plugins, load_plugin_class
+from compression_manager.plugin_host.discovery import installed_plugins, load_plugin_class
 from compression_manager.testing import RecordingPlugin
 
 pytest_plugins = ["compression_manager.testing.fixtures"]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from compression_manager import LifecycleError, prepare_compression
-from compression_manager.lifecycle import OPTIONAL_HOOKS
+from compression_manager.hookspecs import OPTIONAL_HOOKS
 from compression_manager.testing import (
     RecordingPlugin,
     images,

@@ -6,7 +6,7 @@ import pytest
 
 import toys
 from compression_manager import prepare_compression
-from compression_manager.config_description import describe_config
+from compression_manager.configuration.description import describe_config
 from compression_manager.errors import ConfigError, QuantizationError
 from compression_manager.quantization import (
     HistogramCalibration,

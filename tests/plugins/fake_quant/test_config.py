@@ -6,7 +6,7 @@ from torch import nn
 import compression_plugins
 from compression_manager.errors import ConfigError
 from compression_manager.quantization import QuantizationScheme
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 from compression_plugins.fake_quant import LayerRule, QATConfig
 
 

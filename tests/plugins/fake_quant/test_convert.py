@@ -14,7 +14,7 @@ from compression_manager import prepare_compression
 from compression_manager.deploy import ConvertedConv, ConvertedEmbedding, ConvertedLinear
 from compression_manager.errors import ConfigError, QuantizationError
 from compression_manager.quantization import QuantizationScheme
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 from compression_plugins.distillation import DistillationConfig
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from compression_plugins.fake_quant.convert import convert_layer

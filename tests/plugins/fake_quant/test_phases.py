@@ -8,7 +8,7 @@ from torch import nn
 
 import toys
 from compression_manager import prepare_compression
-from compression_manager.schedule import StartAt
+from compression_manager.training.schedule import StartAt
 from compression_plugins.fake_quant import QATConfig
 from quantization_reference import (
     activation_grid,

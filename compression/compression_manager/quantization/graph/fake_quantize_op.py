@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.arithmetic.parameters import choose_qparams
+from compression_manager.quantization.arithmetic.ranges import tensor_range
 from compression_manager.quantization.graph.operations import Operation, Shape, as_shape
-from compression_manager.quantization.parameters import choose_qparams
-from compression_manager.quantization.ranges import tensor_range
 from compression_manager.quantization.scheme import MAX_BITS, MIN_BITS, QuantizationScheme
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compression_manager.checks import write_text
+from compression_manager.configuration.checks import write_text
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.graph.fake_quantize_op import FakeQuantizeOp
 from compression_manager.quantization.graph.operations import Operation

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import arithmetic
-from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
+from compression_manager.quantization.arithmetic import rounding
 from compression_manager.quantization.graph.fake_quantize_op import (
     FakeQuantizeOp,
     format_scale,
@@ -19,13 +18,14 @@ from compression_manager.quantization.graph.fake_quantize_op import (
 from compression_manager.quantization.graph.naming import bound_arguments
 from compression_manager.quantization.graph.operations import Operation, TensorOp, format_dtype
 from compression_manager.quantization.graph.tensor_ids import TensorIds
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.dynamic_quantizer import fake_quantize_dynamically
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 
 _ARITHMETIC: dict[object, str] = {
-    arithmetic.fake_quantize: "fake_quantize",
-    arithmetic.quantize: "quantize",
-    arithmetic.dequantize: "dequantize",
+    rounding.fake_quantize: "fake_quantize",
+    rounding.quantize: "quantize",
+    rounding.dequantize: "dequantize",
     fake_quantize_dynamically: "dynamic",
     torch.ops.compression_manager.fake_quantize: "fake_quantize",
     torch.ops.compression_manager.quantize: "quantize",
@@ -53,7 +53,7 @@ def arithmetic_operation(
     outputs: Sequence[Tensor],
     ids: TensorIds,
 ) -> Operation | None:
-    """Return the line of a function of `arithmetic`, or of its operator; None for all others."""
+    """Return the line of a function of `rounding`, or of its operator; None for all others."""
     name = _ARITHMETIC.get(getattr(function, "_overloadpacket", function))
     if name is None or len(outputs) != 1:
         return None

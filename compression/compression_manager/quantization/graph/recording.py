@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from compression_manager.deploy.copying import copy_model
-from compression_manager.model_call import call_with_examples, quiet_evaluation, tensors_in
-from compression_manager.quantization.changes import version_of
+from compression_manager.models.calling import call_with_examples, quiet_evaluation, tensors_in
+from compression_manager.models.copying import copy_model
 from compression_manager.quantization.graph.naming import Call, read_call
 from compression_manager.quantization.graph.operations import Operation
 from compression_manager.quantization.graph.quantizer_lines import (
@@ -28,7 +27,8 @@ from compression_manager.quantization.graph.quantizer_lines import (
 )
 from compression_manager.quantization.graph.tensor_ids import TensorIds
 from compression_manager.quantization.integer.selection import reference_arithmetic
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
+from compression_manager.quantization.tensors.changes import version_of
 
 
 def record_operations(model: nn.Module, example_inputs: Any) -> tuple[list[Operation], list[int]]:

@@ -24,7 +24,7 @@ from compression_manager.quantization.integer.operands import IntegerInput, Inte
 from compression_manager.quantization.integer.options import PIECES, Backward
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.scratch import values_of
-from compression_manager.quantization.memory_format import strided_copy
+from compression_manager.quantization.tensors.memory_format import strided_copy
 
 
 @dataclass(eq=False, slots=True)

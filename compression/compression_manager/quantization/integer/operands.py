@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compression_manager.quantization import scalars
+from compression_manager.quantization.arithmetic import scalars
+from compression_manager.quantization.arithmetic.ranges import extremes
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
-from compression_manager.quantization.ranges import extremes
-from compression_manager.quantization.recent import remembered
+from compression_manager.quantization.quantizers.quantizer_module import ObservedFakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
+from compression_manager.quantization.tensors.recent import remembered
 
 _BITS = 8
 # What the smallest and the largest value of a tensor are remembered under.

@@ -16,7 +16,7 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.operands import IntegerInput, IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import TORCH
-from compression_manager.quantization.memory_format import formatted_like
+from compression_manager.quantization.tensors.memory_format import formatted_like
 
 # What turns a signed code into an unsigned one, and back.
 _OFFSET = 128

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.arithmetic.parameters import symmetric_scale
 from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.bits import (
     bytes_of,
@@ -22,8 +23,7 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.parts import part_length, parts, row_parts
 from compression_manager.quantization.integer.passes import ROWS, Passes
 from compression_manager.quantization.integer.rounding import Rounding
-from compression_manager.quantization.memory_format import formatted_like, in_memory_order
-from compression_manager.quantization.parameters import symmetric_scale
+from compression_manager.quantization.tensors.memory_format import formatted_like, in_memory_order
 
 
 class TorchPasses(Passes):

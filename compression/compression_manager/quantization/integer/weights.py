@@ -17,16 +17,19 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import TensorWeakRef
 
-from compression_manager.quantization import arithmetic, kernels
-from compression_manager.quantization.changes import sample_of, version_of
+from compression_manager.quantization.arithmetic import kernels, rounding
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.operands import IntegerWeight
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.scratch import claim, hold
-from compression_manager.quantization.memory_format import dense, in_memory_order
 from compression_manager.quantization.observers.extremes import gives_own_range
-from compression_manager.quantization.parameters import compute_qparams
-from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import (
+    FakeQuantizer,
+    ObservedFakeQuantizer,
+)
+from compression_manager.quantization.tensors.changes import sample_of, version_of
+from compression_manager.quantization.tensors.memory_format import dense, in_memory_order
 
 
 @dataclass(eq=False, slots=True)
@@ -130,7 +133,7 @@ def _quantize_weight(
     scale, zero_point = compute_qparams(*quantizer.observer.compute_range(weight), scheme)
     numbers = scale, zero_point, scheme.quant_min, scheme.quant_max, scheme.axis
     weight = dense(weight)
-    codes = arithmetic.quantize(weight, *numbers)
+    codes = rounding.quantize(weight, *numbers)
     clipped = in_memory_order(kernels.is_clipped(weight, *numbers))
     any_clipped = weight.device.type != "cpu" or bool(clipped.any())
     return IntegerWeight(

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.weights import forget_weights
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
 
 

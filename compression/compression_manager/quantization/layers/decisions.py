@@ -12,7 +12,7 @@ from compression_manager.quantization.integer.products import convolution_kernel
 from compression_manager.quantization.integer.rule import Decision
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.base import Part, QuantizedLayer
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 
 # By the part's first quantizer, which no other part has.
 _Decisions = WeakKeyDictionary[FakeQuantizer, Decision]

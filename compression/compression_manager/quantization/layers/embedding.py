@@ -7,13 +7,16 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.quantization.arithmetic import fake_quantize
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
+from compression_manager.quantization.arithmetic.ranges import tensor_range
+from compression_manager.quantization.arithmetic.rounding import fake_quantize
 from compression_manager.quantization.exporting import is_exporting
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer, has_hooks
 from compression_manager.quantization.observers.extremes import gives_own_range
-from compression_manager.quantization.parameters import compute_qparams
-from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
-from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.quantizers.quantizer_module import (
+    FakeQuantizer,
+    ObservedFakeQuantizer,
+)
 
 
 class _QuantizedTable(SinglePartLayer):

@@ -35,9 +35,12 @@ from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.integer.weights import integer_weight, quantizes_rows
 from compression_manager.quantization.layers.base import Part, has_hooks
 from compression_manager.quantization.layers.decisions import remember
-from compression_manager.quantization.memory_format import dense
-from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import (
+    FakeQuantizer,
+    ObservedFakeQuantizer,
+)
 from compression_manager.quantization.scheme import QuantizationScheme
+from compression_manager.quantization.tensors.memory_format import dense
 
 _FAKE = Decision("fake")
 

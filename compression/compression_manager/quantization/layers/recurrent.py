@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.quantization.layers.base import Operand, QuantizedLayer
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 
 
 class _QuantizedRecurrent(QuantizedLayer):

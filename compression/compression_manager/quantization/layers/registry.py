@@ -40,7 +40,7 @@ from compression_manager.quantization.layers.recurrent import (
     QuantizedLSTM,
     QuantizedRNN,
 )
-from compression_manager.quantization.quantizer_module import FakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import FakeQuantizer
 
 QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedLayer]] = {
     quantized.float_class: quantized

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compression_manager.quantization.autograd import apply, differentiable_once
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import active_passes, why_reference
-from compression_manager.quantization.memory_format import is_dense, strided_copy
+from compression_manager.quantization.tensors.memory_format import is_dense, strided_copy
 
 
 class BitMaskReLU(nn.ReLU):

@@ -16,8 +16,11 @@ from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.layers.base import Part
 from compression_manager.quantization.layers.decisions import remember
 from compression_manager.quantization.layers.products import why_no_integers_of
-from compression_manager.quantization.memory_format import dense, is_dense
-from compression_manager.quantization.quantizer_module import FakeQuantizer, ObservedFakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import (
+    FakeQuantizer,
+    ObservedFakeQuantizer,
+)
+from compression_manager.quantization.tensors.memory_format import dense, is_dense
 
 
 def add(part: Part, options: ProductOptions, input: Tensor, residual: Tensor) -> Tensor:

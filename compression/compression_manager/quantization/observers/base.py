@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.arithmetic.ranges import range_shape, tensor_range
 from compression_manager.quantization.observer import Observer
-from compression_manager.quantization.ranges import range_shape, tensor_range
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 from compression_manager.ranks import has_other_ranks, maximum_of_ranks

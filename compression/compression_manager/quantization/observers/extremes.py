@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import scalars
+from compression_manager.quantization.arithmetic import scalars
 from compression_manager.quantization.observer import Observer
 from compression_manager.quantization.observers.base import RangeObserver
 from compression_manager.quantization.scheme import QuantizationScheme

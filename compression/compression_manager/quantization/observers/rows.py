@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.arithmetic.ranges import range_shape
 from compression_manager.quantization.scheme import QuantizationScheme
 
 

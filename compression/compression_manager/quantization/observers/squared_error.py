@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
 from compression_manager.quantization.observers.bins import Layout
-from compression_manager.quantization.parameters import compute_qparams
 from compression_manager.quantization.scheme import QuantizationScheme
 
 # (candidates, rows) of minima and of maxima -> (candidates, rows) of errors, on any scale.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.arithmetic.overridable import overridable
 from compression_manager.quantization.exporting import is_exporting
-from compression_manager.quantization.overridable import overridable
 
 _BYTE = 8
 

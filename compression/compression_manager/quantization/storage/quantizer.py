@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from compression_manager.checks import require_type
+from compression_manager.configuration.checks import require_type
 from compression_manager.errors import ConfigError, QuantizationError
+from compression_manager.quantization.arithmetic.parameters import check_range, choose_qparams
+from compression_manager.quantization.arithmetic.ranges import range_shape
 from compression_manager.quantization.calibration import Calibration, MinMaxCalibration
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.noise import sqnr_db
-from compression_manager.quantization.parameters import check_range, choose_qparams
-from compression_manager.quantization.ranges import range_shape
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 from compression_manager.quantization.storage.exchange import (

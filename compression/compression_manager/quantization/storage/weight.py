@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.arithmetic import dequantize, quantize
-from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.arithmetic.ranges import range_shape
+from compression_manager.quantization.arithmetic.rounding import dequantize, quantize
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.storage.packing import (
     pack_bits,

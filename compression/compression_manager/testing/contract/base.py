@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from compression_manager.composition import PluginSpec
-from compression_manager.discovery import load_plugin_class
 from compression_manager.manager import CompressionManager
 from compression_manager.plugin import Plugin, PluginConfig
+from compression_manager.plugin_host.composition import PluginSpec
+from compression_manager.plugin_host.discovery import load_plugin_class
 from compression_manager.prepare import prepare_compression
 from compression_manager.state import (
     capture_random_state,

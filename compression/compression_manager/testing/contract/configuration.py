@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from compression_manager.composition import describe_node
-from compression_manager.config import build_config
+from compression_manager.configuration.config import build_config
+from compression_manager.configuration.options import describe_options, nested_kinds
 from compression_manager.errors import ConfigError
-from compression_manager.options import describe_options, nested_kinds
 from compression_manager.plugin import PluginConfig
+from compression_manager.plugin_host.composition import describe_node
 from compression_manager.testing.comparison import differences
 from compression_manager.testing.contract.base import ContractRuns, Parts, require, require_none
 

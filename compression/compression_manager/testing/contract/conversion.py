@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from compression_manager import deploy
-from compression_manager.deploy.layers import ConvertedLayer
-from compression_manager.discovery import load_plugin_class
+from compression_manager.deploy.layers.base import ConvertedLayer
 from compression_manager.errors import CompressionError
-from compression_manager.model_call import call_model
+from compression_manager.models.calling import call_model
 from compression_manager.plugin import PluginConfig
+from compression_manager.plugin_host.discovery import load_plugin_class
 from compression_manager.testing.comparison import differences
 from compression_manager.testing.contract.base import ContractRuns, Run, require, require_none
 

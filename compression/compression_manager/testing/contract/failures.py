@@ -8,8 +8,8 @@ from typing import Any
 
 from compression_manager.context import Context
 from compression_manager.errors import ConfigError, PluginError
-from compression_manager.loading import implemented_hooks
 from compression_manager.plugin import PROJECT_NAME, Plugin, hookimpl
+from compression_manager.plugin_host.loading import implemented_hooks
 from compression_manager.quantization.scheme import QuantizationScheme
 from compression_manager.quantization.site import QuantizationSite
 from compression_manager.testing.contract.base import ContractRuns, Parts, require, require_none

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import call_model, quiet_evaluation
+from compression_manager.models.calling import call_model, quiet_evaluation
 from compression_manager.state import capture_random_state
 from compression_manager.testing.comparison import differences
 from compression_manager.testing.contract.base import ContractRuns, Parts, Run, require_none

@@ -12,7 +12,7 @@ from torch import Tensor
 from compression_manager.errors import CompressionError
 from compression_manager.manager import CompressionManager
 from compression_manager.metrics import Metric
-from compression_manager.model_call import tensors_in
+from compression_manager.models.calling import tensors_in
 from compression_manager.state import seed_everything, write_checkpoint
 from compression_manager.testing.comparison import differences
 from compression_manager.testing.contract.base import SEED, ContractRuns, Run, require_none

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from compression_manager.composition import PluginSpec
 from compression_manager.errors import LifecycleError
-from compression_manager.loading import required_hooks
+from compression_manager.plugin_host.composition import PluginSpec
+from compression_manager.plugin_host.loading import required_hooks
 from compression_manager.state import capture_random_state
 from compression_manager.testing.comparison import differences
 from compression_manager.testing.contract.base import ContractRuns, require, require_none
@@ -38,7 +38,7 @@ class TrainingContract(ContractRuns):
             differences(capture_random_state(), before, "random state"),
             "preparing moved the global random generators, so that data and dropout are others "
             "than without the plugin; draw from a torch.Generator of the plugin's own, or put "
-            "the state back (compression_manager.model_call.quiet_evaluation):",
+            "the state back (compression_manager.models.calling.quiet_evaluation):",
         )
         run.manager.close()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import ConfigError, suggest
-from compression_manager.model_call import call_model, without_labels
+from compression_manager.models.calling import call_model, without_labels
 
 # 2.6 takes rows for distributions if their sums differ from 1 by no more.
 _TOLERANCE = 0.2

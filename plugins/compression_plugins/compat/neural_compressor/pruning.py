@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from compression_manager import PluginConfig, StartAt
-from compression_manager.discovery import installed_plugins, load_plugin_class
 from compression_manager.errors import ConfigError, suggest
+from compression_manager.plugin_host.discovery import installed_plugins, load_plugin_class
 from compression_plugins.compat.neural_compressor import config as compat
 
 PLUGIN = "magnitude_pruning"

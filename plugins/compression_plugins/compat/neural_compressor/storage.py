@@ -9,7 +9,7 @@ import safetensors.torch
 from torch import nn
 
 from compression_manager import deploy
-from compression_manager.checks import as_path
+from compression_manager.configuration.checks import as_path
 from compression_manager.errors import CheckpointError, CheckpointMismatchError, ConfigError
 from compression_manager.state import atomic_directory, verify_directory
 from compression_plugins.compat.neural_compressor.model import unwrapped

@@ -12,9 +12,9 @@ from torch import nn
 
 import compression_manager
 from compression_manager import PluginConfig
-from compression_manager.checks import as_path
-from compression_manager.composition import PluginSpec
+from compression_manager.configuration.checks import as_path
 from compression_manager.errors import ConfigError
+from compression_manager.plugin_host.composition import PluginSpec
 from compression_plugins.compat.neural_compressor import config as compat
 from compression_plugins.compat.neural_compressor.callbacks import CallBacks
 from compression_plugins.compat.neural_compressor.distillation import (

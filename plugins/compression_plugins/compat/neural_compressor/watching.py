@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.hooks import ModelHooks
 
 
 class Listener(Protocol):

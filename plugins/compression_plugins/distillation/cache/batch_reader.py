@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compression_manager.batches import to_device_of
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import call_model, without_labels
+from compression_manager.models.calling import call_model, without_labels
+from compression_manager.tracking.batches import to_device_of
 from compression_plugins.distillation.cache.dataset import SAMPLE_IDS
 from compression_plugins.distillation.cache.encoding import OWNER
 from compression_plugins.distillation.cache.lookup import as_sample_ids

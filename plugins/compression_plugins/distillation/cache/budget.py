@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from compression_manager.batches import number_of_batches
 from compression_manager.errors import ConfigError
+from compression_manager.tracking.batches import number_of_batches
 from compression_plugins.distillation.cache.encoding import DTYPES, OWNER, Encoding
 
 # A row's id in its shard, and id and row in the index.

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compression_manager.batches import number_of_batches, undisturbed
-from compression_manager.checks import (
+from compression_manager.configuration.checks import (
     as_path,
     require_integer,
     require_type,
     require_writable_folder,
 )
 from compression_manager.errors import CheckpointMismatchError
-from compression_manager.model_call import quiet_evaluation
+from compression_manager.models.calling import quiet_evaluation
+from compression_manager.tracking.batches import number_of_batches, undisturbed
 from compression_plugins.distillation.cache.batch_reader import BatchReader
 from compression_plugins.distillation.cache.budget import check_budget, expected_samples
 from compression_plugins.distillation.cache.building import Builder

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from compression_manager.checks import require_integer
+from compression_manager.configuration.checks import require_integer
 from compression_manager.errors import ConfigError
 
 SAMPLE_IDS = "sample_ids"

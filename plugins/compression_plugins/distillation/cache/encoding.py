@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compression_manager.checks import require_choice, require_integer
+from compression_manager.configuration.checks import require_choice, require_integer
 from compression_manager.errors import ConfigError
 
 OWNER = "TeacherCache"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from compression_manager.batches import number_of_batches
 from compression_manager.progress_bar import ProgressBar
+from compression_manager.tracking.batches import number_of_batches
 
 
 def progress_bar(loader: Iterable[Any]) -> ProgressBar:

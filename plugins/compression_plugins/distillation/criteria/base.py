@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from compression_manager.checks import require_integer
+from compression_manager.configuration.checks import require_integer
 from compression_manager.errors import CheckpointMismatchError, ConfigError
 from compression_manager.loss import LossTerms
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.hooks import ModelHooks
 from compression_manager.plugin import option
 from compression_plugins.distillation.criteria.batch import Batch
 from compression_plugins.distillation.criteria.catalog import NamedLoss

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import LABEL_KEYS
+from compression_manager.models.calling import LABEL_KEYS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from compression_manager.checks import require_type
+from compression_manager.configuration.checks import require_type
 from compression_manager.errors import ConfigError
 from compression_manager.plugin import option
 from compression_plugins.distillation.criteria.base import CriterionConfig, Surroundings

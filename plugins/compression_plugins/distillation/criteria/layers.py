@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from compression_manager.checks import require_choice
+from compression_manager.configuration.checks import require_choice
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.plugin import option
 from compression_plugins.distillation.criteria.base import Surroundings

@@ -8,7 +8,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from compression_manager.checks import require_choice, require_not_negative, require_type
+from compression_manager.configuration.checks import (
+    require_choice,
+    require_not_negative,
+    require_type,
+)
 from compression_manager.errors import ConfigError, blame_option
 from compression_manager.loss import LossTerms
 from compression_manager.plugin import option

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd.graph import Node
 
 from compression_manager.errors import ConfigError
-from compression_manager.model_call import tensors_in
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.calling import tensors_in
+from compression_manager.models.hooks import ModelHooks
 
 
 class Recorder:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compression_manager.checks import (
+from compression_manager.configuration.checks import (
     require_choice,
     require_integer,
     require_not_negative,

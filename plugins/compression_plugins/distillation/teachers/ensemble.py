@@ -10,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compression_manager.checks import require_choice, require_not_negative, require_type
+from compression_manager.configuration.checks import (
+    require_choice,
+    require_not_negative,
+    require_type,
+)
 from compression_manager.errors import CheckpointMismatchError, ConfigError
 from compression_plugins.distillation.classes import dimension_of_classes
 from compression_plugins.distillation.outputs import find_logits

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from compression_manager.errors import CompressionError, ConfigError, NotExportableError
-from compression_manager.model_call import tensors_in
+from compression_manager.models.calling import tensors_in
 
 
 def export_program(

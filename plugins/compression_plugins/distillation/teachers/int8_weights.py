@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from compression_manager.deploy.copying import copy_model
+from compression_manager.models.copying import copy_model
 from compression_manager.quantization import QuantizationScheme, Quantizer
 
 

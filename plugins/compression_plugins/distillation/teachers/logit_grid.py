@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compression_manager.checks import require_integer, require_positive
+from compression_manager.configuration.checks import require_integer, require_positive
 from compression_manager.errors import ConfigError
 from compression_manager.quantization import QuantizationScheme, choose_qparams
-from compression_manager.quantization.ranges import tensor_range
+from compression_manager.quantization.arithmetic.ranges import tensor_range
 from compression_manager.quantization.scheme import MAX_FLOAT32_BITS
 
 OWNER = "QuantizedTeacher"

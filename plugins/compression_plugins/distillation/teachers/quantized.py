@@ -8,17 +8,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compression_manager.checks import require_integer, require_type
+from compression_manager.configuration.checks import require_integer, require_type
 from compression_manager.errors import CheckpointMismatchError, ConfigError, NotExportableError
-from compression_manager.model_call import call_model, quiet_evaluation, without_labels
+from compression_manager.models.calling import call_model, quiet_evaluation, without_labels
 from compression_manager.quantization import (
     QuantizationScheme,
     choose_qparams,
     fake_quantize,
 )
+from compression_manager.quantization.arithmetic.parameters import zero_point_dtype
 from compression_manager.quantization.exporting import is_exporting
-from compression_manager.quantization.parameters import zero_point_dtype
-from compression_manager.quantization.precision import Float32Buffers
+from compression_manager.quantization.quantizers.precision import Float32Buffers
 from compression_plugins.distillation.outputs import find_logits
 from compression_plugins.distillation.teachers.distortion import (
     TeacherDistortion,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
-from compression_manager.checks import require_choice, require_type
-from compression_manager.deploy.copying import copy_model
-from compression_manager.model_call import tensors_in
+from compression_manager.configuration.checks import require_choice, require_type
+from compression_manager.models.calling import tensors_in
+from compression_manager.models.copying import copy_model
 from compression_manager.plugin import option
 from compression_plugins.distillation.teachers.int8_weights import with_int8_weights
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from compression_manager.context import Context
 from compression_manager.errors import CompressionError, ConfigError
-from compression_manager.held_attributes import hold
-from compression_manager.model_call import call_model, tensors_in, without_labels
+from compression_manager.models.calling import call_model, tensors_in, without_labels
+from compression_manager.models.held_attributes import hold
 
 
 class Teacher:

@@ -22,7 +22,7 @@ from compression_manager.quantization import (
     fake_quantize,
     quantize,
 )
-from compression_manager.quantization.dynamic_quantizer import fake_quantize_dynamically
+from compression_manager.quantization.quantizers.dynamic_quantizer import fake_quantize_dynamically
 from toys import ConvNet, assert_identical, mlp
 
 LINE = re.compile(r"t\d+ = [A-Z]\w*\(.*\) : (Float32|Float64|Int64|Bool) \[[\d, ]*\]")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compression_manager.quantization import QuantizationScheme, quantize
+from compression_manager.quantization.arithmetic.parameters import compute_qparams
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.parameters import compute_qparams
 from dense_tensors import LARGEST, SPECIAL, same
 
 EPSILON = np.float32(2.0**-23)

@@ -15,7 +15,7 @@ from compression_manager.quantization import (
     StorageReport,
 )
 from compression_manager.quantization.layers import quantize_layer
-from compression_manager.quantization.quantizer_module import ObservedFakeQuantizer
+from compression_manager.quantization.quantizers.quantizer_module import ObservedFakeQuantizer
 from compression_manager.quantization.site import QuantizationSite
 from integer_weights import TiedModel
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import toys
 from compression_manager import ConfigError
-from compression_manager.discovery import ENTRY_POINT_GROUP
+from compression_manager.plugin_host.discovery import ENTRY_POINT_GROUP
 from compression_plugins.compat.neural_compressor import (
     DistillationConfig,
     QuantizationAwareTrainingConfig,

@@ -10,7 +10,7 @@ from torch import nn
 
 import toys
 from compression_manager import ConfigError, prepare_compression
-from compression_manager.model_hooks import ModelHooks
+from compression_manager.models.hooks import ModelHooks
 from compression_plugins import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,

@@ -9,7 +9,7 @@ from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.bits import mask_bytes
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.passes import MAX_SUMMED
-from compression_manager.quantization.memory_format import has_gaps, is_dense
+from compression_manager.quantization.tensors.memory_format import has_gaps, is_dense
 
 CODES = (torch.uint8, torch.int8)
 

@@ -26,7 +26,7 @@ from compression_manager.quantization.integer.native.integers import (
 )
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
-from compression_manager.quantization.memory_format import is_dense
+from compression_manager.quantization.tensors.memory_format import is_dense
 
 
 class NativePasses(NativeIntegers):

@@ -1,0 +1,1 @@
+"""From recipes to typed options: YAML files, config dataclasses, and checks of their values."""

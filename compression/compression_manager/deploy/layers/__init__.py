@@ -1,0 +1,1 @@
+"""Deployed layers, one module for each kind."""

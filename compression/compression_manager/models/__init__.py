@@ -1,0 +1,1 @@
+"""Handling a model of the user's: calling, watching and copying it."""

@@ -1,0 +1,1 @@
+"""The arithmetic of quantization: scales, rounding to integers and back."""

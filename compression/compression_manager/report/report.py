@@ -1,0 +1,287 @@
+"""What became of every layer: quantized how or why not, bytes, and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from compression_manager.deploy.layers.base import ConvertedLayer
+from compression_manager.deploy.layers.kinds import CONVERTED_CLASSES
+from compression_manager.deploy.layers.layer_spec import LayerSpec
+from compression_manager.deploy.parity import Parity
+from compression_manager.json_values import json_values
+from compression_manager.quantization import FakeQuantizer
+from compression_manager.quantization.graph import QuantizationGraph
+from compression_manager.quantization.layers import (
+    QuantizedLayer,
+    quantized_class,
+    weight_identity,
+)
+from compression_manager.quantization.layers.decisions import (
+    LayerArithmetic,
+    arithmetic_lines,
+    arithmetic_of,
+)
+from compression_manager.report.layer_measurements import LayerMeasurement, measure_layers
+from compression_manager.report.sensitivity import Sensitivity
+
+__all__ = ["LayerArithmetic", "LayerReport", "Report"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: qualified name.
+        kind: class name of the float layer.
+        quantized: whether conversion stores integers for it.
+        detail: the schemes, or why the layer is not quantized.
+        bytes_before: bytes of its saved tensors in the float model; a tensor that several
+            layers share counts for the first.
+        bytes_after: the same in the converted model: integers, scales, zero points and bias.
+        sqnr_db: signal-to-quantization-noise ratio of its output against the float layer on
+            the same input, in decibels, infinite without noise; None if the layer was not
+            reached, is not quantized, or fake quantization has not begun.
+        arithmetic: how its products were computed last, why not on integers, and by which
+            kernel; None if it has none, or was not called yet.
+        time_ratio: time of its integer kernel to that of float32 on this machine; None if it
+            was not measured or does not compute on integers.
+    """
+
+    name: str
+    kind: str
+    quantized: bool
+    detail: str
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None
+    arithmetic: LayerArithmetic | None = None
+    time_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All layers that hold parameters or could be quantized; `print(report)` shows a table.
+
+    Attributes:
+        layers: in the model's order.
+        parity: how close the last `convert` came to the trained model; None before it.
+        sensitivity: what each layer's quantization does to the output, if it was asked for.
+        graph: the operations of the model, if they were asked for.
+        notes: plugin -> what it has to say.
+    """
+
+    layers: tuple[LayerReport, ...]
+    parity: Parity | None = None
+    sensitivity: Sensitivity | None = None
+    graph: QuantizationGraph | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters and buffers as floats."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors after conversion."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON, which has no infinity: that becomes the string 'inf'."""
+        return {
+            "layers": [json_values(asdict(layer)) for layer in self.layers],
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "parity": None if self.parity is None else asdict(self.parity),
+            "sensitivity": None if self.sensitivity is None else self.sensitivity.to_dict(),
+            "graph": None if self.graph is None else str(self.graph).splitlines(),
+            "notes": dict(self.notes),
+        }
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "bytes", "after", "output SQNR dB", "quantized how, or why not")]
+        for layer in self.layers:
+            noise = "-" if layer.sqnr_db is None else f"{layer.sqnr_db:.1f}"
+            rows.append(
+                (
+                    layer.name or "(the model)",
+                    layer.kind,
+                    f"{layer.bytes_before:,}",
+                    f"{layer.bytes_after:,}",
+                    noise,
+                    layer.detail,
+                )
+            )
+        rows.append(("total", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "", ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        numeric = {2, 3, 4}
+        lines = [
+            "  ".join(
+                [
+                    cell.rjust(width) if column in numeric else cell.ljust(width)
+                    for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+                ]
+                + [row[5]]
+            ).rstrip()
+            for row in rows
+        ]
+        lines += self._arithmetic_lines()
+        if self.parity is not None:
+            lines.append(str(self.parity))
+        lines += [f"{plugin}: {note}" for plugin, note in self.notes.items()]
+        lines += [str(part) for part in (self.sensitivity, self.graph) if part is not None]
+        return "\n".join(lines)
+
+    def _arithmetic_lines(self) -> list[str]:
+        """Return who computes on what, and who gains nothing by integers."""
+        lines = arithmetic_lines(
+            {
+                layer.name or "(the model)": layer.arithmetic
+                for layer in self.layers
+                if layer.arithmetic is not None
+            }
+        )
+        slower = [
+            f"{layer.name or '(the model)'} ({layer.time_ratio:.1f} times float32's time)"
+            for layer in self.layers
+            if layer.time_ratio is not None and layer.time_ratio > 1.0
+        ]
+        if slower:
+            lines.append(f"slower on integers than in float32 here: {', '.join(slower)}")
+        return lines
+
+
+def build_report(
+    model: nn.Module,
+    skipped: Mapping[str, str],
+    folded: Mapping[str, str],
+    example_inputs: Any = None,
+) -> Report:
+    """Describe `model`.
+
+    Args:
+        model: a prepared model.
+        skipped: layer name -> why it is not quantized.
+        folded: layer name -> layer that does its work after conversion.
+        example_inputs: what to call the model with to measure noise; None leaves it out.
+    """
+    measured = {} if example_inputs is None else measure_layers(model, example_inputs)
+    inside_quantizers = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, FakeQuantizer)
+        for child in module.modules()
+    }
+    sizes = _Sizes()
+    layers = []
+    for name, module in model.named_modules():
+        if id(module) in inside_quantizers:
+            continue
+        if isinstance(module, QuantizedLayer):
+            gains_bias = name in folded.values()
+            layers.append(_quantized(name, module, measured.get(name), gains_bias, sizes))
+        elif name in skipped or any(True for _ in _saved_tensors(module)):
+            reason = skipped.get(name) or _reason_against(module)
+            size = sizes.take(_saved_tensors(module))
+            after = 0 if name in folded else size
+            kind = type(module).__name__
+            layers.append(LayerReport(name, kind, False, reason, size, after, None))
+    return Report(tuple(layers))
+
+
+def _reason_against(module: nn.Module) -> str:
+    """Return why nobody planned what to do with `module`."""
+    if quantized_class(type(module)) is None:
+        return "not a layer with a weight"
+    return "no plugin quantizes, or the layer came after the model was prepared"
+
+
+class _Sizes:
+    """Counts the bytes of each tensor once, however many layers share it."""
+
+    def __init__(self) -> None:
+        self._counted: set[int] = set()
+        self._integers: dict[tuple[object, object], tuple[str, Tensor]] = {}
+
+    def take(self, tensors: Iterable[Tensor]) -> int:
+        total = 0
+        for tensor in tensors:
+            if id(tensor) not in self._counted:
+                self._counted.add(id(tensor))
+                total += _bytes(tensor)
+        return total
+
+    def shares_integers(self, name: str, weight: Tensor, scheme: object) -> str | None:
+        """Return the earlier layer whose integers are those of `weight` as well."""
+        # The weight is kept as well, so that its identity stays its own.
+        first, _ = self._integers.setdefault((weight_identity(weight), scheme), (name, weight))
+        return None if first == name else first
+
+
+def _quantized(
+    name: str,
+    layer: QuantizedLayer,
+    measured: LayerMeasurement | None,
+    gains_bias: bool,
+    sizes: _Sizes,
+) -> LayerReport:
+    weight, input = layer.weight_scheme, layer.input_scheme
+    detail = f"weight {weight or 'none'}, input {input or 'float'}"
+    inputs = layer.input_quantizers()
+    if any(item.phase.quantizing and not item.is_calibrated() for item in inputs):
+        input = None
+        detail = f"weight {weight or 'none'}, input float: no training step called it in train mode"
+    parts = layer.parts()
+    spec = LayerSpec(
+        kind=layer.float_class.__name__,
+        weight=weight,
+        input=input,
+        bias=gains_bias or any(part.bias is not None for part in parts.values()),
+    )
+    converted = CONVERTED_CLASSES[spec.kind](layer, spec)
+    stored_in = [converted, *(converted.get_submodule(part) for part in parts)]
+    held = {id(item): item for module in stored_in for item in module.buffers(recurse=False)}
+    for part_name, part in parts.items():
+        # Folding gives a layer integers of its own.
+        if part.weight is None or gains_bias:
+            continue
+        part_of_model = ".".join(filter(None, (name, part_name)))
+        other = sizes.shares_integers(part_of_model, part.weight, weight)
+        if other is not None:
+            detail += f", integers shared with '{other}'"
+            stored = cast(ConvertedLayer, converted.get_submodule(part_name))
+            for shared in stored.weight_tensors().values():
+                held.pop(id(shared))
+    before = sizes.take(layer.parameters(recurse=False))
+    after = sum(_bytes(tensor) for tensor in held.values())
+    return LayerReport(
+        name,
+        spec.kind,
+        True,
+        detail,
+        before,
+        after,
+        None if measured is None else measured.sqnr_db,
+        arithmetic_of(layer),
+        None if measured is None else measured.time_ratio,
+    )
+
+
+def _saved_tensors(module: nn.Module) -> list[Tensor]:
+    """Return the module's own tensors that a state_dict holds."""
+    saved = [
+        buffer
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [*module.parameters(recurse=False), *saved]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
