@@ -30,8 +30,9 @@ from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.convert import can_fold, convert_layer
 from compression_plugins.fake_quant.details import publish_layer
 from compression_plugins.fake_quant.insertion import make_quantizers
-from compression_plugins.fake_quant.pair_finder import PairFinder, observe_next_forward
+from compression_plugins.fake_quant.pair_finder import ObservedPass, PairFinder
 from compression_plugins.fake_quant.pair_watch import PairWatch
+from compression_plugins.fake_quant.pass_observer import PassObserver
 from compression_plugins.fake_quant.plan import ModelPlan
 from compression_plugins.fake_quant.post_training_config import PTQConfig
 
@@ -54,6 +55,7 @@ class FakeQuantPlugin(Plugin[Options]):
         self._plan = ModelPlan((), {})
         self._pairs: dict[str, str] | None = None
         self._folded: dict[str, str] = {}
+        self._observer: PassObserver | None = None
         self._watch: PairWatch | None = None
         self._parted: dict[str, str] = {}
         self._context: Context | None = None
@@ -85,10 +87,10 @@ class FakeQuantPlugin(Plugin[Options]):
         context.add_cleanup(disable_fused_paths(context.model), owner=self.name)
         if context.example_inputs is None:
             self._take_pairs(None)
-            stop = observe_next_forward(context.model, context.model_hooks, self._take_pairs)
-            context.add_cleanup(stop, owner=self.name)
         else:
             self._take_pairs(_find_pairs(context.model, context.example_inputs))
+        self._observer = PassObserver(context.model, context.model_hooks, self._take_pass)
+        context.add_cleanup(self._observer.stop, owner=self.name)
 
     @hookimpl(trylast=True)
     def make_fake_quantizer(
@@ -214,23 +216,37 @@ class FakeQuantPlugin(Plugin[Options]):
         for name, convolution in self._folded.items():
             context.skipped_layers[name] = f"folded into '{convolution}' at conversion"
 
+    def _take_pass(self, observed: ObservedPass) -> None:
+        """Find the pairs in the first pass; part those that a later one shows apart."""
+        if self._pairs is None:
+            self._take_pairs(observed.pairs)
+        for name, convolution in list(self._folded.items()):
+            is_called = not observed.called.isdisjoint((name, convolution))
+            if is_called and observed.pairs.get(name) != convolution:
+                self._part(name)
+        if not self._folded and self._observer is not None:
+            self._observer.stop()
+
     def _watch_pairs(self, context: Context) -> None:
         if self._watch is not None:
             if self._watch.pairs == self._folded:
                 return
             self._watch.stop()
         hooks = context.model_hooks
-        self._watch = PairWatch(context.model, hooks, self._folded, self._forget_pair)
+        self._watch = PairWatch(context.model, hooks, self._folded, self._part)
 
-    def _forget_pair(self, batch_norm: str) -> None:
-        """Fold a BatchNorm no longer: its convolution was called without it, or it without that."""
+    def _part(self, batch_norm: str) -> None:
+        """Fold a BatchNorm no longer, because some pass did not take it for its convolution's."""
         assert self._context is not None
         assert self._pairs is not None  # or nothing was watched
         convolution = self._pairs.pop(batch_norm)
         self._folded.pop(batch_norm)
+        if self._watch is not None:
+            self._watch.forget(batch_norm)
         self._context.folded_layers.pop(batch_norm)
         self._parted[batch_norm] = (
-            f"not folded into '{convolution}': in some pass one was called without the other"
+            f"not folded into '{convolution}': in some pass one was called without the other, or "
+            "something else read the convolution's output"
         )
         self._context.skipped_layers.update(self._parted)
 
@@ -250,7 +266,7 @@ def _find_pairs(model: nn.Module, inputs: Any) -> dict[str, str]:
     finder = PairFinder(model)
     with quiet_evaluation(model, restore_buffers=True), finder:
         output = call_with_examples(model, inputs)
-    return finder.pairs(output)
+    return finder.observed(output).pairs
 
 
 def _restoring(layer: QuantizedLayer) -> Callable[[], None]:

@@ -6,12 +6,12 @@ nor tracing are needed, so that the model's control flow is free.
 
 from __future__ import annotations
 
-import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,8 +31,21 @@ _CONVOLUTIONS = (
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
+@dataclass(frozen=True)
+class ObservedPass:
+    """What one forward pass showed.
+
+    Attributes:
+        pairs: BatchNorm name -> name of the convolution that feeds only it.
+        called: names of the convolutions and BatchNorms that were called.
+    """
+
+    pairs: dict[str, str]
+    called: frozenset[str]
+
+
 class PairFinder(TorchDispatchMode):
-    """A context that observes the forward pass run inside it; then `pairs()` answers.
+    """A context that observes the forward pass run inside it; then `observed()` answers.
 
     It watches the operations themselves, below autograd, because functions of Python alone
     would miss scripted modules and custom autograd functions.
@@ -48,7 +61,7 @@ class PairFinder(TorchDispatchMode):
     def _forget(self) -> None:
         # Holding a tensor keeps its id from being used again during the pass.
         self._outputs: dict[int, tuple[str, Tensor]] = {}
-        self._inputs: dict[str, int] = {}
+        self._inputs: dict[str, list[int]] = {}
         self._calls: dict[str, int] = {}
         self._used_elsewhere: set[int] = set()
         self._running: str | None = None
@@ -87,24 +100,26 @@ class PairFinder(TorchDispatchMode):
                     self._used_elsewhere.add(id(value))
         return func(*args, **kwargs)
 
-    def pairs(self, model_output: Any) -> dict[str, str]:
-        """Return BatchNorm name -> name of the convolution that feeds only it, and forget all.
+    def observed(self, model_output: Any) -> ObservedPass:
+        """Return what the pass showed, and forget it.
 
         Args:
             model_output: what the observed forward pass returned; a convolution whose output
                 is part of it has another consumer.
         """
         used = self._used_elsewhere | {id(tensor) for tensor in tensors_in(model_output)}
-        readers = list(self._inputs.values())
-        found: dict[str, str] = {}
-        for batch_norm, key in self._inputs.items():
-            if key not in self._outputs or key in used or readers.count(key) != 1:
+        readers = Counter(key for keys in self._inputs.values() for key in keys)
+        pairs: dict[str, str] = {}
+        for batch_norm, keys in self._inputs.items():
+            if any(key not in self._outputs or key in used or readers[key] > 1 for key in keys):
                 continue
-            convolution = self._outputs[key][0]
-            if self._calls[convolution] == self._calls[batch_norm] == 1:
-                found[batch_norm] = convolution
+            feeding = {self._outputs[key][0] for key in keys}
+            # A layer that is called several times, on both images of a pair say, stays one.
+            if len(feeding) == 1 and self._calls[min(feeding)] == self._calls[batch_norm]:
+                pairs[batch_norm] = feeding.pop()
+        result = ObservedPass(pairs, frozenset(self._calls))
         self._forget()
-        return found
+        return result
 
     def abandon(self) -> None:
         """End an observation that came to nothing."""
@@ -115,7 +130,7 @@ class PairFinder(TorchDispatchMode):
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
             # Without a batch dimension the channels are not where BatchNorm looks for them.
-            if output.dim() == module.get_parameter("weight").dim():
+            if output.dim() == len(cast(tuple[int, ...], module.kernel_size)) + 2:
                 self._outputs[id(output)] = (name, output)
 
         return hook
@@ -123,54 +138,11 @@ class PairFinder(TorchDispatchMode):
     def _before_batch_norm(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._calls[name] = self._calls.get(name, 0) + 1
-            self._inputs[name] = id(args[0] if args else kwargs["input"])
+            input = args[0] if args else kwargs["input"]
+            self._inputs.setdefault(name, []).append(id(input))
             self._running = name
 
         return hook
 
     def _after_batch_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self._running = None
-
-
-def observe_next_forward(
-    model: nn.Module, hooks: ModelHooks, found: Callable[[dict[str, str]], object]
-) -> Callable[[], None]:
-    """Observe the next complete forward pass of `model`, whoever runs it, and hand over its pairs.
-
-    A pass that raises is forgotten, and the one after it observed. Compiled passes are not
-    observed.
-
-    Returns:
-        What ends an observation that is under way: KeyboardInterrupt leaves a pass without a call
-        of its hooks.
-    """
-    finder = PairFinder(model)
-
-    def begin(module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        if finder.active:  # the last pass was left by KeyboardInterrupt, which calls no hook
-            finder.abandon()
-        finder.__enter__()
-
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not finder.active:
-            return
-        if sys.exception() is not None:
-            # torch is iterating over the hooks, so that none may be removed now.
-            finder.abandon()
-            return
-        finder.__exit__(None, None, None)
-        for handle in (begin_handle, end_handle):
-            handle.remove()
-        found(finder.pairs(output))
-
-    begin_handle = hooks.add_forward_pre_hook(model, begin)
-    # Also called when forward raises, so that the observation ends in any case.
-    end_handle = hooks.add_forward_hook(model, end, always_call=True)
-
-    def stop() -> None:
-        if finder.active:
-            finder.abandon()
-
-    return stop

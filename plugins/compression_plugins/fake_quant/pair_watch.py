@@ -61,6 +61,14 @@ class PairWatch:
         for batch_norm in list(self._unread.of):
             self._break(batch_norm)
 
+    def forget(self, batch_norm: str) -> None:
+        """Watch a pair no longer."""
+        self._unread.of.pop(batch_norm, None)
+        self.pairs.pop(batch_norm, None)
+        # torch goes through a copy of the hooks, so that they may be removed now.
+        for handle in self._handles.pop(batch_norm, ()):
+            handle.remove()
+
     def stop(self) -> None:
         """Watch nothing any more."""
         for handle in [handle for handles in self._handles.values() for handle in handles]:
@@ -91,9 +99,5 @@ class PairWatch:
         return hook
 
     def _break(self, batch_norm: str) -> None:
-        self._unread.of.pop(batch_norm, None)
-        self.pairs.pop(batch_norm, None)
-        # torch goes through a copy of the hooks, so that they may be removed now.
-        for handle in self._handles.pop(batch_norm, ()):
-            handle.remove()
+        self.forget(batch_norm)
         self._broken(batch_norm)

@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from compression_manager import StartAt, prepare_compression
+from compression_manager.models.calling import call_model
 from compression_manager.quantization import QuantizableAdd, QuantizationScheme
 from compression_plugins.fake_quant import LayerRule, QATConfig
 from quantization_reference import step
@@ -356,9 +359,99 @@ def test_what_was_observed_is_watched_until_the_manager_closes():
     manager = prepare_compression(model, [QATConfig()])
     assert hooked(model) == [""]
     model(INPUT)
-    assert hooked(model) == ["conv", "bn"]
+    assert hooked(model) == ["", "conv", "bn"]
     manager.close()
     assert hooked(model) == []
+
+
+def test_a_model_without_pairs_is_observed_once():
+    model = Net(residual)
+    prepare_compression(model, [QATConfig()])
+    model(INPUT)
+    assert hooked(model) == []
+
+
+def with_auxiliary_output(net, input):
+    hidden = net.conv(input)
+    output = net.bn(hidden)
+    return (output, hidden.mean((2, 3))) if net.is_auxiliary else output
+
+
+def second_use_by_flag(net, input):
+    hidden = net.conv(input)
+    output = net.bn(hidden)
+    return output + hidden if net.is_auxiliary else output
+
+
+class Flagged(Net):
+    """Takes a second path by an argument, as Net's bodies may by an attribute."""
+
+    def forward(self, input, is_auxiliary=False):
+        self.is_auxiliary = is_auxiliary
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_a_second_use_that_begins_after_some_steps_prevents_folding(with_inputs):
+    """By an argument, then by an attribute that shows in the output's structure alone."""
+    flag = {"input": INPUT, "is_auxiliary": True}
+    for model, calls in (
+        (Flagged(second_use_by_flag), [INPUT, flag]),
+        (Net(with_auxiliary_output), [INPUT, INPUT, INPUT]),
+    ):
+        model.is_auxiliary = False
+        examples = {"example_inputs": INPUT} if with_inputs else {}
+        manager = prepare_compression(model, [QATConfig()], **examples)
+        manager.on_train_begin()
+        manager.on_epoch_begin(0)
+        for index, inputs in enumerate(calls):
+            model.is_auxiliary = index > 0
+            step(manager, inputs, index, criterion=score)
+        assert folded(manager) == {}
+        model.eval()
+        expected = tree_leaves(call_model(model, calls[-1]))
+        actual = tree_leaves(call_model(manager.convert(INPUT), calls[-1]))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_passes_of_a_kind_that_was_observed_are_not_observed_again():
+    modes = []
+
+    def body(net, input):
+        modes.append(len(_get_current_dispatch_mode_stack()))
+        return net.bn(net.conv(input))
+
+    model = Net(body)
+    prepare_compression(model, [QATConfig()])
+    for factor in (1.0, 2.0, 3.0):
+        model(INPUT * factor)
+    assert modes == [1, 0, 0]
+
+
+def test_layers_that_see_both_images_of_a_pair_are_folded():
+    """As in siamese networks, which call one trunk for each image."""
+
+    def body(net, input):
+        return [net.bn(net.conv(image)) for image in (input, input.flip(3))]
+
+    model = Net(body)
+    manager = run(model)
+    assert folded(manager) == {"bn": "conv"}
+    converted = manager.convert()
+    for actual, expected in zip(converted(INPUT), model.eval()(INPUT), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parametrize", [weight_norm, spectral_norm])
+def test_a_parametrized_convolution_stays_float_and_is_trained(parametrize):
+    model = nn.Sequential(
+        parametrize(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+    )
+    manager = prepare_compression(model, [QATConfig()])
+    model(INPUT).sum().backward()
+    assert folded(manager) == {"3": "2"}
+    kept = {layer.name: layer.quantized for layer in manager.report().layers}
+    assert (kept["0"], kept["2"]) == (False, True)
 
 
 def other_batch_norm(net, input, domain):
