@@ -70,6 +70,16 @@ def test_terms_are_weighted_and_summed(count: int) -> None:
     assert float(returned.detach()) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_weight_that_is_a_tensor_gets_its_gradient_even_if_it_is_one() -> None:
+    weight = torch.tensor(1.0, requires_grad=True)
+    terms = LossTerms(torch.tensor(2.0))
+    terms.add("learned", torch.tensor(3.0), weight)
+    total = terms.total()
+    total.backward()
+    assert total.item() == 5.0
+    assert weight.grad.item() == 3.0
+
+
 def test_each_term_is_published_unweighted_and_survives_changes_in_place() -> None:
     seen: dict[str, float] = {}
 
@@ -189,6 +199,25 @@ def test_the_loss_that_was_returned_must_be_differentiated(adds: Any) -> None:
     (returned / 2).backward()  # as in accumulation, or with a scaler
     manager.on_before_optimizer_step()
     call_loss(manager, loss_of(manager.model))
+    with pytest.raises(LifecycleError, match="nobody called backward"):
+        manager.on_before_optimizer_step()
+
+
+def test_a_micro_batch_that_is_left_out_hinders_no_update() -> None:
+    manager = _begun(_adds("first", 2.0))
+    call_loss(manager).backward()
+    call_loss(manager)
+    manager.on_before_optimizer_step()
+
+
+def test_a_weighted_task_loss_must_be_differentiated_as_it_was_returned() -> None:
+    def set_weight(self: Any, context: Any) -> None:
+        context.set_task_weight(self.name, 0.5)
+
+    manager = _begun(probe(prepare_model=set_weight))
+    task = loss_of(manager.model)
+    call_loss(manager, task)
+    task.backward()
     with pytest.raises(LifecycleError, match="nobody called backward"):
         manager.on_before_optimizer_step()
 

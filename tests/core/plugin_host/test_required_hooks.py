@@ -37,6 +37,14 @@ def test_missing_after_optimizer_step_is_named_at_the_end_of_the_step() -> None:
     manager.on_step_end()
 
 
+def test_missing_after_optimizer_step_is_named_where_the_state_is_saved() -> None:
+    manager = _at_first_update("on_after_optimizer_step")
+    with pytest.raises(LifecycleError, match="'needy' needs on_after_optimizer_step"):
+        manager.state_dict()
+    manager.on_after_optimizer_step()
+    assert manager.state_dict()["global_step"] == 1
+
+
 def test_missing_after_optimizer_step_is_named_at_the_next_update() -> None:
     manager = _at_first_update("on_after_optimizer_step")
     call_loss(manager)
@@ -74,6 +82,31 @@ def test_missing_evaluation_of_a_loop_without_epochs_is_named_at_its_end() -> No
     manager.on_before_eval()
     manager.on_after_eval({})
     manager.on_train_end()
+
+
+def test_evaluation_of_an_earlier_training_does_not_count() -> None:
+    manager = _trained_and_evaluated()
+    manager.on_train_begin()
+    run_step(manager, 0)
+    with pytest.raises(LifecycleError, match="'needy' needs on_after_eval at least once"):
+        manager.on_train_end()
+
+
+def test_steps_of_an_earlier_training_need_no_further_evaluation() -> None:
+    manager = _trained_and_evaluated()
+    manager.on_train_begin()
+    manager.on_train_end()
+
+
+def _trained_and_evaluated() -> CompressionManager:
+    """Return a manager that ended a training without epochs."""
+    manager = _requiring("on_after_eval")
+    manager.on_train_begin()
+    run_step(manager, 0)
+    manager.on_before_eval()
+    manager.on_after_eval({})
+    manager.on_train_end()
+    return manager
 
 
 def test_missing_epochs_are_named_at_the_first_step() -> None:

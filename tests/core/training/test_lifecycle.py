@@ -189,6 +189,15 @@ def test_a_loop_that_never_announces_an_update_is_told_once() -> None:
     manager.close()
 
 
+def test_a_loop_without_epochs_that_never_announces_an_update_is_told_at_its_end() -> None:
+    manager = prepare_compression(toys.mlp(), [QATConfig()])
+    manager.on_train_begin()
+    _steps_without_updates(manager)
+    with pytest.warns(UserWarning, match="10 losses.*on_before_optimizer_step"):
+        manager.on_train_end()
+    manager.close()
+
+
 def test_a_loop_that_announces_updates_is_told_nothing() -> None:
     manager = prepare_compression(toys.mlp(), [QATConfig()])
     manager.on_train_begin()
@@ -199,6 +208,11 @@ def test_a_loop_that_announces_updates_is_told_nothing() -> None:
 
 def _epoch_without_updates(manager, epoch: int, *, announced: bool = False) -> None:
     manager.on_epoch_begin(epoch)
+    _steps_without_updates(manager, announced=announced)
+    manager.on_epoch_end()
+
+
+def _steps_without_updates(manager, *, announced: bool = False) -> None:
     for step in range(10):
         manager.on_step_begin(step)
         output = manager.model(torch.randn(2, 6))
@@ -206,4 +220,3 @@ def _epoch_without_updates(manager, epoch: int, *, announced: bool = False) -> N
         if announced and step == 9:
             manager.on_before_optimizer_step()
         manager.on_step_end()
-    manager.on_epoch_end()

@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from compression_manager import (
     CompressionManager,
+    ConfigError,
+    LifecycleError,
     PluginError,
 )
 from loop_runs import BATCHES, STEPS, WRAPPERS, Run
@@ -185,6 +187,85 @@ def test_exception_handled_inside_of_with_manager_lets_training_go_on() -> None:
     assert run.events == "T+ E+ S+ S- S+ E- E+ S+ S- S+ E- T-"
 
 
+def test_exception_handled_without_a_context_manager_is_told_once_and_ends_the_loop() -> None:
+    run = Run()
+
+    def train() -> None:
+        for _ in run.manager.epochs(2):
+            try:
+                for _ in run.manager.steps(BATCHES):
+                    raise KeyError("body")
+            except KeyError:
+                continue
+
+    closed = "an exception in its loop has closed"
+    with pytest.raises(LifecycleError, match=closed):
+        train()
+    assert run.events == "T+ E+ S+ X"
+    with pytest.raises(LifecycleError, match=closed):
+        run.manager.convert()
+
+
+def test_update_of_a_step_whose_body_raised_is_not_counted() -> None:
+    run = Run()
+    with run.manager as manager:
+        for _ in manager.epochs(1):
+            try:
+                for _ in manager.steps(BATCHES):
+                    call_loss(manager)
+                    manager.on_before_optimizer_step()
+                    raise ValueError
+            except ValueError:
+                list(manager.steps(BATCHES))
+        assert manager.position.global_step == 0
+
+
+@pytest.mark.parametrize("handled", ["in the step", "around the steps"])
+def test_state_can_be_saved_after_a_plugin_refused_an_update(handled: str) -> None:
+    def refuse(self: Any) -> None:
+        raise ConfigError("not yet")
+
+    run = Run(probe("refusing", on_before_optimizer_step=refuse))
+    with run.manager as manager:
+        manager.on_train_begin()
+        try:
+            for _ in manager.steps(BATCHES):
+                call_loss(manager)
+                try:
+                    manager.on_before_optimizer_step()
+                except ConfigError:
+                    if handled == "around the steps":
+                        raise
+        except ConfigError:
+            pass
+        for _ in manager.steps(BATCHES):
+            call_loss(manager)
+            assert manager.state_dict()["step"] == 1
+            break
+
+
+def test_training_after_one_that_was_abandoned_begins_anew() -> None:
+    run = Run()
+    with run.manager as manager:
+        for where in ("evaluation", "step"):
+            with pytest.raises(ValueError, match=where):
+                _raise_in(manager, where)
+        assert not manager.state_dict()["accumulating"]
+        for _ in manager.epochs(1):
+            list(manager.steps(BATCHES))
+    assert run.events.endswith(f"T+ E+ {STEPS} E- T-")
+
+
+def _raise_in(manager: CompressionManager, where: str) -> None:
+    for _ in manager.epochs(1):
+        for _ in manager.steps(BATCHES):
+            call_loss(manager)
+            if where == "step":
+                raise ValueError(where)
+        manager.on_before_eval()
+        raise ValueError(where)
+
+
 @pytest.mark.parametrize("limit", [1, 2, 3])
 def test_limited_from_outside(limit: int) -> None:
     run = Run()
@@ -232,6 +313,34 @@ def test_a_step_ended_by_hand_is_not_ended_again() -> None:
     del loop
     run.manager.on_train_end()
     assert run.events == "T+ S+ S- T-"
+
+
+def test_loops_that_outlive_their_step_and_epoch_end_no_later_ones() -> None:
+    run = Run()
+    epochs = run.manager.epochs(2)
+    next(epochs)
+    steps = run.manager.steps(BATCHES)
+    next(steps)
+    run.manager.on_step_end()
+    run.manager.on_epoch_end()
+    run.manager.on_epoch_begin(1)
+    run.manager.on_step_begin(0)
+    del steps
+    run.manager.on_step_end()
+    del epochs
+    run.manager.on_epoch_end()
+    run.manager.on_train_end()
+    assert run.events == "T+ E+ S+ S- E- E+ S+ S- E- T-"
+
+
+def test_a_manager_that_was_closed_within_a_step_may_be_closed_again() -> None:
+    run = Run()
+    run.manager.on_train_begin()
+    for _ in run.manager.steps(BATCHES):
+        run.manager.close()
+        break
+    run.manager.close()
+    assert run.events == "T+ S+"
 
 
 def test_break_before_the_first_step_counts_for_nothing() -> None:
