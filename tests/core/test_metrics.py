@@ -64,6 +64,7 @@ def test_several_numbers_are_no_scalar() -> None:
     [
         (0.5, "takes a mapping of names to numbers"),
         ({"accuracy": "0.5"}, "metric 'accuracy' is no number: '0.5'"),
+        ({"accuracy": b"0.5"}, "metric 'accuracy' is no number: b'0.5'"),
         ({"accuracy": None}, "metric 'accuracy' is no number: None"),
         ({"fine": 1, "pair": torch.ones(2)}, "metric 'pair' is no number"),
     ],

@@ -89,6 +89,29 @@ def test_a_group_of_the_users_own_stays_as_it_is() -> None:
     assert memberships(optimizer) == [before[0], []]
 
 
+def test_a_group_of_the_users_that_lacks_a_parameter_is_replaced_by_one_of_all() -> None:
+    model = toys.mlp()
+    manager = prepare_compression(model, [creator()])
+    others = [value for name, value in model.named_parameters() if not name.startswith("extra")]
+    first, second = extras(model)
+    optimizer = torch.optim.SGD([{"params": others}, {"params": [first]}], 0.1)
+    manager.track(optimizer=optimizer)
+    assert memberships(optimizer)[1:] == [[], [id(first), id(second)]]
+
+
+def test_a_rate_that_is_a_tensor_is_changed_in_place() -> None:
+    model = toys.mlp()
+    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(0.5))
+    manager = prepare_compression(model, [creator(learning_rate_factor=0.5)])
+    manager.track(optimizer=optimizer)
+    first, own = (group["lr"] for group in optimizer.param_groups)
+    manager.on_train_begin()
+    first.fill_(0.25)
+    step(manager, optimizer, 0)
+    assert optimizer.param_groups[1]["lr"] is own  # captured graphs read this very tensor
+    assert own.item() == 0.125
+
+
 def test_another_optimizer_under_the_same_name_takes_over() -> None:
     model = toys.mlp()
     first = torch.optim.SGD(model.parameters(), 0.1)
@@ -113,6 +136,16 @@ def test_of_several_optimizers_the_one_that_has_them_or_the_one_named_optimizer(
         with_group, without = (usual, other) if build_first else (other, usual)
         assert [len(group["params"]) for group in with_group.param_groups] == [2, 2]
         assert [len(group["params"]) for group in without.param_groups] == [2]
+
+
+def test_parameters_created_late_join_the_optimizer_of_that_name_though_others_came_first() -> None:
+    model = toys.mlp()
+    manager = prepare_compression(model, [probe()])
+    other, usual = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    manager.track(other=other)
+    manager.track(optimizer=usual)
+    manager._context.add_parameters({"late": nn.Parameter(torch.ones(()))}, owner="probe")
+    assert [len(item.param_groups) for item in (other, usual)] == [1, 2]
 
 
 @pytest.mark.parametrize("late", [False, True])

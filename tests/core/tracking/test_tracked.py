@@ -100,6 +100,9 @@ def test_learning_rates_of_every_group_and_optimizer_are_published() -> None:
         "learning_rate/group_0": 0.25,
         "learning_rate/group_1": 0.125,
     }
+    named = {"params": model[0].parameters(), "lr": 0.25, "name": "head"}
+    three = torch.optim.SGD([named, {"params": model[2].parameters()}], 0.125)
+    assert published(optimizer=three) == {"learning_rate/head": 0.25, "learning_rate": 0.125}
     assert published(optimizer=one, second=two) == {
         "learning_rate/optimizer": 0.5,
         "learning_rate/second/group_0": 0.25,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, RandomSampler
 
 import toys
 from compression_manager import CompressionManager, LifecycleError, prepare_compression
@@ -218,6 +219,21 @@ def test_stop_request_and_evaluations_come_back() -> None:
     assert list(other.epochs(3)) == []
 
 
+def test_evaluations_of_a_state_are_its_own() -> None:
+    def evaluated(manager: CompressionManager) -> CompressionManager:
+        manager.on_before_eval()
+        manager.on_after_eval({})
+        return manager
+
+    state = evaluated(prepare_compression(toys.mlp(), [probe()])).state_dict()
+    manager = prepare_compression(toys.mlp(), [probe()])
+    manager.load_state_dict(state)
+    saved = evaluated(manager).state_dict()
+    evaluated(manager)
+    found = [len(item) for item in (state["evaluations"], saved["evaluations"])]
+    assert found == [1, 2]
+
+
 def test_a_second_training_after_the_resumed_one_is_like_any_other() -> None:
     first, resumed = (prepare_compression(toys.mlp(), [probe()]) for _ in range(2))
     _epoch(first, 0)
@@ -256,6 +272,35 @@ class _StatefulLoader:
 
     def load_state_dict(self, state: Any) -> None:
         self.next = state["next"]
+
+
+def test_a_tracked_loader_with_state_says_nothing_about_another_one() -> None:
+    def start() -> CompressionManager:
+        manager = prepare_compression(torch.nn.Linear(1, 1), [probe()])
+        manager.track(dataloader=_StatefulLoader())
+        return manager
+
+    manager = start()
+    manager.on_train_begin()
+    manager.on_epoch_begin(0)
+    for step, _ in manager.steps(range(4)):
+        if step == 1:
+            break
+    resumed = start()
+    resumed.load_state_dict(copy.deepcopy(manager.state_dict()))
+    assert [list(resumed.steps(range(4))) for _ in resumed.epochs(1)] == [[(2, 2), (3, 3)]]
+
+
+def test_the_generator_of_a_sampler_is_saved_where_nothing_makes_batches() -> None:
+    generator = torch.Generator()
+    data = list(torch.arange(4.0))
+    sampler = RandomSampler(data, generator=generator)
+    manager = prepare_compression(toys.mlp(), [probe()])
+    manager.on_train_begin()
+    manager.on_epoch_begin(0)
+    list(manager.steps(DataLoader(data, batch_size=None, sampler=sampler)))
+    (saved,) = manager.state_dict()["loader"]["generators"]
+    assert torch.equal(saved, generator.get_state())
 
 
 def test_loader_with_its_own_state_continues_by_itself() -> None:

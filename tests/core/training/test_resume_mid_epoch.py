@@ -13,6 +13,7 @@ from compression_manager import (
     LifecycleError,
     prepare_compression,
 )
+from compression_manager.testing import differences
 from compression_plugins import QATConfig
 from probes import begin_step, call_loss, probe
 from resuming import Setup, Training
@@ -52,8 +53,8 @@ def test_two_loops_in_one_epoch_are_ambiguous() -> None:
         prepare_compression(toys.mlp(), [probe()]).load_state_dict(manager.state_dict())
 
 
-def _mid_epoch_state() -> Any:
-    training = Training.start(Setup())
+def _mid_epoch_state(setup: Setup | None = None) -> Any:
+    training = Training.start(setup or Setup())
     training.manager.on_train_begin()
     training.manager.on_epoch_begin(0)
     for step, (inputs, targets) in training.manager.steps(training.loader):
@@ -72,6 +73,20 @@ def test_plain_loop_after_resuming_in_mid_epoch_says_how_to_write_it() -> None:
     manager.on_epoch_begin(0)
     with pytest.raises(LifecycleError, match=r"manager\.steps\(loader\).*the 2 batches"):
         manager.on_step_begin(2)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_state_saved_before_the_next_step_is_the_one_that_was_resumed(begun: bool) -> None:
+    setup = Setup(track_loader=True, own_generator="loader")
+    state = _mid_epoch_state(setup)
+    manager = Training.start(setup).manager
+    manager.load_state_dict(copy.deepcopy(state))
+    manager.on_train_begin()
+    if begun:
+        manager.on_epoch_begin(0)
+    again = manager.state_dict()
+    assert differences(again["loader"], state["loader"]) == []
+    assert (again["epoch"], again["step"]) == (0, 2)
 
 
 def test_other_loader_than_the_one_trained_with() -> None:

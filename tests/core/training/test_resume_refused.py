@@ -20,6 +20,7 @@ from compression_manager import (
     prepare_compression,
 )
 from compression_manager.state import capture_random_state, write_checkpoint
+from compression_manager.state_checks import check_parameters
 from compression_manager.testing import differences
 from compression_plugins import QATConfig
 from probes import probe
@@ -212,6 +213,35 @@ def test_object_that_cannot_go_back_is_named_and_the_rest_goes_back(good_state: 
         manager.load_state_dict(good_state)
     assert "'counter' could not be put back" in error.value.__notes__[0]
     assert differences(_everything(manager), before) == []
+
+
+def test_what_is_loaded_in_place_goes_back() -> None:
+    def load(self: Any, state: Any) -> None:
+        self.value.copy_(state["value"])
+
+    def trained(value: float) -> tuple[CompressionManager, nn.Module, torch.Tensor]:
+        live = torch.full((2,), value)
+        plugin = probe("a", value=live, state_dict=lambda self: {"value": live})
+        type(plugin).load_state_dict = load
+        manager = prepare_compression(toys.mlp(), [plugin])
+        head = nn.Linear(2, 2)
+        nn.init.constant_(head.weight, value)
+        manager.track(head=head, counter=Counter())
+        return manager, head, live
+
+    state = copy.deepcopy(trained(2.0)[0].state_dict())
+    state["tracked"]["counter"]["right"].fill_(-1)
+    manager, head, live = trained(1.0)
+    with pytest.raises(CheckpointMismatchError, match="half-way"):
+        manager.load_state_dict(state)
+    assert torch.equal(head.weight, torch.ones(2, 2))
+    assert torch.equal(live, torch.ones(2))
+
+
+def test_a_parameter_without_a_name_may_stand_where_one_has_a_name() -> None:
+    saved, own = ({"o": {"parameters": [[name, "b"]]}} for name in ("", "a"))
+    check_parameters(saved, own)
+    check_parameters(own, saved)
 
 
 def test_plugins_without_state_may_be_added_and_left_out() -> None:
