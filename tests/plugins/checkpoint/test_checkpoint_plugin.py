@@ -238,6 +238,13 @@ def test_a_kill_before_the_removal_is_made_up_for_after_resume(tmp_path, monkeyp
     assert resumed.kept == [3]
 
 
+def test_a_checkpoint_that_is_written_again_is_not_removed_as_obsolete(tmp_path):
+    run = Run(tmp_path)
+    run.plugin.load_state_dict({**run.plugin.state_dict(), "obsolete": ["step-00000001"]})
+    run.epoch(0)
+    assert run.kept == [1]
+
+
 def test_a_failing_write_keeps_the_old_checkpoint_and_the_books(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.epoch(0)

@@ -143,10 +143,24 @@ def test_a_batch_in_which_no_target_counts_does_not_spoil_the_mean():
     assert measure(nn.Identity(), data, cross_entropy, None) == expected
 
 
-def test_targets_of_few_bits_count_all():
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_targets_of_few_bits_count_all(dtype):
     logits = torch.randn(3, 200)
     targets = torch.tensor([0, 156, 199])
     logits[1, 156] = 50.0
     expected = measure(nn.Identity(), [(logits, targets)], cross_entropy, None)
-    data = [(logits, targets.to(torch.uint8))]
+    data = [(logits, targets.to(dtype))]
     assert measure(nn.Identity(), data, cross_entropy, None) == expected
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets"),
+    [
+        (torch.zeros(3, 2), torch.tensor([True, False, True])),
+        (torch.zeros(2), torch.tensor(1)),
+    ],
+    ids=["bool", "no batch"],
+)
+def test_what_is_no_class_has_no_cross_entropy(logits, targets):
+    with pytest.raises(ConfigError, match=r"pass criterion=function\(output, targets\)"):
+        cross_entropy(logits, targets)
