@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 import toys
 from compression_manager import ConfigError
 from compression_plugins import KnowledgeDistillationTrainer
-from compression_plugins.trainer.batches import unpack
+from compression_plugins.trainer.batches import first_batch, unpack
 from compression_plugins.trainer.evaluation import cross_entropy, measure
 from probes import probe
 from toy_teachers import CountingTeacher
@@ -164,3 +164,10 @@ def test_targets_of_few_bits_count_all(dtype):
 def test_what_is_no_class_has_no_cross_entropy(logits, targets):
     with pytest.raises(ConfigError, match=r"pass criterion=function\(output, targets\)"):
         cross_entropy(logits, targets)
+
+
+def test_a_look_at_the_first_batch_leaves_the_random_state():
+    data = [(torch.full((2,), float(index)), index) for index in range(8)]
+    before = torch.get_rng_state()
+    first_batch(DataLoader(data, 4, shuffle=True), source="loader", device=None)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -13,6 +13,7 @@ from compression_plugins import (
     EarlyStoppingConfig,
     KnowledgeDistillationTrainer,
 )
+from compression_plugins.trainer.checks import check_scheduler
 from toy_teachers import condition
 from trainer_runs import KL, Scripted, run, student, teacher, train_loader, validation_loader
 
@@ -155,6 +156,8 @@ def test_schedulers():
     ):
         with pytest.raises(ConfigError, match=message):
             _train(model=model, optimizer=optimizer, scheduler=scheduler, epochs=2)
+    whole = schedulers.OneCycleLR(optimizer, 0.1, total_steps=2)
+    check_scheduler(whole, "epoch", optimizer, 2, lower_is_better=True)
 
 
 @pytest.mark.parametrize(

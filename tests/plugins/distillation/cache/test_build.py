@@ -162,6 +162,21 @@ def test_a_sample_with_two_outputs_is_refused(
         TeacherCache(tmp_path / "cache", **options).build(teacher, batches)
 
 
+@pytest.mark.parametrize(("change", "is_refused"), [(0.01, False), (0.03, True)])
+def test_two_outputs_of_a_sample_may_differ_by_two_percent(
+    tmp_path: Path, change: float, is_refused: bool
+) -> None:
+    outputs = torch.tensor([[8.0, 0.0, -1.0]])
+    batches = [batch([1], outputs), batch([1], outputs * (1 + change))]
+    cache = TeacherCache(tmp_path / "cache")
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"sample id 1, .* differ by 0\.24"):
+            cache.build(nn.Identity(), batches)
+    else:
+        cache.build(nn.Identity(), batches)
+        assert torch.equal(cache.lookup(torch.tensor([1])), outputs)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_outputs_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
     inputs = batch([4, 9])[0]

@@ -36,6 +36,19 @@ def test_all_classes_in_float32_come_back_bit_for_bit(dtype: torch.dtype) -> Non
     assert torch.equal(encoding.decode(encoding.encode(logits), CLASSES), logits.float())
 
 
+@pytest.mark.parametrize(("classes", "bytes_per_index"), [(2**15, 2), (2**15 + 1, 4)])
+def test_an_index_takes_two_bytes_while_the_last_class_has_room_in_them(
+    classes: int, bytes_per_index: int
+) -> None:
+    logits = torch.zeros(1, classes)
+    logits[0, -1] = 1.0
+    encoding = Encoding(1, "float32")
+    parts = encoding.encode(logits)
+    assert int(parts["indices"]) == classes - 1
+    assert parts["indices"].element_size() == bytes_per_index
+    assert encoding.bytes_per_sample((classes,)) == sum(part.nbytes for part in parts.values())
+
+
 @given(outputs)
 def test_float16_is_off_by_half_a_unit_in_the_last_place(logits: torch.Tensor) -> None:
     encoding = Encoding(None, "float16")
