@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
+from compression_manager.errors import QuantizationError
 from compression_manager.quantization import (
     HistogramCalibration,
     MinMaxCalibration,
@@ -16,6 +17,8 @@ from compression_manager.quantization import (
     QuantizationScheme,
     Quantizer,
 )
+from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.storage.weight import WeightFormat
 from integer_weights import numpy_grid, numpy_read
 
 SCHEMES = [
@@ -178,3 +181,32 @@ def test_squared_error_clips_an_outlier_to_less_noise():
         Quantizer(QuantizationScheme(4), calibration).quantize_weights(module)
         noise[name] = (module.weight - weight).square().sum().item()
     assert noise["error"] < 0.7 * noise["min_max"]
+
+
+@pytest.mark.parametrize("width", [3, 4])  # of 4 bits, rows that begin within a byte and with one
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "channel", "axis": 0},
+        {"granularity": "channel", "axis": 1},
+        {"granularity": "group", "group_size": 2},
+    ],
+    ids=str,
+)
+def test_rows_are_those_of_the_whole_matrix(options, bits, width):
+    scheme = QuantizationScheme(bits, symmetric=False, **options)
+    stored = WeightFormat(scheme, (5, width))
+    scales = torch.rand(range_shape(scheme, stored.shape)) + 0.1
+    tensors = stored.encode(torch.randn(stored.shape), scales, torch.ones_like(scales))
+    rows = torch.tensor([4, 0, 4])
+    whole = stored.decode(tensors, torch.float32)
+    assert torch.equal(stored.decode_rows(tensors, rows, torch.float32), whole[rows])
+
+
+def test_one_zero_point_outside_of_the_range_is_refused():
+    scheme = QuantizationScheme(symmetric=False, granularity="channel")
+    zero_points = torch.tensor([0, scheme.quant_max + 1])
+    with pytest.raises(QuantizationError, match=f"got {scheme.quant_max + 1}"):
+        WeightFormat(scheme, (2, 3)).encode(torch.zeros(2, 3), torch.ones(2), zero_points)
