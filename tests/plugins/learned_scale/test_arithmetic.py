@@ -199,3 +199,9 @@ def test_the_zero_point_stays_in_range_and_can_come_back():
         assert zero.item() == float(fraction > 0)
         zero.backward(torch.tensor(gradient))
         assert value.grad.item() == passed
+
+
+def test_a_fraction_exactly_at_an_end_follows_only_gradients_that_lead_back():
+    fraction = torch.tensor([0.0, 0.0, 1.0, 1.0], requires_grad=True)
+    IntegerZeroPoint.apply(fraction, -8, 7).backward(torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert fraction.grad.tolist() == [0.0, -15.0, 15.0, 0.0]

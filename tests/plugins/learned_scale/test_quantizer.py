@@ -318,3 +318,15 @@ def test_forward_mode_is_refused():
     dual_level = torch.autograd.forward_ad.dual_level()
     with dual_level, pytest.raises(QuantizationError, match="without the plugin learned_scale"):
         module(torch.ones(3))
+
+
+def test_a_paused_quantizer_observes_nothing_in_train_mode_either() -> None:
+    module = quantizer()
+    module.set_phase(observing=True, quantizing=False)
+    module.paused = True
+    before = state(module)
+    module(torch.randn(4, 5))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    module.paused = False
+    module(torch.randn(4, 5))
+    assert module.is_calibrated()
