@@ -20,8 +20,8 @@ from compression_manager import (
     prepare_compression,
 )
 from compression_manager.state import capture_random_state, write_checkpoint
-from compression_manager.state_checks import check_parameters
 from compression_manager.testing import differences
+from compression_manager.training.state_checks import check_parameters
 from compression_plugins import QATConfig
 from probes import probe
 from resuming import Setup, Training

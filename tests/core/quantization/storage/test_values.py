@@ -17,7 +17,7 @@ from compression_manager.quantization import (
     QuantizationScheme,
     Quantizer,
 )
-from compression_manager.quantization.ranges import range_shape
+from compression_manager.quantization.arithmetic.ranges import range_shape
 from compression_manager.quantization.storage.weight import WeightFormat
 from integer_weights import numpy_grid, numpy_read
 
