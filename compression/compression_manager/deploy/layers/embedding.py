@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from compression_manager.deploy.layers.base import ConvertedLayer
+from compression_manager.quantization.layers.embedding import pool_rows
 
 
 class ConvertedEmbedding(ConvertedLayer):
@@ -25,7 +24,6 @@ class ConvertedEmbeddingBag(ConvertedEmbedding):
     mode: str
     include_last_offset: bool
     padding_idx: int | None
-    embedding_dim: int
 
     def forward(
         self,
@@ -34,19 +32,5 @@ class ConvertedEmbeddingBag(ConvertedEmbedding):
         per_sample_weights: Tensor | None = None,
     ) -> Tensor:
         """Return (bags, embedding_dim); arguments as the float layer's."""
-        indices = input.reshape(-1)
-        rows = super().forward(indices)
-        # Row i is that of index i; one more, after them, stands for all that is padding.
-        rows = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)])
-        positions = torch.arange(indices.numel(), device=input.device, dtype=input.dtype)
-        if self.padding_idx is not None:
-            positions = positions.masked_fill(indices == self.padding_idx, indices.numel())
-        return F.embedding_bag(
-            positions.reshape(input.shape),
-            rows,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=None if self.padding_idx is None else indices.numel(),
-        )
+        rows = super().forward(input.reshape(-1))
+        return pool_rows(self, rows, input, offsets, per_sample_weights)

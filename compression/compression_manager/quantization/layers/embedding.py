@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -76,7 +77,12 @@ def _quantized_rows(quantizer: FakeQuantizer, rows: Tensor) -> Tensor:
 
 
 class QuantizedEmbeddingBag(_QuantizedTable, nn.EmbeddingBag):
-    """`nn.EmbeddingBag` with a fake-quantized table; modes sum, mean and max."""
+    """`nn.EmbeddingBag` with a fake-quantized table; modes sum, mean and max.
+
+    Quantizes the rows that are looked up, or the table, as `QuantizedEmbedding` does; with
+    `scale_grad_by_freq`, which counts a row's indices, the table. Gradients of a row that several
+    indices look up are summed in another order.
+    """
 
     float_class = nn.EmbeddingBag
 
@@ -93,6 +99,16 @@ class QuantizedEmbeddingBag(_QuantizedTable, nn.EmbeddingBag):
             offsets: (bags,), where each bag begins; one more with `include_last_offset`.
             per_sample_weights: factor of each index, shape of `input`; mode sum alone.
         """
+        quantizer = self.weight_quantizer
+        if (
+            _has_ranges_of_rows(quantizer)
+            and input.numel() < self.num_embeddings
+            and not self.scale_grad_by_freq
+        ):
+            rows = F.embedding(input.reshape(-1), self.weight)
+            if quantizer.phase.quantizing:
+                rows = _quantized_rows(quantizer, rows)
+            return pool_rows(self, rows, input, offsets, per_sample_weights)
         return F.embedding_bag(
             input,
             self.quantized_weight(),
@@ -103,3 +119,36 @@ class QuantizedEmbeddingBag(_QuantizedTable, nn.EmbeddingBag):
             include_last_offset=self.include_last_offset,
             padding_idx=self.padding_idx,
         )
+
+
+def pool_rows(
+    layer: Any,
+    rows: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+) -> Tensor:
+    """Return the bags, (bags, embedding_dim), of rows that were looked up already.
+
+    Args:
+        layer: has mode, padding_idx and include_last_offset of `nn.EmbeddingBag`.
+        rows: (N, embedding_dim), row i that of index i of the N in `input`.
+        input: as the layer's.
+        offsets: as the layer's.
+        per_sample_weights: as the layer's.
+    """
+    count, padding = input.numel(), None
+    positions = torch.arange(count, device=input.device, dtype=input.dtype)
+    if layer.padding_idx is not None:
+        # One more row, after them, stands for all that is padding.
+        rows, padding = F.pad(rows, (0, 0, 0, 1)), count
+        positions = positions.masked_fill(input.reshape(-1) == layer.padding_idx, padding)
+    return F.embedding_bag(
+        positions.reshape(input.shape),
+        rows,
+        offsets,
+        mode=layer.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=padding,
+    )

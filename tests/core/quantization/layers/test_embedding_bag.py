@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from layer_reference import quantized, quantized_weight
 
@@ -26,11 +28,12 @@ def expected_bags(layer, table, input, offsets, factors):
 @pytest.mark.parametrize("padding_idx", [None, 2, -1])
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
-def test_embedding_bags_equal_the_reference(mode, call, padding_idx):
+@pytest.mark.parametrize("rows_of_table", [6, 40])  # of more rows than indices, some are quantized
+def test_embedding_bags_equal_the_reference(rows_of_table, mode, call, padding_idx):
     torch.manual_seed(0)
     input, offsets = CALLS[call]
     layer = nn.EmbeddingBag(
-        6, 3, mode="sum" if mode == "weighted" else mode, padding_idx=padding_idx
+        rows_of_table, 3, mode="sum" if mode == "weighted" else mode, padding_idx=padding_idx
     )
     factors = torch.rand(input.shape) if mode == "weighted" else None
     table, _ = quantized_weight(layer.weight)
@@ -50,9 +53,10 @@ def test_embedding_bags_equal_the_reference(mode, call, padding_idx):
     ({"include_last_offset": True, "mode": "sum"}, [0, 2, 6]),
     ({"scale_grad_by_freq": True, "mode": "mean"}, [0, 2]),
 ])  # fmt: skip
-def test_options_are_those_of_the_float_layer(options, offsets):
+@pytest.mark.parametrize("rows_of_table", [6, 40])
+def test_options_are_those_of_the_float_layer(rows_of_table, options, offsets):
     torch.manual_seed(0)
-    layer = nn.EmbeddingBag(6, 3, **options)
+    layer = nn.EmbeddingBag(rows_of_table, 3, **options)
     table, _ = quantized_weight(layer.weight)
     table.requires_grad_()
     expected = expected_bags(layer, table, FLAT, torch.tensor(offsets), None)
@@ -61,3 +65,23 @@ def test_options_are_those_of_the_float_layer(options, offsets):
     output.sin().sum().backward()
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(layer.weight.grad, table.grad)
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+def test_rows_of_a_large_table_that_nobody_looks_up_are_not_quantized():
+    layer = quantized(nn.EmbeddingBag(1000, 3, mode="sum"))
+    for training in (True, False):
+        with LargestResult() as largest:
+            layer.train(training)(FLAT, torch.tensor([0]))
+        assert largest.elements < 1000
