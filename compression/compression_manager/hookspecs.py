@@ -78,8 +78,8 @@ def prepare_model(context: Context) -> None:
     """Shape `context.model` in place.
 
     Called once, in the user's order. Every change must be undone by a callback given to
-    `context.add_cleanup`, so that a later failure or `close()` restores the float model.
-    Parameters keep their identity.
+    `context.add_cleanup(callback, owner=self.name)`, so that a later failure or `close()`
+    restores the float model. Parameters keep their identity.
     """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 
 from compression_manager.configuration.checks import as_path
 from compression_manager.deploy.conversion import Conversion, convert_copy
+from compression_manager.deploy.converted_run import describe_reads
 from compression_manager.deploy.exporting import Export, export
 from compression_manager.deploy.formats import find_format
 from compression_manager.deploy.storage import save_converted
@@ -156,6 +158,9 @@ class Inspection(TrainingLoops):
             ),
             self._inputs_or_remembered(example_inputs),
         )
+        parity = self._conversion.parity
+        if parity is not None and parity.read_weights:
+            warnings.warn(f"{describe_reads(parity.read_weights)}.", stacklevel=3)
         return self._conversion
 
     def _inputs_or_remembered(self, example_inputs: Any) -> Any:

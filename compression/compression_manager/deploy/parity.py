@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compression_manager.deploy.converted_run import describe_reads, run_converted
 from compression_manager.deploy.differences import (
     difference,
     finite,
@@ -19,13 +19,12 @@ from compression_manager.deploy.differences import (
     steps_apart,
 )
 from compression_manager.deploy.replacement import Replacement
+from compression_manager.deploy.stored_integers import check_integers
 from compression_manager.errors import ParityError
 from compression_manager.models.calling import (
-    call_model,
     call_with_examples,
     quiet_evaluation,
     tensors_in,
-    without_compiled_code,
 )
 from compression_manager.quantization.layers import QuantizedLayer
 from compression_manager.quantization.layers.decisions import computes_integers
@@ -60,12 +59,15 @@ class Parity:
             that absorbed no BatchNorm.
         output_error: root mean square difference of the model's outputs, divided by the root
             mean square of the trained model's.
+        read_weights: layers whose weight the model's own code reads, which are rounded there now
+            and were not in training.
     """
 
     layer_errors: dict[str, float]
     output_error: float
     layer_steps: dict[str, float] = field(default_factory=dict)
     exact_layers: tuple[str, ...] = ()
+    read_weights: tuple[str, ...] = ()
 
     @property
     def worst_layer(self) -> str | None:
@@ -80,6 +82,7 @@ class Parity:
             f"parity of the converted model: relative error of the output {self.output_error:.1e}, "
             f"largest of a layer on equal input {layers}{where}; {len(self.exact_layers)} of "
             f"{len(self.layer_errors)} layers agree to the last bit"
+            + "".join(f"; {reads}" for reads in [describe_reads(self.read_weights)] if reads)
         )
 
 
@@ -100,8 +103,8 @@ def check_parity(
 
     Raises:
         ParityError: naming the first layer, in the order of execution, that differs by more
-            than `LAYER_TOLERANCE`, or the model's output beyond `MODEL_TOLERANCE` (more in
-            bfloat16 and float16).
+            than `LAYER_TOLERANCE`, one that stores other integers than the trained layer has, or
+            the model's output beyond `MODEL_TOLERANCE` (more in bfloat16 and float16).
         ConfigError: the trained model does not take `example_inputs`.
     """
     # Each run starts from the same random state.
@@ -110,19 +113,23 @@ def check_parity(
         expected = list(tensors_in(call_with_examples(trained, example_inputs)))
     for layer, comparison in comparisons.items():
         comparison.check(layer)
-    actual = _run_converted(converted, replacements, comparisons, example_inputs)
-    error, tolerance = compare_outputs(expected, actual)
+    check_integers(trained, replacements)
+    with full_precision():
+        run = run_converted(converted, replacements, comparisons, example_inputs)
+    error, tolerance = compare_outputs(expected, run.outputs)
     if not error <= tolerance:
+        reads = describe_reads(run.read_weights)
         raise ParityError(
             f"the converted model's output differs from the trained model's by {error:.2g} "
             f"(relative root mean square), allowed {tolerance:.2g}, although each converted "
-            "layer agrees: the model computes something outside of its layers that differs."
+            f"layer agrees: {reads or 'the model computes something outside of its layers'}."
         )
     return Parity(
         {layer: comparison.error for layer, comparison in comparisons.items()},
         error,
         {layer: comparison.step_share for layer, comparison in comparisons.items()},
         tuple(layer for layer, comparison in comparisons.items() if comparison.error == 0.0),
+        run.read_weights,
     )
 
 
@@ -181,38 +188,6 @@ def full_precision() -> Iterator[None]:
     finally:
         for kind, precision in zip(kinds, before, strict=True):
             kind.fp32_precision = precision
-
-
-def _run_converted(
-    model: nn.Module, replacements: Sequence[Replacement], reached: Iterable[str], inputs: Any
-) -> list[Tensor]:
-    """Return the outputs of the converted model, which calls the layers that are `reached`."""
-    called: set[str] = set()
-    try:
-        with full_precision(), ExitStack() as stack, quiet_evaluation(model, restore_buffers=True):
-            for name, layer in ((item.name, item.layer) for item in replacements):
-                handle = layer.register_forward_pre_hook(partial(_note_call, called, name))
-                stack.callback(handle.remove)
-            with without_compiled_code():
-                outputs = list(tensors_in(call_model(model, inputs)))
-    except Exception as error:
-        raise ParityError(
-            f"the converted model fails where the trained one works: {error!r}. Its code probably "
-            "uses the weight of a quantized layer itself; leave that layer out with "
-            "LayerRule(layer=..., skip=True)."
-        ) from error
-    missing = next((name for name in reached if name not in called), None)
-    if missing is not None:
-        raise ParityError(
-            f"the converted model does not call its layer '{missing}', as the trained one does: "
-            "something in the model holds on to the layers that are trained, such as a function "
-            "that was set as an attribute."
-        )
-    return outputs
-
-
-def _note_call(called: set[str], name: str, *_: Any) -> None:
-    called.add(name)
 
 
 def _watch_layers(

@@ -13,6 +13,7 @@ from compression_manager.deploy import Parity, check_parity
 from compression_manager.deploy.conversion import Replacement
 from compression_manager.errors import ConfigError, ParityError
 from compression_manager.plugin import PluginConfig
+from compression_manager.quantization import QuantizationScheme
 from compression_manager.training.schedule import StartAt
 from compression_plugins.fake_quant import QATConfig
 from quantization_reference import prepared, trained
@@ -70,6 +71,64 @@ def test_a_layer_that_differs_is_named(name, damage):
     damage(converted.model.get_submodule(name))
     with pytest.raises(ParityError, match=f"layer '{name}' computes something else"):
         check_parity(model, converted.model, converted.replacements, IMAGES)
+
+
+def test_one_integer_of_many_is_missed_by_no_tolerance():
+    """Beside 512 * 9 others in each sum, and a BatchNorm in the scale, it hardly shows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(512, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16))
+    nn.init.uniform_(model[1].weight, -1.0, 1.0)
+    nn.init.zeros_(model[1].weight[:2])  # whose channels are stored as zeros
+    nn.init.constant_(model[1].weight[5], -0.1)
+    images = torch.randn(4, 512, 4, 4)
+    converted, model = conversion(model, images)
+    (replacement,) = converted.replacements
+    assert replacement.absorbed == ("1",)
+    replacement.layer.integer_weight()[5, 7, 1, 1] += 1
+    with pytest.raises(ParityError, match=r"layer '0' stores other integers .*: 1 of 73728"):
+        check_parity(model, converted.model, converted.replacements, images)
+
+
+class ReadsWeight(nn.Module):
+    """Weights tied by hand: what a tied layer would compute, without quantization."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, input):
+        hidden = self.layer(self.embedding(input)).relu().mean(1)
+        return F.linear(hidden, self.embedding.weight.to(hidden.dtype))
+
+
+TOKENS = torch.arange(40).reshape(4, 10)
+
+
+def test_a_weight_that_the_model_s_own_code_reads_is_named():
+    manager = trained(ReadsWeight(), TOKENS)
+    with pytest.warns(UserWarning, match="reads the weight of 'embedding', which") as caught:
+        manager.convert()
+    assert caught[0].filename == __file__
+    assert "reads the weight of 'embedding'" in str(manager.report())
+
+
+def test_a_read_weight_is_named_where_outputs_differ_too_much():
+    weight = QuantizationScheme(bits=3, granularity="channel")
+    manager = trained(ReadsWeight(), TOKENS, weight=weight)
+    with pytest.raises(ParityError, match=r"agrees: the model's own code reads .*'embedding'"):
+        manager.convert()
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_asked_for_their_dtype_alone_are_not_read():
+    class AsksDtype(nn.Sequential):
+        def forward(self, input):
+            return super().forward(input.to(self[0].weight.dtype))
+
+    manager = trained(AsksDtype(nn.Linear(6, 4)), VECTORS)
+    manager.convert()
+    assert manager.report().parity.read_weights == ()
 
 
 def test_the_first_of_several_in_the_order_of_execution_is_named():

@@ -89,9 +89,9 @@ class ConvertedLayer(Float32Buffers):
         if "weight" not in self._buffers:
             raise AttributeError  # nn.Module then says so, as of every attribute
         if torch.compiler.is_dynamo_compiling():
-            return self._dequantized()  # what is not used, it removes
+            return self.dequantized()  # what is not used, it removes
         device = self.weight_scale.device
-        return LazyWeight(self._dequantized, self._float_shape, self._dtype, device)
+        return LazyWeight(self, self._float_shape, self._dtype, device)
 
     def _stays_float32(self, name: str) -> bool:
         return name.endswith(SCALE)
@@ -100,7 +100,8 @@ class ConvertedLayer(Float32Buffers):
         self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
         return super()._apply(fn, recurse)
 
-    def _dequantized(self) -> Tensor:
+    def dequantized(self) -> Tensor:
+        """Return the weight as the float layer has it: its shape, in floating point."""
         return self.float_form(self.float_weight(self._dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:

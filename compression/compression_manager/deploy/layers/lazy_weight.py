@@ -1,13 +1,16 @@
 """What a deployed layer answers for its weight: floating point, dequantized when values are read.
 
 Models ask a weight for its dtype or device in every forward pass, which must not cost as much as
-the layer itself.
+the layer itself. A deployed layer computes with its integers, so that values are read by the
+model's own code alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,19 +20,19 @@ from torch.utils._pytree import tree_map_only
 class LazyWeight(Tensor):
     """Describes itself without values; whatever else is asked of it is asked of the real weight."""
 
-    _decode: Callable[[], Tensor]
+    _layer: _HasWeight
 
     @staticmethod
     def __new__(
         cls,
-        decode: Callable[[], Tensor],
+        layer: _HasWeight,
         shape: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> LazyWeight:
-        """Return what stands for `decode()`, which is of this shape, dtype and device."""
+        """Return what stands for `layer.dequantized()`, of this shape, dtype and device."""
         weight: LazyWeight = _TENSOR._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight._decode = decode
+        weight._layer = layer
         return weight
 
     @classmethod
@@ -47,8 +50,33 @@ class LazyWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Call `func` with the dequantized weight."""
-        args, kwargs = tree_map_only(cls, lambda weight: weight._decode(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, _values, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+@contextmanager
+def noting_reads() -> Iterator[set[int]]:
+    """Return a set that receives the id of each layer whose weight is read within the context."""
+    noted: set[int] = set()
+    token = _reads.set(noted)
+    try:
+        yield noted
+    finally:
+        _reads.reset(token)
+
+
+def _values(weight: LazyWeight) -> Tensor:
+    noted = _reads.get()
+    if noted is not None:
+        noted.add(id(weight._layer))
+    return weight._layer.dequantized()
+
+
+class _HasWeight(Protocol):
+    def dequantized(self) -> Tensor: ...
+
+
+_reads: ContextVar[set[int] | None] = ContextVar("reads of deployed weights", default=None)
 
 
 # Any, because torch's stubs lack some of what is used here.

@@ -70,13 +70,12 @@ class QuantizedLayer(nn.Module):
     product_options: ProductOptions = ProductOptions()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode, and take a look at the weights anew.
+        """Set the mode, and take a look at the weights anew, even if it is the mode already.
 
         Around evaluation weights are exchanged, for averaged ones as an example, in ways that
         leave no trace in them.
         """
-        if mode != self.training:
-            forget_weights(self.quantizers())
+        forget_weights(self.quantizers())
         return super().train(mode)
 
     @staticmethod

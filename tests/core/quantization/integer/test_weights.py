@@ -75,6 +75,21 @@ def test_weights_changed_behind_autograd_are_seen(counting: Counting, change: st
     assert torch.equal(layer(input), expected)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_setting_the_mode_that_a_layer_is_in_shows_single_values_written_through_data(
+    counting: Counting, mode: bool
+) -> None:
+    """Which the sample may miss."""
+    torch.manual_seed(0)
+    input = torch.randn(6, 64)
+    layer = quantized(nn.Linear(64, 64), input).train(mode)
+    layer(input)
+    for row in range(10):
+        layer.get_parameter("weight").data[row, row] = 9.0
+        layer.train(mode)
+        assert torch.equal(layer(input), copy.deepcopy(layer)(input))
+
+
 def test_a_copy_has_integers_of_its_own(counting: Counting) -> None:
     input = torch.randn(6, 8)
     layer = _layer(input)
