@@ -81,7 +81,7 @@ class LossTerms:
             total = total + _weighted(term)
         if not math.isfinite(total.item()):
             values = ", ".join(
-                f"{term.name} = {float(term.value.detach()):g} (weight {float(term.weight):g})"
+                f"{term.name} = {float(term.value.detach()):g} (weight {_number(term.weight):g})"
                 for term in self
             )
             raise LossError(
@@ -89,6 +89,11 @@ class LossTerms:
                 "no gradient was computed and no parameter was changed."
             )
         return total
+
+
+def _number(weight: float | Tensor) -> float:
+    # Torch warns where a trained weight becomes a number.
+    return float(weight.detach()) if isinstance(weight, Tensor) else weight
 
 
 def _weighted(term: LossTerm) -> Tensor:

@@ -140,6 +140,12 @@ def test_non_finite_sum_names_every_term_and_its_weight() -> None:
         call_loss(manager)
 
 
+def test_a_weight_that_is_trained_is_named_too() -> None:
+    manager = _begun(_adds("b", float("inf"), torch.tensor(0.5, requires_grad=True)))
+    with pytest.raises(LossError, match=r"b/term = inf \(weight 0.5\)"):
+        call_loss(manager)
+
+
 @pytest.mark.parametrize("name", ["twice", "task"])
 def test_a_name_is_used_once(name: str) -> None:
     def on_after_compute_loss(self: Any, losses: Any, student_output: Any) -> None:

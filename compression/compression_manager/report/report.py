@@ -236,7 +236,7 @@ def _quantized(
     inputs = layer.input_quantizers()
     if any(item.phase.quantizing and not item.is_calibrated() for item in inputs):
         input = None
-        detail = f"weight {weight or 'none'}, input float: no training step called it in train mode"
+        detail = f"weight {weight or 'none'}, input float: it met no value in train mode"
     parts = layer.parts()
     spec = LayerSpec(
         kind=layer.float_class.__name__,

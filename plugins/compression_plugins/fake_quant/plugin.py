@@ -131,7 +131,7 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             )
 
     def _warn_of_float_inputs(self, model: nn.Module) -> None:
-        """Tell which layers have no range for their input, although they are used."""
+        """Tell which layers have no range for their input, although evaluation uses them."""
         unseen = [
             f"'{name}'"
             for name, layer in self._layers(model).items()
@@ -144,9 +144,10 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             shown, more = ", ".join(unseen[:_SHOWN]), len(unseen) - _SHOWN
             shown += f" and {more} more layers" if more > 0 else ""
             warnings.warn(
-                f"plugin '{self.name}': {shown} were called in eval mode only, so that the range "
+                f"plugin '{self.name}': {shown} met values in eval mode only, so that the range "
                 "of their input is unknown and stays float. Call them in train mode in some steps "
-                "(their parameters may be frozen), or leave them out with "
+                "(their parameters may be frozen), with inputs that are not empty, or leave them "
+                "out with "
                 "LayerRule(layer=..., skip=True).",
                 stacklevel=2,
             )

@@ -197,7 +197,7 @@ def test_a_layer_that_training_never_used_is_converted_without_input_range():
     model.eval()
     assert torch.equal(layer(VECTORS), model["unused"](VECTORS))
     detail = {item.name: item.detail for item in manager.report().layers}["unused"]
-    assert "no training step called it in train mode" in detail
+    assert "it met no value in train mode" in detail
 
 
 def test_a_backbone_that_stays_in_eval_mode_is_told():
@@ -212,7 +212,7 @@ def test_a_backbone_that_stays_in_eval_mode_is_told():
             manager.on_before_optimizer_step()
             manager.on_after_optimizer_step()
     with pytest.warns(
-        UserWarning, match=r"'0\.0', .*'0\.4' and 2 more layers were called in eval mode"
+        UserWarning, match=r"'0\.0', .*'0\.4' and 2 more layers met values in eval mode"
     ):
         converted = manager.convert(VECTORS)
     assert converted[0][0].spec.input is None

@@ -230,6 +230,15 @@ def test_the_report_says_who_computes_on_what_and_why() -> None:
     assert any(line.startswith(f"products of integers by {kernel}") for line in lines)
 
 
+def test_the_report_says_how_transposed_convolutions_compute() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 2, 3))
+    report = trained(model, torch.randn(2, 3, 8, 8)).report()
+    (transposed,) = (layer.arithmetic for layer in report.layers if layer.name == "1")
+    assert transposed is not None
+    assert transposed.reasons == ["transposed convolutions have no product of integers"]
+    assert "1" in str(report).split("fake-quantized operands: ")[1].splitlines()[0]
+
+
 def test_the_report_says_why_training_is_not_on_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_passes(TORCH), pretended(monkeypatch, vnni=False, amx=False):
         layers = trained(cnn(), IMAGES).report().layers

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compression_manager.quantization.integer.rule import Decision
 from compression_manager.quantization.layers.base import Operand, SinglePartLayer
+from compression_manager.quantization.layers.decisions import remember
 from compression_manager.quantization.layers.products import convolve
+
+_TRANSPOSED = Decision("fake", "transposed convolutions have no product of integers")
 
 
 class _QuantizedConv(SinglePartLayer):
@@ -76,6 +81,8 @@ class _QuantizedConvTranspose(SinglePartLayer):
             output_size: the spatial size wanted, where the stride leaves several possible.
         """
         layer = cast(nn.ConvTranspose2d, self)
+        if self.product_options.forward != "fake" and not torch.compiler.is_compiling():
+            remember(self.part(), _TRANSPOSED)
         return type(self)._operation(
             self.quantized_input(input),
             swap_channel_axes(self.quantized_weight(), self.groups),
