@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import compression_plugins
 import toys
 from compression_manager import ConfigError
 from compression_plugins.compat.neural_compressor import (
@@ -95,6 +96,20 @@ def test_divergence_does_not_shrink_with_the_number_of_classes():
     expected = divergence(as_array(student(INPUTS)), as_array(teacher(INPUTS)))
     loss = first_loss(teach(teacher, criterion, student), INPUTS)
     np.testing.assert_allclose(loss.item(), expected, rtol=1e-4)
+
+
+def test_the_criterion_of_the_plugin_says_where_the_classes_of_images_are():
+    images = torch.randn(2, 3, 4, 4)
+    teacher = nn.Conv2d(3, 5, 1)
+    options = {"loss_types": ["CE", "KL"], "loss_weights": [0, 1]}
+    with pytest.raises(ConfigError, match="class_dimension=1"):
+        criterion = KnowledgeDistillationLossConfig(**options)
+        first_loss(teach(teacher, criterion, nn.Conv2d(3, 5, 1)), images, task=torch.zeros(()))
+    student = nn.Conv2d(3, 5, 1)
+    criterion = compression_plugins.KnowledgeDistillationLossConfig(**options, class_dimension=1)
+    loss = first_loss(teach(teacher, criterion, student), images, task=torch.zeros(()))
+    pixels = [as_array(model(images).movedim(1, -1).reshape(-1, 5)) for model in (student, teacher)]
+    np.testing.assert_allclose(loss.item(), divergence(*pixels), rtol=1e-5)
 
 
 def test_the_default_criterion_is_soft_cross_entropy_in_halves():
