@@ -44,11 +44,30 @@ def to_onnx(program: ExportedProgram) -> bytes:
     assert converted is not None  # with dynamo it never is
     _require_no_memory(converted.exported_program)
     proto = converted.model_proto
+    _drop_notes(proto.graph)
     names = [item.name for item in proto.graph.input]
     note = proto.metadata_props.add()
     note.key, note.value = ARGUMENTS, arguments_of_program(program, names).to_json()
     content: bytes = proto.SerializeToString()
     return content
+
+
+def _drop_notes(graph: Any) -> None:
+    """Delete what the exporter notes on a `GraphProto` for its own developers, in place.
+
+    Stack traces and names of classes take several times the bytes of small weights. Shapes of
+    computed values stay: onnxruntime fuses layers by them. Those of initializers stand in these.
+    """
+    named = (*graph.input, *graph.output, *graph.initializer, *graph.value_info)
+    for item in (graph, *graph.node, *named):
+        item.ClearField("metadata_props")
+    initializers = {item.name for item in graph.initializer}
+    computed = [item for item in graph.value_info if item.name not in initializers]
+    del graph.value_info[:]
+    graph.value_info.extend(computed)
+    for attribute in (item for node in graph.node for item in node.attribute):
+        if attribute.HasField("g"):  # of a branch or a loop
+            _drop_notes(attribute.g)
 
 
 def _require_no_memory(program: ExportedProgram | None) -> None:

@@ -114,6 +114,44 @@ def test_torch_stores_integers_and_no_example(tmp_path: Path) -> None:
         assert program.state_dict[name].dtype == value.dtype
 
 
+def test_files_hold_weights_and_operators_and_little_else(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 16, 16)
+    blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()) for _ in range(6)]
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), *blocks, nn.Flatten(), nn.LazyLinear(4))
+    net(images)
+    model = trained(net, images).convert()
+    weights = sum(value.nbytes for value in model.state_dict().values())
+    written = deploy.export(model, tmp_path / "model.onnx", "onnx", images)
+    assert written.size < 1.5 * weights
+    graph = onnx.load(written.path).graph
+    computed = {name for node in graph.node for name in node.output}
+    assert {item.name for item in graph.value_info} <= computed  # onnxruntime fuses by them
+    assert not any(item.metadata_props for item in (graph, *graph.node, *graph.value_info))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.fc(input)
+        chosen: Tensor = torch.cond(output.sum() > 0, torch.sin, torch.cos, (output,))
+        return chosen
+
+
+def test_files_name_no_place_in_anybodys_source(tmp_path: Path) -> None:
+    model = Branching()
+    for format in FORMATS:
+        path = tmp_path / f"model{SUFFIX[format]}"
+        deploy.export(model, path, format, VECTORS)
+        content = path.read_bytes()
+        assert b"in forward" not in content
+        assert b".py" not in content
+        assert b"pkg.torch" not in content
+
+
 @pytest.mark.slow
 def test_torch_needs_nothing_of_this_package(tmp_path: Path) -> None:
     model = conv_net()

@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from compression_manager.deploy.formats.base import ExportFormat
 from compression_manager.deploy.parity import LAYER_TOLERANCE
 from compression_manager.quantization.exporting import View
+
+# Where each operator was called, in which file: most of the bytes of a small model.
+_NOTES = ("stack_trace", "torch_fn")
 
 
 class TorchFormat(ExportFormat):
@@ -29,8 +33,12 @@ class TorchFormat(ExportFormat):
         return "formulas"
 
     def write(self, program: ExportedProgram, path: Path) -> None:
-        """Write the archive, without the example inputs, which torch would store as well."""
+        """Write the archive without example inputs and stack traces, which torch would store."""
         program.example_inputs = None
+        graphs = (item for item in program.graph_module.modules() if isinstance(item, GraphModule))
+        for node in (node for item in graphs for node in item.graph.nodes):
+            for note in _NOTES:
+                node.meta.pop(note, None)
         # torch wants the suffix .pt2 of a path, but not of an open file.
         with path.open("wb") as file:
             torch.export.save(program, file)
