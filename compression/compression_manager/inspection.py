@@ -62,16 +62,25 @@ class Inspection(TrainingLoops):
         folder = as_path("save_converted", directory)
         return save_converted(self._conversion or self._convert(None), folder)
 
-    def export(self, path: str | Path, format: str, example_inputs: Any = None) -> Export:
+    def export(
+        self,
+        path: str | Path,
+        format: str,
+        example_inputs: Any = None,
+        *,
+        dynamic_batch: bool = True,
+    ) -> Export:
         """Write the model that `convert` returned last (converting now if it was not called).
 
-        The file takes any batch size, and is compared with the converted model before it takes
-        its name; see `compression_manager.deploy.export`.
+        The file is compared with the converted model before it takes its name; see
+        `compression_manager.deploy.export`.
 
         Args:
             path: the file, for example `model.onnx`.
             format: `onnx`, `openvino`, `torch` or `aot_inductor`; see `deploy.export`.
             example_inputs: a batch to trace and compare with; default as in `convert`.
+            dynamic_batch: let the file take any number of samples; else all sizes are those of
+                the examples.
 
         Raises:
             ConfigError: an unknown format, a missing package, or no input.
@@ -82,7 +91,7 @@ class Inspection(TrainingLoops):
         find_format(format)  # before the work of converting
         inputs = self._some_inputs("export", example_inputs)
         conversion = self._conversion or self._convert(example_inputs)
-        return export(conversion.model, path, format, inputs)
+        return export(conversion.model, path, format, inputs, dynamic_batch=dynamic_batch)
 
     def report(
         self, example_inputs: Any = None, *, sensitivity: bool = False, graph: bool = False

@@ -27,7 +27,13 @@ from compression_manager.state.files import (
     writing,
 )
 from compression_manager.tracing.graph_inputs import without_constants
-from compression_manager.tracing.program import batch_size, brief, trace, with_batch
+from compression_manager.tracing.program import (
+    batch_size,
+    brief,
+    samples_in,
+    trace,
+    with_batch,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class Export:
         format: its format.
         size: bytes, of all its files.
         output_error: largest relative error (root mean square) of its outputs, compared with the
-            converted model's at a batch size of one and of the examples; None if `unchecked`.
+            converted model's at the batch size of the examples, and at that of one if it is
+            dynamic; None if `unchecked`.
         unchecked: why the file was not run, or None.
     """
 
@@ -56,11 +63,19 @@ class Export:
         return f"{self.path}: {self.format}, {self.size:,} bytes; {checked}"
 
 
-def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any) -> Export:
-    """Write a converted model as a file for another runtime, for any batch size.
+def export(
+    model: nn.Module,
+    path: str | Path,
+    format: str,
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+) -> Export:
+    """Write a converted model as a file for another runtime, by default for any batch size.
 
-    The file is loaded again, run, and compared with `model` at a batch size of one and of the
-    examples; only then it takes its name, replacing an older one. Progress is shown on stderr.
+    The file is loaded again, run, and compared with `model` for the examples, and for a single
+    sample if the batch is dynamic; only then it takes its name, replacing an older one. Progress
+    is shown on stderr.
 
     Args:
         model: what `convert` returned or `deploy.load` loaded.
@@ -70,12 +85,15 @@ def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any)
             needs the extra `openvino`), `torch` (.pt2, for `torch.export.load`) or
             `aot_inductor` (.pt2, native code for processors like this one).
         example_inputs: what the model is called with: a tensor, a tuple (by position) or a mapping
-            (by keyword, without its labels). Every tensor whose first dimension is that of the
-            first one has the samples in it; all other dimensions are those of the file.
+            (by keyword, without its labels).
+        dynamic_batch: let the file take any number of samples: dimension 0 of every tensor in
+            which it is as long as in the first. All other sizes are as in the examples. With
+            False all are, for models whose inputs count something else in dimension 0, such as
+            the nodes and edges of a graph.
 
     Raises:
         ConfigError: an unknown format, a missing package, a model that was not converted, or
-            inputs that the model does not take.
+            inputs that the model does not take, at any number of samples if it is dynamic.
         NotExportableError: the model cannot be traced or translated.
         ParityError: the file computes something else than the model. It is not left in place.
         CheckpointError: the file cannot be written.
@@ -87,11 +105,12 @@ def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any)
     target = _target(path, exporter)
     require_converted(model, "export")
     inputs = without_labels(example_inputs)
-    inputs = with_batch(inputs, max(2, batch_size(inputs)))
     with progress(f"exporting {target.name} ({exporter.name})", total=3) as begin:
         begin("tracing")
-        references = [Reference.of(model, inputs), Reference.of(model, with_batch(inputs, 1))]
-        program = trace(model, inputs, view=exporter.view)
+        references = _references(model, inputs, dynamic_batch)
+        program = trace(
+            model, references[0].inputs, view=exporter.view, dynamic_batch=dynamic_batch
+        )
         with ExitStack() as stack:
             with writing(target):
                 make_folder(target.parent)
@@ -106,6 +125,30 @@ def export(model: nn.Module, path: str | Path, format: str, example_inputs: Any)
                 size = sum(file.stat().st_size for file in folder.iterdir())
                 _install(folder, target)
     return Export(Path(path), exporter.name, size, output_error, unchecked)
+
+
+def _references(model: nn.Module, inputs: Any, dynamic_batch: bool) -> list[Reference]:
+    """Return what the file is compared with; the first has the inputs to trace the model with.
+
+    Raises:
+        ConfigError: the model does not take the inputs, or another number of samples.
+    """
+    size = batch_size(inputs)
+    examples = Reference.of(model, with_batch(inputs, size))
+    if not dynamic_batch:
+        return [examples]
+    try:
+        other = Reference.of(model, with_batch(inputs, 1 if size > 1 else 2))
+    except ConfigError as error:
+        made = "the single sample cut from them" if size > 1 else "their one sample twice"
+        raise ConfigError(
+            f"the model takes the example inputs, but not {made} ({error.__cause__!r}): "
+            f"dimension 0 of {samples_in(model, inputs)} was taken for the samples. If it counts "
+            "something else, export with dynamic_batch=False, which keeps all sizes as in the "
+            f"examples; if one of them has the size {size} there by chance, give examples of "
+            "another number of samples."
+        ) from error
+    return [examples, other] if size > 1 else [other, examples]
 
 
 def _write(exporter: ExportFormat, program: ExportedProgram, draft: Path) -> None:

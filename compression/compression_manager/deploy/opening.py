@@ -35,8 +35,9 @@ class ExportedModel:
             output tensor, or the tuple of them, on the CPU.
 
         Raises:
-            ConfigError: other tensors than the file takes: their number or names (`onnx`,
-                `openvino`), their dtype or sizes (`aot_inductor`).
+            ConfigError: other tensors than the file takes: others by number, name or size, or
+                with different numbers of samples; and of another dtype (`openvino`, `torch`,
+                `aot_inductor`).
         """
         return self._run(*args, **kwargs)
 
@@ -45,7 +46,7 @@ class ExportedModel:
 
 
 def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
-    """Load a file that `export` wrote, to be called as the model is, with any batch size.
+    """Load a file that `export` wrote, to be called as the model is.
 
     ONNX files run in onnxruntime and .xml files in OpenVINO, on the CPU, with as many threads as
     torch has when they are loaded.

@@ -25,7 +25,12 @@ from compression_manager.tracing.compiled_inputs import (
     called_as_examples,
     described_examples,
 )
-from compression_manager.tracing.program import batch_shapes, batch_size, is_batch
+from compression_manager.tracing.program import (
+    batch_shapes,
+    batch_size,
+    has_open_batch,
+    is_batch,
+)
 
 # Under which name a package says what its inputs are.
 _INPUTS = "inputs"
@@ -129,7 +134,7 @@ def load_package(path: Path) -> Callable[..., Any]:
 def _trace_again(program: ExportedProgram, module: nn.Module) -> ExportedProgram:
     """Return the program of a module that is called as `program` is."""
     args, kwargs = program.example_inputs or ((), {})
-    shapes = batch_shapes(args, kwargs)
+    shapes = batch_shapes(args, kwargs) if has_open_batch(program) else None
     return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
 
 

@@ -15,6 +15,7 @@ from compression_manager.errors import NotExportableError
 from compression_manager.integrations.onnx_graph import write_attention
 from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
 from compression_manager.tracing.graph_inputs import ARGUMENTS
+from compression_manager.tracing.input_sizes import BATCH, sizes_of_inputs
 from compression_manager.tracing.program import arguments_of_program
 
 
@@ -96,12 +97,6 @@ def _without_notes_on_torchvision() -> Iterator[None]:
 
 def _named_batch(program: ExportedProgram) -> list[Any]:
     """Return the name "batch" for the first symbolic dimension; all others share the symbol."""
-    names = set(program.graph_signature.user_inputs)
-    inputs = [node.meta["val"] for node in program.graph.nodes if node.name in names]
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    shapes: list[Any] = [None] * len(tensors)
-    for index, tensor in enumerate(tensors):
-        if tensor.dim() and isinstance(tensor.shape[0], torch.SymInt):
-            shapes[index] = {0: "batch"}
-            break
-    return shapes
+    sizes = sizes_of_inputs(program)
+    first = next((index for index, item in enumerate(sizes) if BATCH in item), None)
+    return [{0: BATCH} if index == first else None for index in range(len(sizes))]

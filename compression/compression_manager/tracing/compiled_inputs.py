@@ -1,9 +1,9 @@
-"""Calling compiled code, which takes its inputs to be what its examples were and asks nobody."""
+"""Calling what takes its inputs to be what its examples were, whether it asks or does not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,13 @@ from torch.utils._pytree import (
 )
 
 from compression_manager.errors import ConfigError
-from compression_manager.tracing.program import batch_size, is_batch
+from compression_manager.tracing.input_sizes import (
+    BATCH,
+    has_sizes,
+    require_equal_samples,
+    sizes_of_inputs,
+    words_of_sizes,
+)
 
 
 def described_examples(program: ExportedProgram) -> str:
@@ -29,8 +35,8 @@ def described_examples(program: ExportedProgram) -> str:
     """
     inputs: Any = program.example_inputs or ((), {})
     leaves, structure = tree_flatten_with_path(inputs)
-    samples = batch_size(inputs)
-    examples = [{"path": _place(path), **_described(leaf, samples)} for path, leaf in leaves]
+    sizes = iter(sizes_of_inputs(program))
+    examples = [{"path": _place(path), **_described(leaf, sizes)} for path, leaf in leaves]
     return json.dumps({"structure": treespec_dumps(structure), "examples": examples})
 
 
@@ -41,12 +47,12 @@ def called_as_examples(run: Callable[..., Any], description: str) -> Callable[..
     copied if need be.
 
     Args:
-        run: the compiled code.
+        run: the code.
         description: what `described_examples` returned.
 
     Returns:
         A function that raises ConfigError for other arguments than the examples had: a tensor of
-        another dtype or shape, or another value that is no tensor.
+        another dtype or shape, different numbers of samples, or another value that is no tensor.
     """
     document = json.loads(description)
     structure = treespec_loads(document["structure"])
@@ -58,9 +64,11 @@ def called_as_examples(run: Callable[..., Any], description: str) -> Callable[..
         prepared = [_as_example(given.pop(item["path"], None), item) for item in examples]
         if given:
             raise ConfigError(
-                f"this package takes no {' and no '.join(given)}; it was exported with "
+                f"this file takes no {' and no '.join(given)}; it was exported with "
                 f"{', '.join(item['path'] for item in examples)}."
             )
+        pairs = zip(examples, prepared, strict=True)
+        require_equal_samples({item["path"]: len(leaf) for item, leaf in pairs if _is_open(item)})
         args, kwargs = tree_unflatten(prepared, structure)
         return run(*args, **kwargs)
 
@@ -72,14 +80,15 @@ def _place(path: tuple[Any, ...]) -> str:
     return f"{'kwargs' if path[0].idx else 'args'}{keystr(path[1:])}"
 
 
-def _described(leaf: Any, samples: int) -> dict[str, Any]:
+def _described(leaf: Any, sizes: Iterator[list[int | str]]) -> dict[str, Any]:
     if not isinstance(leaf, Tensor):
         return {"value": repr(leaf)}
-    shape: list[int | str] = list(leaf.shape)
-    if is_batch(leaf, samples):
-        shape[0] = "batch"
     axes = sorted(range(leaf.dim()), key=leaf.stride, reverse=True)
-    return {"dtype": _name(leaf), "shape": shape, "axes": axes}
+    return {"dtype": _name(leaf), "shape": next(sizes), "axes": axes}
+
+
+def _is_open(example: Mapping[str, Any]) -> bool:
+    return BATCH in example.get("shape", ())
 
 
 def _as_example(leaf: Any, example: Mapping[str, Any]) -> Any:
@@ -92,24 +101,16 @@ def _as_example(leaf: Any, example: Mapping[str, Any]) -> Any:
         fits = repr(leaf) == example["value"]
         expected = example["value"]
     else:
-        fits = isinstance(leaf, Tensor) and _has_shape(leaf, example)
-        expected = f"a tensor of {example['dtype']} ({', '.join(map(str, example['shape']))})"
+        fits = isinstance(leaf, Tensor) and _name(leaf) == example["dtype"]
+        fits = fits and has_sizes(leaf, example["shape"])
+        expected = f"a tensor of {example['dtype']} {words_of_sizes(example['shape'])}"
     if not fits:
         found = f"{_name(leaf)} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
         raise ConfigError(
-            f"this package was compiled for {expected} as {example['path']}, got {found}; export "
+            f"this file was exported with {expected} as {example['path']}, got {found}; export "
             "it with such inputs, or convert them."
         )
     return _laid_out(leaf, example["axes"]) if isinstance(leaf, Tensor) else leaf
-
-
-def _has_shape(tensor: Tensor, example: Mapping[str, Any]) -> bool:
-    shape = example["shape"]
-    return (
-        _name(tensor) == example["dtype"]
-        and len(shape) == tensor.dim()
-        and all(wanted in ("batch", size) for wanted, size in zip(shape, tensor.shape, strict=True))
-    )
 
 
 def _name(tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError, suggest
+from compression_manager.tracing.input_sizes import (
+    BATCH,
+    Sizes,
+    has_sizes,
+    require_equal_samples,
+    words_of_sizes,
+)
 
 # numpy arrays, which the runtimes bring along; this package does without.
 Array = Any
@@ -35,11 +42,13 @@ class Arguments:
         positional: parameters of the model that may be given by position, in order.
         variadic: that which takes all others, or None.
         paths: input of the file -> parameter, keys and indices that lead to its tensor.
+        sizes: input of the file -> its sizes; none of what files of older versions take.
     """
 
     positional: tuple[str, ...]
     variadic: str | None
     paths: dict[str, Path]
+    sizes: dict[str, Sizes] = field(default_factory=dict)
 
     @classmethod
     def of_names(cls, names: Sequence[str]) -> Arguments:
@@ -54,6 +63,7 @@ class Arguments:
             tuple(document["positional"]),
             document["variadic"],
             {name: tuple(path) for name, path in document["paths"].items()},
+            document.get("sizes", {}),
         )
 
     def to_json(self) -> str:
@@ -109,10 +119,12 @@ def called_as_model(
         compute: the runtime; returns arrays that it does not use again.
     """
     name_of = {path: name for name, path in arguments.paths.items()}
+    sizes = {arguments.paths[name]: item for name, item in arguments.sizes.items()}
 
     def run(*args: Any, **kwargs: Any) -> Any:
         leaves = arguments.leaves(args, kwargs)
         _check(leaves, name_of)
+        _check_sizes(leaves, sizes)
         outputs = compute({name_of[path]: _array(value) for path, value in leaves.items()})
         tensors = tuple(torch.from_numpy(output) for output in outputs)
         return tensors[0] if len(tensors) == 1 else tensors
@@ -172,6 +184,19 @@ def _check(leaves: Mapping[Path, Any], name_of: Mapping[Path, str]) -> None:
         raise ConfigError(
             f"the exported model needs a tensor as {', '.join(missing)}; it was exported with one."
         )
+
+
+def _check_sizes(leaves: Mapping[Path, Tensor], sizes: Mapping[Path, Sizes]) -> None:
+    """Raise ConfigError for other sizes than a file takes, with which it may compute anything."""
+    for path, wanted in sizes.items():
+        if not has_sizes(leaves[path], wanted):
+            raise ConfigError(
+                f"the exported model takes {' '.join(path)} of the sizes {words_of_sizes(wanted)}, "
+                f"got {tuple(leaves[path].shape)}; export it with such examples."
+            )
+    require_equal_samples(
+        {" ".join(path): len(leaves[path]) for path, wanted in sizes.items() if BATCH in wanted}
+    )
 
 
 def _array(value: Tensor) -> Array:

@@ -1,4 +1,4 @@
-"""A model as a graph for any batch size, which exporters write."""
+"""A model as a graph, for any batch size or one, which exporters write."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from compression_manager.models.calling import quiet_evaluation, tensors_in
 from compression_manager.quantization.exporting import View, exporting
 from compression_manager.quantization.tensors.memory_format import has_gaps
 from compression_manager.tracing.graph_inputs import Arguments, positional_of
+from compression_manager.tracing.input_sizes import BATCH, sizes_of_inputs
 
 # Where a traced program keeps what `positional_of` returned.
 PARAMETERS = "compression_manager.parameters"
@@ -62,39 +63,59 @@ def with_batch(inputs: Any, size: int) -> Any:
     return tree_map(resize, dict(inputs) if isinstance(inputs, Mapping) else inputs)
 
 
-def trace(model: nn.Module, inputs: Any, *, view: View = "operators") -> ExportedProgram:
-    """Return the graph of `model` in eval mode, with the batch size left open.
+def trace(
+    model: nn.Module, inputs: Any, *, view: View = "operators", dynamic_batch: bool = True
+) -> ExportedProgram:
+    """Return the graph of `model` in eval mode.
 
     Args:
         model: takes `inputs` as `model_call.call_model` passes them.
-        inputs: at least two samples; torch takes a size of one for a constant.
+        inputs: at least two samples if the batch is dynamic; torch takes one for a constant.
         view: what stands in the graph for the arithmetic of quantization; see
             `quantization.exporting.exporting`.
+        dynamic_batch: whether the number of samples stays open, or all sizes are as in `inputs`.
 
     Raises:
         NotExportableError: torch.export cannot trace the model, or its graph depends on the
             batch size.
     """
     args, kwargs = arguments_of(inputs)
-    shapes = batch_shapes(args, kwargs)
+    shapes = batch_shapes(args, kwargs) if dynamic_batch else None
     try:
         with quiet_evaluation(model, restore_buffers=True), exporting(view):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:
         reason = brief(error)
-        advice = (
-            "The model returns what it keeps between calls, which no file can hold; for a model "
-            "of transformers set model.config.use_cache = False."
-            if "DynamicCache" in reason
-            else "The model's code must not depend on values of tensors, nor on how many samples "
-            "there are in the first dimension of its inputs."
-        )
+        extent = " for any batch size" if dynamic_batch else ""
         raise NotExportableError(
-            f"torch.export cannot trace the model for any batch size: {reason} {advice}"
+            f"torch.export cannot trace the model{extent}: {reason} "
+            f"{_advice(model, inputs, reason, dynamic_batch)}"
         ) from error
     # A program knows its inputs in the order of this call alone.
     program.graph_module.meta[PARAMETERS] = positional_of(model)
     return program
+
+
+def _advice(model: nn.Module, inputs: Any, reason: str, dynamic_batch: bool) -> str:
+    if "DynamicCache" in reason:
+        return (
+            "The model returns what it keeps between calls, which no file can hold; for a model "
+            "of transformers set model.config.use_cache = False."
+        )
+    if not dynamic_batch:
+        return "The model's code must not depend on values of tensors."
+    return (
+        "The model's code must not depend on values of tensors, nor on how many samples there are "
+        f"in the first dimension of its inputs, for which that of {samples_in(model, inputs)} was "
+        "taken; `export` with dynamic_batch=False keeps the sizes of the examples."
+    )
+
+
+def samples_in(model: nn.Module, inputs: Any) -> str:
+    """Return the names of the inputs whose first dimension is taken for the samples."""
+    size = batch_size(inputs)
+    leaves = Arguments(*positional_of(model), {}).leaves(*arguments_of(inputs))
+    return ", ".join(repr(" ".join(path)) for path, leaf in leaves.items() if is_batch(leaf, size))
 
 
 def arguments_of_program(program: ExportedProgram, names: Sequence[str]) -> Arguments:
@@ -108,7 +129,17 @@ def arguments_of_program(program: ExportedProgram, names: Sequence[str]) -> Argu
     args, kwargs = program.example_inputs or ((), {})
     leaves = Arguments(positional, variadic, {}).leaves(args, kwargs)
     paths = [path for path, value in leaves.items() if isinstance(value, Tensor)]
-    return Arguments(positional, variadic, dict(zip(names, paths, strict=True)))
+    return Arguments(
+        positional,
+        variadic,
+        dict(zip(names, paths, strict=True)),
+        dict(zip(names, sizes_of_inputs(program), strict=True)),
+    )
+
+
+def has_open_batch(program: ExportedProgram) -> bool:
+    """Return whether a program takes any number of samples."""
+    return any(BATCH in sizes for sizes in sizes_of_inputs(program))
 
 
 def batch_shapes(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -299,6 +299,107 @@ def test_what_was_exported_by_name_is_called_by_position_as_the_model_is(tmp_pat
     torch.testing.assert_close(run(**batch), expected, rtol=0.02, atol=0.02)
 
 
+class TwoTowers(nn.Module):
+    """Similarity of every image with every text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.texts = nn.Linear(6, 4), nn.Linear(3, 4)
+
+    def forward(self, img: Tensor, txt: Tensor) -> Tensor:
+        return cast(Tensor, self.images(img)) @ self.texts(txt).T
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_of_one_batch_size_have_to_keep_it(format: str, tmp_path: Path) -> None:
+    inputs = VECTORS[:5], torch.randn(5, 3)
+    model, path = trained(TwoTowers(), inputs).convert(), tmp_path / f"model{SUFFIX[format]}"
+    deploy.export(model, path, format, inputs)
+    run = deploy.load_exported(path, int8=False)
+    assert run(VECTORS[:3], inputs[1][:3]).shape == (3, 3)
+    message = "must hold equally many samples, as in the examples .* got 1 and 4"
+    with pytest.raises(ConfigError, match=message):
+        run(VECTORS[:1], inputs[1][:4])
+    deploy.export(model, path, format, (VECTORS[:5], inputs[1][:4]))
+    run = deploy.load_exported(path, int8=False)
+    expected = model(VECTORS[:1], inputs[1][:4])
+    torch.testing.assert_close(run(VECTORS[:1], inputs[1][:4]), expected, rtol=0.02, atol=0.02)
+
+
+class Graph(nn.Module):
+    """Features of nodes (N, 6), and edges (2, E) from one node to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        source, target = edges
+        messages = self.fc(x)[source]
+        return torch.zeros(x.shape[0], 4).index_add(0, target, messages)
+
+
+EDGES = torch.tensor([[0, 1, 2, 4], [1, 2, 0, 0]])
+
+
+def test_examples_that_are_no_samples_are_told_from_wrong_ones(tmp_path: Path) -> None:
+    model = trained(Graph(), (VECTORS[:5], EDGES)).convert()
+    message = r"but not the single sample cut from them \(IndexError.*dimension 0 of 'x' was taken"
+    with pytest.raises(ConfigError, match=message):
+        deploy.export(model, tmp_path / "model", "torch", (VECTORS[:5], EDGES))
+    both = VECTORS[:2], EDGES % 2
+    with pytest.raises(ConfigError, match=r"dimension 0 of 'x', 'edges' .*dynamic_batch=False"):
+        deploy.export(model, tmp_path / "model", "torch", both)
+    one = VECTORS[:1], torch.zeros(2, 3, dtype=torch.long), torch.ones(1)
+    with pytest.raises(ConfigError, match="cannot be called with the example inputs"):
+        deploy.export(model, tmp_path / "model", "torch", one)
+    assert list(tmp_path.iterdir()) == []
+
+
+class OneSample(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.fc(x.view(1, 6)))
+
+
+def test_one_sample_that_cannot_be_two_is_said(tmp_path: Path) -> None:
+    model = trained(OneSample(), VECTORS[:1]).convert()
+    with pytest.raises(ConfigError, match=r"but not their one sample twice .*dimension 0 of 'x'"):
+        deploy.export(model, tmp_path / "model", "torch", VECTORS[:1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("nodes", [1, 5])
+def test_sizes_may_be_fixed(nodes: int, format: str, tmp_path: Path) -> None:
+    inputs = VECTORS[:nodes], EDGES % nodes
+    manager = trained(Graph(), (VECTORS, EDGES))
+    path = tmp_path / f"model{SUFFIX[format]}"
+    result = manager.export(path, format, inputs, dynamic_batch=False)
+    assert result.output_error is not None
+    run = deploy.load_exported(path, int8=False)
+    expected = manager.convert()(*inputs)
+    torch.testing.assert_close(run(*inputs), expected, rtol=0.02, atol=0.02)
+    with pytest.raises(ConfigError, match=rf"\({nodes}, 6\).* got .*\(7, 6\)"):
+        run(VECTORS[:7], inputs[1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_images_of_a_list_are_no_batch(format: str, tmp_path: Path) -> None:
+    class Listed(toys.ConvNet):
+        def forward(self, images: Any) -> Tensor:  # type: ignore[override]
+            output: Tensor = super().forward(torch.stack(images))
+            return output
+
+    images = list(IMAGES[:3])
+    model, path = trained(Listed(), (images,)).convert(), tmp_path / f"model{SUFFIX[format]}"
+    deploy.export(model, path, format, (images,), dynamic_batch=False)
+    output = deploy.load_exported(path, int8=False)(images)
+    torch.testing.assert_close(output, model(images), rtol=0.02, atol=0.02)
+
+
 class Counting(nn.Module):
     """Adds how often it was called."""
 

@@ -36,6 +36,30 @@ def test_a_file_is_called_as_the_model(
         torch.testing.assert_close(output, model(VECTORS[:size]), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(("format", "name"), [("onnx", "a.onnx"), ("torch", "a.pt2")])
+def test_other_arguments_are_refused(
+    format: str, name: str, model: nn.Module, tmp_path: Path
+) -> None:
+    deploy.export(model, tmp_path / name, format, VECTORS)
+    run = deploy.load_exported(tmp_path / name, int8=False)
+    for args, kwargs in (
+        ((), {}),
+        (([VECTORS],), {}),
+        ((VECTORS, VECTORS), {}),
+        ((VECTORS,), {"mask": VECTORS}),
+        ((VECTORS[:, :3],), {}),
+    ):
+        with pytest.raises(ConfigError, match=r"was exported|exported model takes"):
+            run(*args, **kwargs)
+
+
+def test_a_torch_file_without_notes_of_this_package_is_run(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Linear(6, 4), (VECTORS,))
+    torch.export.save(program, tmp_path / "a.pt2")
+    run = deploy.load_exported(tmp_path / "a.pt2")
+    assert torch.equal(run(VECTORS), program.module()(VECTORS))
+
+
 def test_a_missing_runtime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.xml").touch()
     monkeypatch.setattr(deploy.packages, "find_spec", lambda name: None)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import toys
 from compression_manager import deploy
@@ -76,6 +77,29 @@ def test_a_loaded_file_takes_any_batch_and_is_called_as_the_model(written: Writt
     for size in (1, 9):
         inputs = VECTORS.repeat(2, 1)[:size]
         torch.testing.assert_close(run(inputs), written.model(inputs), rtol=0.02, atol=0.02)
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return cast(Tensor, self.fc(left)) + right
+
+
+def test_sizes_may_be_fixed_or_open_in_several_inputs(tmp_path: Path) -> None:
+    inputs, path = (VECTORS[:3], torch.randn(3, 4)), tmp_path / "model.xml"
+    model = trained(Sum(), inputs).convert()
+    for dynamic_batch, message in (
+        (True, "'left' and 'right' must hold equally many samples, .* got 1 and 3"),
+        (False, r"takes left of the sizes \(3, 6\), got \(1, 6\)"),
+    ):
+        deploy.export(model, path, "openvino", inputs, dynamic_batch=dynamic_batch)
+        run = deploy.load_exported(path, int8=False)
+        torch.testing.assert_close(run(*inputs), model(*inputs), rtol=0.02, atol=0.02)
+        with pytest.raises(ConfigError, match=message):
+            run(VECTORS[:1], inputs[1])
 
 
 def test_a_pair_replaces_an_older_one(quick: WrittenOnce, tmp_path: Path) -> None:

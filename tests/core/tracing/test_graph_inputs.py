@@ -23,6 +23,12 @@ NESTED = Arguments(
     },
 )
 VARIADIC = Arguments(("x",), "more", {"x": ("x",), "more_0": ("more", "0"), "key": ("key",)})
+PAIRED = Arguments(
+    ("img", "txt", "mask"),
+    None,
+    {"img": ("img",), "txt": ("txt",), "mask": ("mask",)},
+    {"img": ["batch", 2], "txt": ["batch"], "mask": [2, 3]},
+)
 
 
 def fed(arguments: Arguments, *args: Any, **kwargs: Any) -> dict[str, list[float]]:
@@ -69,8 +75,10 @@ def test_what_is_variadic_is_taken() -> None:
 
 
 def test_what_a_file_keeps_is_read_back() -> None:
-    for arguments in (FLAT, NESTED, VARIADIC):
+    for arguments in (FLAT, NESTED, VARIADIC, PAIRED):
         assert Arguments.from_json(arguments.to_json()) == arguments
+    older = '{"positional": ["x"], "variadic": null, "paths": {"x": ["x"]}}'
+    assert fed(Arguments.from_json(older), A) == {"x": [0, 0]}
 
 
 def test_what_is_no_tensor_is_refused() -> None:
@@ -112,3 +120,17 @@ def test_one_output_is_a_tensor_and_several_are_a_tuple() -> None:
     several = called_as_model(x, lambda feed: [A.numpy(), B.numpy()])(A)
     assert isinstance(several, tuple)
     assert [item.tolist() for item in several] == [[0, 0], [1, 1]]
+
+
+def test_inputs_have_the_sizes_that_a_file_takes_and_equally_many_samples() -> None:
+    mask = torch.zeros(2, 3)
+    for samples in (1, 4):
+        fed(PAIRED, torch.zeros(samples, 2), torch.zeros(samples), mask)
+    message = r"inputs 'img' and 'txt' must hold equally many samples, .* got 1 and 4\."
+    with pytest.raises(ConfigError, match=message):
+        fed(PAIRED, torch.zeros(1, 2), torch.zeros(4), mask)
+    message = r"takes mask of the sizes \(2, 3\), got \(3, 3\)"
+    with pytest.raises(ConfigError, match=message):
+        fed(PAIRED, torch.zeros(1, 2), torch.zeros(1), torch.zeros(3, 3))
+    with pytest.raises(ConfigError, match=r"takes txt of the sizes \(batch,\), got \(1, 1\)"):
+        fed(PAIRED, torch.zeros(1, 2), torch.zeros(1, 1), mask)
