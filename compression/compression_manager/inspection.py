@@ -84,7 +84,8 @@ class Inspection(TrainingLoops):
 
         Raises:
             ConfigError: an unknown format, a missing package, or no input.
-            NotExportableError: the model cannot be traced or translated.
+            NotExportableError: the model cannot be traced or translated, or the runtime lacks what
+                the file needs.
             ParityError: the file computes something else than the converted model.
             CheckpointError: the file cannot be written.
         """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -16,8 +17,8 @@ from compression_manager.deploy.formats import ExportFormat, find_format
 from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.deploy.progress import progress
 from compression_manager.deploy.reference import Reference, require_converted
-from compression_manager.errors import CheckpointError, ConfigError, NotExportableError, ParityError
-from compression_manager.models.calling import without_labels
+from compression_manager.errors import CheckpointError, ConfigError, NotExportableError
+from compression_manager.models.calling import tensors_in, without_labels
 from compression_manager.state.files import (
     is_regular_file,
     make_folder,
@@ -94,7 +95,8 @@ def export(
     Raises:
         ConfigError: an unknown format, a missing package, a model that was not converted, or
             inputs that the model does not take, at any number of samples if it is dynamic.
-        NotExportableError: the model cannot be traced or translated.
+        NotExportableError: the model cannot be traced or translated, or the runtime lacks what
+            the file needs.
         ParityError: the file computes something else than the model. It is not left in place.
         CheckpointError: the file cannot be written.
 
@@ -176,21 +178,38 @@ def _check(
             f"{target}: {unchecked}; {install_command(exporter.runtime_extra)}", stacklevel=3
         )
         return None, unchecked
-    name = f"the {exporter.name} file"
+    # For each anew: what was loaded may remember what it wrote to buffers.
+    return max(_error_of(exporter, draft, reference) for reference in references), None
 
-    def error_of(reference: Reference) -> float:
-        try:
-            # For each anew: what was loaded may remember what it wrote to buffers.
-            run = exporter.load(draft, int8=False)
-        except Exception as error:
-            raise ParityError(
-                f"{name} cannot be loaded, unlike the converted model: {brief(error)}"
-            ) from error
-        if exporter.runtime is not None:  # of torch itself, it takes what the model takes
-            run = without_constants(run)
+
+def _error_of(exporter: ExportFormat, draft: Path, reference: Reference) -> float:
+    """Return the error of the file's outputs.
+
+    Raises:
+        NotExportableError: the runtime does not load or run the file.
+        ParityError: it computes something else.
+    """
+    name, runtime = f"the {exporter.name} file", exporter.runtime or "torch"
+    try:
+        run = exporter.load(draft, int8=False)
+    except Exception as error:
+        raise NotExportableError(
+            f"{runtime} cannot load {name}: {brief(error)}{_advice_on_types(reference)}"
+        ) from error
+    if exporter.runtime is not None:  # of torch itself, it takes what the model takes
+        run = without_constants(run)
+    try:
         return reference.compare(run, exporter.tolerance, name)
+    except NotExportableError as error:
+        raise NotExportableError(f"{error}{_advice_on_types(reference)}") from error
 
-    return max(map(error_of, references)), None
+
+def _advice_on_types(reference: Reference) -> str:
+    """Return what to do about floats that few kernels of other runtimes compute in."""
+    tensors = tensors_in((reference.inputs, reference.output))
+    dtypes = {item.dtype for item in tensors if item.is_floating_point()} - {torch.float32}
+    names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return f"; the model computes in {names}, convert it to float32 first." if dtypes else ""
 
 
 def _install(folder: Path, target: Path) -> None:

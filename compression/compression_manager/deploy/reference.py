@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.deploy.parity import compare_outputs, full_precision
-from compression_manager.errors import ConfigError, ParityError
+from compression_manager.errors import ConfigError, NotExportableError, ParityError
 from compression_manager.models.calling import (
     call_model,
     call_with_examples,
@@ -82,7 +82,8 @@ class Reference:
             name: what it is, for messages.
 
         Raises:
-            ParityError: `run` fails, or returns something else.
+            NotExportableError: `run` fails.
+            ParityError: it returns something else.
         """
         error, allowed = self.measure(run, tolerance, name)
         if not error <= allowed:
@@ -96,15 +97,16 @@ class Reference:
         """Return the error of what `run` returns, and what is allowed.
 
         Raises:
-            ParityError: `run` fails, returns tensors of other types and shapes, or changes the
-                inputs, which are then put right.
+            NotExportableError: `run` fails.
+            ParityError: it returns tensors of other types and shapes, or changes the inputs, which
+                are then put right.
         """
         where, before = self._where(name), _copies(self.inputs)
         try:
             with full_precision():
                 actual = list(tensors_in(call_model(run, self.inputs)))
         except Exception as error:
-            raise ParityError(
+            raise NotExportableError(
                 f"{where} fails, unlike the converted model: {brief(error)}"
             ) from error
         if not self.overwrites and _differ(before, self.inputs):

@@ -25,7 +25,13 @@ from compression_manager.tracing.graph_inputs import (
     positional_of,
     without_constants,
 )
-from compression_manager.tracing.program import arguments_of, batch_size, trace, with_batch
+from compression_manager.tracing.program import (
+    arguments_of,
+    batch_size,
+    brief,
+    trace,
+    with_batch,
+)
 
 Runner = Callable[..., Any]
 
@@ -91,8 +97,15 @@ class Source:
     def _require_constant(self, leaves: list[Any]) -> None:
         inputs = self.reference.inputs
         other = with_batch(inputs, 1 if batch_size(inputs) > 1 else 2)
-        with quiet_evaluation(self.model, restore_buffers=True):
-            found = tree_leaves(call_model(self.model, other))
+        try:
+            with quiet_evaluation(self.model, restore_buffers=True):
+                found = tree_leaves(call_model(self.model, other))
+        except Exception as error:
+            raise ConfigError(
+                f"what the model returns beside tensors ({leaves}) may depend on the number of "
+                f"samples, of which it does not take {batch_size(other)} made of the inputs: "
+                f"{brief(error)}"
+            ) from error
         others = [leaf for leaf in found if not isinstance(leaf, torch.Tensor)]
         if repr(others) != repr(leaves):
             raise ConfigError(

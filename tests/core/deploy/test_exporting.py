@@ -570,8 +570,46 @@ def test_a_file_that_its_runtime_does_not_take_is_not_left(
     monkeypatch.setattr(
         formats.FORMATS["onnx"], "write", lambda program, path: path.write_bytes(b"no model")
     )
-    with pytest.raises(ParityError, match="the onnx file cannot be loaded"):
+    with pytest.raises(NotExportableError, match="onnxruntime cannot load the onnx file"):
         deploy.export(mlp(), tmp_path / "model", "onnx", VECTORS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_floats_without_kernels_are_to_be_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    images, path = IMAGES.to(dtype), tmp_path / "model.onnx"
+    model = trained(toys.ConvNet().to(dtype), images).convert()
+    name = str(dtype).removeprefix("torch.")
+    message = f"Conv.*; the model computes in {name}, convert it to float32 first"
+    with pytest.raises(NotExportableError, match=message):
+        deploy.export(model, path, "onnx", images)
+    assert list(tmp_path.iterdir()) == []
+    deploy.export(model.float(), path, "onnx", IMAGES)
+
+
+def test_float16_is_exported(tmp_path: Path) -> None:
+    vectors = VECTORS.half()
+    model = trained(toys.mlp().half(), vectors).convert()
+    result = deploy.export(model, tmp_path / "model.onnx", "onnx", vectors)
+    assert deploy.load_exported(result.path, int8=False)(vectors).dtype is torch.float16
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(6, 8, batch_first=True, proj_size=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.lstm(x)[0]
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_what_a_runtime_does_not_run_is_told_with_its_reason(tmp_path: Path) -> None:
+    sequences = torch.randn(3, 5, 6)
+    model = trained(Projected(), sequences).convert()
+    with pytest.raises(NotExportableError, match=r"at batch size 3 fails.* running LSTM node"):
+        deploy.export(model, tmp_path / "model.onnx", "onnx", sequences)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -210,6 +210,18 @@ class Tempered(nn.Module):
         return {"logits": self.fc(x) / temperature, "count": count, "kind": "logits"}
 
 
+class OneBatchSize(Tempered):
+    def forward(self, x: Tensor, temperature: float = 1.0) -> dict[str, Any]:
+        return super().forward(x.view(len(VECTORS), 6), temperature)
+
+
+def test_inputs_that_are_no_samples_are_not_blamed_on_whoever_gave_them() -> None:
+    converted = trained(OneBatchSize(counts=False), VECTORS).convert()
+    source = routes.Source(converted, Reference.of(converted, VECTORS))
+    with pytest.raises(ConfigError, match="does not take 1 made of the inputs: RuntimeError"):
+        source.structured(lambda x: x)
+
+
 def test_arguments_that_are_no_tensors_are_those_of_the_examples() -> None:
     converted = trained(Tempered(counts=False), VECTORS).convert()
     inputs = {"x": VECTORS, "temperature": 2.0}
