@@ -51,6 +51,9 @@ class PairFinder(TorchDispatchMode):
     would miss scripted modules and custom autograd functions.
     """
 
+    # Such as torch.cond, whose operands are read as those of any operation.
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self._model = model

@@ -255,6 +255,19 @@ def test_a_scripted_consumer_is_seen():
     assert folded(run(Net(body))) == {}
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_conditional_is_an_operation_that_reads(reads):
+    def body(net, input):
+        hidden = net.conv(input)
+        condition = (input.sum() > 0, torch.sin, torch.cos, (hidden if reads else input[:, :1],))
+        return net.bn(hidden) + torch.cond(*condition)
+
+    model = Net(body)
+    prepared = prepare_compression(model, [QATConfig()])
+    model(INPUT)
+    assert folded(prepared) == ({} if reads else {"bn": "conv"})
+
+
 def test_nested_modules_of_every_dimension():
     class Block(nn.Module):
         def __init__(self, convolution, batch_norm):

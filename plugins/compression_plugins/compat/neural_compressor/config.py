@@ -33,9 +33,9 @@ class KnowledgeDistillationLossConfig(_Criterion):
         default_factory=lambda: ["CE", "CE"],
         metadata=becomes(
             "the same field. 'KL' is a mean over the batch; in 2.6 it was one over all elements, "
-            "smaller by the number of classes. For images (N, classes, height, width), whose softmax "
-            "2.6 took over the width, pass `compression_plugins.KnowledgeDistillationLossConfig("
-            "class_dimension=1, ...)` as the criterion"
+            "smaller by the number of classes. For images (N, classes, height, width), whose "
+            "softmax 2.6 took over the width, pass `compression_plugins."
+            "KnowledgeDistillationLossConfig(class_dimension=1, ...)` as the criterion"
         ),
     )
     loss_weights: Any = field(

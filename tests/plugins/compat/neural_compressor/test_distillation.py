@@ -102,9 +102,9 @@ def test_the_criterion_of_the_plugin_says_where_the_classes_of_images_are():
     images = torch.randn(2, 3, 4, 4)
     teacher = nn.Conv2d(3, 5, 1)
     options = {"loss_types": ["CE", "KL"], "loss_weights": [0, 1]}
+    manager = teach(teacher, KnowledgeDistillationLossConfig(**options), nn.Conv2d(3, 5, 1))
     with pytest.raises(ConfigError, match="class_dimension=1"):
-        criterion = KnowledgeDistillationLossConfig(**options)
-        first_loss(teach(teacher, criterion, nn.Conv2d(3, 5, 1)), images, task=torch.zeros(()))
+        first_loss(manager, images, task=torch.zeros(()))
     student = nn.Conv2d(3, 5, 1)
     criterion = compression_plugins.KnowledgeDistillationLossConfig(**options, class_dimension=1)
     loss = first_loss(teach(teacher, criterion, student), images, task=torch.zeros(()))
