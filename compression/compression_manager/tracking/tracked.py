@@ -61,6 +61,13 @@ class Tracked(Mapping[str, Any]):
         """The tracked modules by name, such as a head whose weights belong to the loss."""
         return {k: v for k, v in self._objects.items() if isinstance(v, nn.Module)}
 
+    def train_another_model(self, model: nn.Module) -> bool:
+        """Return whether there are optimizers, and none has a parameter of `model`."""
+        trained = {id(item) for item in model.parameters() if item.requires_grad}
+        groups = [group for value in self.optimizers.values() for group in value.param_groups]
+        parameters = (id(item) for group in groups for item in group["params"])
+        return bool(trained and groups) and trained.isdisjoint(parameters)
+
     def state_dict(self) -> dict[str, Any]:
         """Return name -> state of every tracked object that keeps state."""
         return {k: v.state_dict() for k, v in self._objects.items() if is_stateful(v)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,13 @@ class TrainingEvents:
             # A plugin may refuse to start and ask for `resume`, which comes before training.
             self._lifecycle.cancel_training()
             raise
+        if tracked.train_another_model(self._context.model):
+            warnings.warn(
+                "no tracked optimizer has a parameter of the model, so that none trains it: was it "
+                "built for another model, or before the parameters were replaced? Build it of "
+                "manager.model.parameters() and track it.",
+                stacklevel=2,
+            )
         if self._random_state is not None:
             # Whatever drew random numbers since `resume` must not shift the continued run.
             self._state.loader.restore_generators()

@@ -134,3 +134,24 @@ def test_the_learning_rate_is_that_of_the_update_whatever_a_scheduler_does_next(
                 scheduler.step()
     # While the first gradients accumulate, nobody knows yet that updates are announced.
     assert rates == pytest.approx([1.0, 1.0, 1.0, 0.1])
+
+
+def _begin_with(model: nn.Module, **optimizers: torch.optim.Optimizer) -> None:
+    manager = prepare_compression(model, [probe()])
+    manager.track(**optimizers)
+    manager.on_train_begin()
+
+
+def test_optimizers_of_another_model_are_told() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="built for another model") as caught:
+        _begin_with(model, optimizer=torch.optim.SGD(other.parameters(), 0.1))
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_optimizers_beside_that_of_the_model_are_not_told() -> None:
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    of_other = torch.optim.SGD(other.parameters(), 0.1)
+    _begin_with(model, optimizer=of_other, second=torch.optim.SGD([model.bias], 0.1))
+    _begin_with(model.requires_grad_(False), optimizer=of_other)
