@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization import QuantizationScheme, choose_qparams, fake_quantize
 from compression_manager.quantization.scheme import storage_dtype
 
 common = {
@@ -97,6 +97,15 @@ def test_narrow_range_is_an_axis_of_its_own(symmetric, signed, narrow, expected)
     assert other.quant_min == -128
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_one_symmetric_bit_is_zero_and_a_positive_number(signed):
+    scheme = QuantizationScheme(1, signed=signed)
+    scale, zero_point = choose_qparams(-0.5, 2.0, scheme)
+    x = torch.tensor([-0.5, 0.0, 0.9, 1.1, 2.0])
+    output = fake_quantize(x, scale, zero_point, scheme.quant_min, scheme.quant_max)
+    assert output.tolist() == [0.0, 0.0, 0.0, 2.0, 2.0]
+
+
 @given(schemes)
 def test_description_survives_json(scheme):
     assert QuantizationScheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
@@ -135,6 +144,7 @@ def test_reads_as_words(scheme, text):
         ({"bits": 1, "narrow_range": True}, "single integer"),
         ({"narrow_range": 1}, r"narrow_range .* true or false, got 1"),
         ({"dynamic": 1}, r"dynamic .* true or false, got 1"),
+        ({"symmetric": None}, r"symmetric .* true or false, got None"),
         ({"group_size": 4}, r"group_size=4 has no meaning with granularity 'tensor'"),
         ({"granularity": "group", "group_size": 0}, r"group_size .* at least 1, got 0"),
         ({"granularity": "group", "axis": 0}, r"axis=0 has no meaning with granularity 'group'"),

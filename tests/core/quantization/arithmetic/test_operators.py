@@ -8,6 +8,7 @@ from compression_manager.quantization import QuantizationScheme, dequantize, fak
 from compression_manager.quantization.arithmetic import operators as registered
 from compression_manager.quantization.arithmetic.parameters import choose_qparams
 from compression_manager.quantization.arithmetic.ranges import tensor_range
+from compression_manager.quantization.exporting import exporting
 
 SCHEMES = [
     QuantizationScheme(8, False, signed=False),
@@ -116,3 +117,40 @@ def test_compiled_without_a_break_and_traced_into():
     assert torch.equal(compiled(x), model(x))
     assert len(graphs) == 1
     assert "compression_manager" not in graphs[0].code
+
+
+PIXELS, CODES = torch.randn(3, 4), torch.ones(3, 4, dtype=torch.int8)
+ZERO = torch.tensor(0)
+
+
+@pytest.mark.parametrize(
+    ("compute", "input", "is_operator"),
+    [
+        (lambda x: fake_quantize(x, 0.1, 0, -128, 127), PIXELS, True),
+        (lambda x: fake_quantize(x, 0.1, 0, -127, 127), PIXELS, True),
+        (lambda x: fake_quantize(x, 0.1, 3, 0, 255), PIXELS, True),
+        (lambda x: fake_quantize(x, 0.1, 0, -128, 100), PIXELS, False),
+        (lambda x: fake_quantize(x, 0.1, 0, -8, 7), PIXELS, False),
+        (lambda x: fake_quantize(x, 0.1, 0, -128, 127), PIXELS.double(), False),
+        (lambda x: fake_quantize(x, 0.1, 0, -128, 127, 0), PIXELS, False),
+        (lambda x: fake_quantize(x, torch.full((3, 1), 0.1), 0, -128, 127), PIXELS, False),
+        (lambda x: dequantize(x, 0.1, 0), CODES, True),
+        (lambda x: dequantize(x, torch.full((3,), 0.1), 0, 0), CODES, True),
+        (lambda x: dequantize(x, 0.1, 3), CODES, False),
+        (lambda x: dequantize(x, 0.1, ZERO), CODES, False),
+        (lambda x: dequantize(x, 0.1, 0), CODES.to(torch.uint8), False),
+        (lambda x: dequantize(x, 0.1, 0, dtype=torch.float64), CODES, False),
+        (lambda x: dequantize(x, torch.full((3, 2), 0.1), 0, group_size=2), CODES, False),
+        (lambda x: quantize(x, 0.1, 0, -128, 127), PIXELS, False),
+    ],
+)
+def test_for_eight_bit_kernels_the_rest_is_exported_as_formulas(compute, input, is_operator):
+    class Call(nn.Module):
+        def forward(self, x):
+            return compute(x)
+
+    with exporting("eight bits"):
+        program = torch.export.export(Call(), (input,))
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert any("compression_manager" in name for name in called) == is_operator
+    assert torch.equal(program.module()(input), compute(input))

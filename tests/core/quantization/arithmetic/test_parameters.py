@@ -75,11 +75,12 @@ def test_equals_numpy_bit_for_bit(limits, scheme):
     assert zero_point.dtype == (torch.int64 if scheme.bits > 24 else torch.int32)
 
 
-@pytest.mark.parametrize("bits", [8, 28])
-def test_a_range_of_plain_numbers(bits):
+@pytest.mark.parametrize("limits", [(-1.0, 2), (-0.1, 0.3)])
+@pytest.mark.parametrize("bits", [8, 28, 32])
+def test_a_range_of_plain_numbers(bits, limits):
     scheme = QuantizationScheme(bits, False)
-    scale, zero_point = choose_qparams(-1.0, 2, scheme)
-    assert (scale.item(), zero_point.item()) == reference(-1.0, 2.0, scheme)
+    scale, zero_point = choose_qparams(*limits, scheme)
+    assert (scale.item(), zero_point.item()) == reference(*limits, scheme)
 
 
 @pytest.mark.parametrize("bits", [2, 8, 28])

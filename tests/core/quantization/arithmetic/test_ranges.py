@@ -87,6 +87,8 @@ def test_empty_tensors_have_a_range_of_zero_and_nan_shows():
 def test_shapes_without_the_axis_are_refused():
     with pytest.raises(QuantizationError, match=r"axis 2 does not exist .*\(2, 3\)"):
         tensor_range(torch.ones(2, 3), QuantizationScheme(granularity="channel", axis=2))
+    with pytest.raises(QuantizationError, match=r"axis -3 does not exist .*\(2, 3\)"):
+        tensor_range(torch.ones(2, 3), QuantizationScheme(granularity="channel", axis=-3))
     with pytest.raises(QuantizationError, match="'group' needs a tensor of at least one dim"):
         tensor_range(torch.ones(()), QuantizationScheme(granularity="group"))
 

@@ -270,6 +270,24 @@ def test_empty_tensors_in_groups(shape):
     assert x.grad.shape == shape
 
 
+def test_a_tensor_of_one_element_is_one_scale_for_all():
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    scale, zero_point = torch.tensor([0.25]), torch.tensor([3])
+    code = quantize(x, 0.25, 3, 0, 15)
+    assert torch.equal(quantize(x, scale, zero_point, 0, 15), code)
+    assert torch.equal(fake_quantize(x, scale, zero_point, 0, 15), fake_quantize(x, 0.25, 3, 0, 15))
+    assert torch.equal(dequantize(code, scale, zero_point), dequantize(code, 0.25, 3))
+
+
+def test_a_scale_of_more_digits_is_rounded_to_float32():
+    x, wide = torch.tensor([0.26, 1.1], dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)
+    expected = np.array([3.0, 11.0]) * np.float64(np.float32(0.1))
+    output = fake_quantize(x, wide, 0, -128, 127)
+    assert bits(output) == expected.tobytes()
+    code = quantize(x, wide, 0, -128, 127)
+    assert bits(dequantize(code, wide, 0, dtype=torch.float64)) == expected.tobytes()
+
+
 def test_arguments_are_left_alone():
     x, scale, zero_point = torch.randn(8), torch.tensor([0.5]), torch.tensor([3])
     before = x.clone()
@@ -293,12 +311,14 @@ def test_arguments_are_left_alone():
         (lambda: quantize(torch.ones(3, dtype=torch.complex64), 1.0, 0, 0, 15), "complex64"),
         (lambda: dequantize(torch.ones(3), 1.0, 0), "integer tensor, got torch.float32"),
         (lambda: dequantize(torch.ones(3) > 0, 1.0, 0), "integer tensor, got torch.bool"),
+        (lambda: dequantize(torch.ones(3) + 0j, 1.0, 0), "integer tensor, got torch.complex64"),
         (
             lambda: dequantize(torch.ones(3, dtype=torch.int8), 1.0, 0, dtype=torch.int32),
             "floating-point numbers, not torch.int32",
         ),
         (lambda: fake_quantize(torch.ones(3), 1.0, 0, 7, 7), "less than quant_max, got 7 and 7"),
         (lambda: fake_quantize(torch.ones(3), 1.0, 0, 0, 15, 1), r"axis 1 does not .*\(3,\)"),
+        (lambda: fake_quantize(torch.ones(3), 1.0, 0, 0, 15, -2), r"axis -2 does not .*\(3,\)"),
         (lambda: fake_quantize(torch.ones(3), torch.ones(3), 0, 0, 15), r"scale .* needs an axis"),
         (
             lambda: fake_quantize(torch.ones(2, 3), torch.ones(2), 0, 0, 15, 1),

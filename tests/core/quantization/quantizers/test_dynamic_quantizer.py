@@ -9,6 +9,7 @@ from compression_manager.quantization import (
     DynamicFakeQuantizer,
     QuantizationScheme,
     QuantizationSite,
+    fake_quantize,
 )
 
 SITE = QuantizationSite("fc", "activation")
@@ -53,6 +54,16 @@ def test_gradient_passes_everywhere():
     assert torch.equal(x.grad, torch.ones(4, 6))
 
 
+def test_gradient_passes_where_rounding_the_zero_point_clips_an_end():
+    """Both ends lie in the middle between two integers, which are one too many together."""
+    x = (torch.tensor([-155.5, 0.0, 99.5]) / 128).requires_grad_()
+    output = switched_on(TENSOR)(x)
+    assert (output * 128).tolist() == [-156.0, 0.0, 99.0]
+    output.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_off_until_switched_on_and_the_state_keeps_it():
     quantizer, x = DynamicFakeQuantizer(TENSOR, SITE), torch.randn(4)
     assert quantizer(x) is x
@@ -69,6 +80,14 @@ def test_its_parameters_need_the_input():
     parameters = quantizer.quantization_parameters(torch.tensor([-1.0, 1.55]))
     assert parameters.scale.item() == pytest.approx(0.01)
     assert parameters.zero_point.item() == 100
+
+
+@pytest.mark.parametrize("scheme", [TENSOR, TOKEN])
+def test_its_parameters_are_those_of_its_forward_pass(scheme):
+    quantizer = switched_on(scheme)
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    output = fake_quantize(x, **vars(quantizer.quantization_parameters(x)))
+    assert torch.equal(output, quantizer(x))
 
 
 def test_nan_stays_within_its_token():

@@ -308,6 +308,20 @@ def test_deepcopy_is_independent():
     assert twin[0].input_quantizer.phase == (True, True)
 
 
+@pytest.mark.parametrize("renewed", [copy.deepcopy, lambda module: module._apply(torch.clone)])
+def test_a_phase_written_to_a_copy_or_to_moved_buffers_is_seen(renewed):
+    """They count their changes from the beginning, and so may reach the count from before."""
+    quantizer = activation()
+    for _ in range(5):
+        quantizer.set_phase(observing=False, quantizing=True)
+    changes = quantizer.quantizing._version
+    quantizer = renewed(quantizer)
+    assert quantizer.quantizing._version < changes
+    while quantizer.quantizing._version < changes:
+        quantizer.quantizing.fill_(False)
+    assert not quantizer.phase.quantizing
+
+
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
 def test_casting_the_model_keeps_the_ranges(cast):
     model = calibrated_model()
