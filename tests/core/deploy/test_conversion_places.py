@@ -18,6 +18,7 @@ def test_every_place_of_a_shared_module_is_replaced_and_put_back() -> None:
     conversion.replace("b.0", nn.Tanh())
     assert isinstance(model["a"], nn.Tanh)
     conversion.undo()
+    assert not conversion.replacements
     assert model["a"] is shared
     assert model["b"][0] is shared
 

@@ -300,6 +300,10 @@ class OtherLinear(nn.Linear):
     pass
 
 
+class Linear(nn.Linear):
+    """Of the user's own, whose arithmetic nobody knows."""
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -310,6 +314,10 @@ class OtherLinear(nn.Linear):
         (
             lambda: nn.Sequential(OtherLinear(6, 8), nn.ReLU(), nn.Linear(8, 4)),
             "layer '0' was a Linear; here it is a OtherLinear",
+        ),
+        (
+            lambda: nn.Sequential(Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)),
+            "layer '0' was a Linear",
         ),
         (lambda: nn.Sequential(*toys.mlp()[:2], nn.Linear(8, 5)), "tensor '2.weight'"),
         (lambda: prepared(toys.mlp()).model, "here it is a QuantizedLinear"),

@@ -122,6 +122,7 @@ def test_any_state_comes_back_exactly(state):
     "value",
     [
         10**5000,
+        -(10**5000),
         -(2**63),
         2**53 + 1,
         float("nan"),
@@ -182,6 +183,14 @@ def test_tied_weights_are_stored_once_and_stay_tied():
     assert restored["embedding"][0, 0] == 7.0
 
 
+def test_tied_weights_of_other_strides_stay_tied():
+    kernel = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    restored = round_trip({"first": kernel, "second": kernel})
+    restored["second"].zero_()
+    assert not restored["first"].any()
+    assert restored["first"].stride() == kernel.stride()
+
+
 def test_different_views_of_one_memory_do_not_share_it_in_the_file(tmp_path):
     from compression_manager.state import read_checkpoint, write_checkpoint
 
@@ -209,6 +218,15 @@ def test_parameters_conjugates_and_gradients_come_back_as_plain_tensors():
     assert type(restored["p"]) is torch.Tensor
     assert not restored["p"].requires_grad
     assert restored["c"].tolist() == [1 - 2j]
+
+
+def test_a_tensor_and_its_conjugate_or_negative_are_two():
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    negative = value.conj().imag
+    assert negative.is_neg()
+    restored = round_trip([value, value.conj(), value.imag, negative])
+    expected = [[1 + 2j, 3 - 4j], [1 - 2j, 3 + 4j], [2.0, -4.0], [-2.0, 4.0]]
+    assert [tensor.tolist() for tensor in restored] == expected
 
 
 def test_module_state_keeps_its_module_versions():
@@ -285,6 +303,15 @@ def test_deepest_allowed_state_can_be_read_again():
     assert round_trip(state) == state
 
 
+def test_64_levels_are_the_most():
+    state: object = 1
+    for _ in range(64):
+        state = [state]
+    assert round_trip(state) == state
+    with pytest.raises(CheckpointError, match="deeper than 64 levels"):
+        flatten([state])
+
+
 @pytest.mark.parametrize(
     "document",
     [
@@ -313,6 +340,7 @@ def test_deepest_allowed_state_can_be_read_again():
         {"$array": {"name": "u", "dtype": "<f8", "shape": [0], "order": "C"}},
         {"$array": {"name": "t", "dtype": "<f8", "shape": [1], "order": "C"}},
         {"$array": {"name": "u"}},
+        {"$array": {"name": "v", "dtype": "|u1", "shape": [6], "order": "C"}},
         {"$scalar": {"dtype": "<f8", "bytes": "00"}},
         {"$scalar": {"dtype": "nonsense", "bytes": "00"}},
         {"$scalar": []},
@@ -320,7 +348,8 @@ def test_deepest_allowed_state_can_be_read_again():
     ids=str,
 )
 def test_foreign_documents_are_refused(document):
-    stored = {"t": torch.ones(2, 3), "u": torch.zeros(8, dtype=torch.uint8)}
+    byte = {"dtype": torch.uint8}
+    stored = {"t": torch.ones(2, 3), "u": torch.zeros(8, **byte), "v": torch.zeros(2, 3, **byte)}
     with pytest.raises(CheckpointCorruptError):
         unflatten({"a": [document]}, stored)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from compression_manager import deploy
 from compression_manager.quantization.fused_paths import disable_fused_paths
+from compression_plugins.fake_quant import LayerRule
 from quantization_reference import trained
 
 
@@ -73,6 +74,20 @@ def test_evaluation_calls_the_quantized_children(build, masked, tmp_path):
     for output in outputs:
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[1], outputs[2], rtol=0, atol=0)
+
+
+def test_a_loaded_model_calls_the_children_of_a_layer_in_float_too(tmp_path):
+    """So that it returns, to the last bit, what the converted model returns."""
+    torch.manual_seed(0)
+    input = torch.randn(3, 4, 8)
+    build = lambda: nn.Sequential(encoder_layer(), nn.Linear(8, 4))
+    manager = trained(build(), input, overrides=(LayerRule("0.*", skip=True),))
+    manager.save_converted(tmp_path / "int8")
+    loaded = deploy.load(tmp_path / "int8", build())
+    calls = count_calls(loaded)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input), manager.convert()(input), rtol=0, atol=0)
+    assert set(calls.values()) == {1}
 
 
 def test_closing_allows_the_kernel_again():
