@@ -268,6 +268,18 @@ def test_other_peoples_things_are_never_replaced(tmp_path, kind):
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("kind", ["other files", "other format", "ours and more"])
+def test_other_peoples_things_are_not_taken_for_a_version_that_a_kill_left(tmp_path, kind, there):
+    if there:
+        write(tmp_path / "a")
+    fill_with(kind, tmp_path / ".a.replaced")
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="is not replaced"):
+        write(tmp_path / "a", "two")
+    assert snapshot(tmp_path) == before
+
+
 def snapshot(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
