@@ -12,6 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compression_manager.quantization import QuantizationScheme, quantize
+from compression_manager.quantization.integer.bits import pack_mask
+from compression_manager.quantization.integer.operands import (
+    quantize_input,
+    why_no_integer_weight,
+)
 from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 from integer_layers import Counting, pretended, quantized, run
@@ -123,3 +129,44 @@ def test_inference_mode(counting: Counting) -> None:
 def test_only_the_memory_of_the_cpu_is_left_to_other_passes(counting: Counting) -> None:
     assert passes_for(torch.device("cpu")) is counting
     assert passes_for(torch.device("cuda")) is TORCH
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_end_that_float32_rounds_to_the_next_integer_is_clipped(sign: int) -> None:
+    """Just within the range as an exact product, and in the middle between two in float32."""
+    scheme = QuantizationScheme(8)
+    generator, found = np.random.default_rng(0), 0
+    for scale in generator.uniform(0.01, 1.0, 200).astype(np.float32):
+        inverse = np.float32(1) / scale
+        value = np.float32(127.5 / np.float64(inverse))
+        exact = np.float64(value) * np.float64(inverse)
+        if exact >= 127.5 or np.float32(exact) < 127.5:
+            continue
+        found += 1
+        input = torch.tensor([sign * value, 0.0])
+        step, zero_point = torch.tensor(scale), torch.tensor(0, dtype=torch.int32)
+        integers = quantize_input(input, step, zero_point, scheme, TORCH)
+        assert integers is not None
+        assert torch.equal(integers.codes, quantize(input, step, zero_point, -127, 127))
+        assert integers.clipped is not None
+        assert torch.equal(integers.clipped, pack_mask(torch.tensor([True, False])))
+    assert found > 10
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (QuantizationScheme(8, granularity="channel"), None),
+        (QuantizationScheme(4), None),
+        (QuantizationScheme(9), "9 bits"),
+        (QuantizationScheme(8, False), "not symmetric around zero"),
+        (QuantizationScheme(8, signed=False), "not symmetric around zero"),
+        (QuantizationScheme(1), "not symmetric around zero"),
+        (QuantizationScheme(8, granularity="channel", axis=1), "within an output channel"),
+        (QuantizationScheme(8, granularity="group"), "within an output channel"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_operands(scheme: QuantizationScheme, reason: str | None) -> None:
+    found = why_no_integer_weight(scheme)
+    assert (found is None) if reason is None else (found is not None and reason in found)

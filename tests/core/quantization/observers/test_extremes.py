@@ -129,6 +129,27 @@ def test_a_share_of_a_batch_that_is_none_is_refused(constant):
         MovingAverageObserver(QuantizationScheme(), site, constant)
 
 
+def test_a_share_of_one_forgets_all_batches_but_the_last():
+    site = QuantizationSite("conv", "activation")
+    observer = MovingAverageObserver(QuantizationScheme(), site, 1.0)
+    for batch in ([-3.0, 5.0], [-1.0, 2.0]):
+        observer.observe(torch.tensor(batch))
+    assert [end.item() for end in observer.observed_range()] == [-1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver])
+def test_a_subclass_with_its_own_way_to_observe_is_shown_whole_batches(kind):
+    class Halving(kind):
+        def observe(self, input):
+            super().observe(input / 2)
+
+    scheme, site = QuantizationScheme(8, False), QuantizationSite("conv", "activation")
+    quantizer = ObservedFakeQuantizer(scheme, site, Halving(scheme, site))
+    quantizer.set_phase(observing=True, quantizing=True)
+    quantizer.follow_ends(torch.tensor([-2.0, 4.0]), -2.0, 4.0)
+    assert [end.item() for end in quantizer.observer.observed_range()] == [-1.0, 2.0]
+
+
 def test_equals_torch_moving_average():
     observers = pytest.importorskip("torch.ao.quantization.observer")
     theirs = observers.MovingAverageMinMaxObserver(averaging_constant=CONSTANT)

@@ -10,6 +10,7 @@ from torch import Tensor
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization import (
     HistogramCalibration,
+    MinMaxObserver,
     MovingAverageCalibration,
     Observer,
     PercentileCalibration,
@@ -141,6 +142,15 @@ class Minimal(Observer):
 
     def has_observed(self) -> bool:
         return False
+
+
+def test_a_subclass_is_another_kind():
+    class Other(MinMaxObserver):
+        """May keep more than its base, which would get lost."""
+
+    site = QuantizationSite("conv", "activation")
+    with pytest.raises(QuantizationError, match="own kind only, got a Other"):
+        MinMaxObserver(scheme(), site).merge(Other(scheme(), site))
 
 
 def test_third_parties_get_a_clear_error():
