@@ -225,6 +225,9 @@ def test_a_loader_with_a_position_gets_it_back() -> None:
 def test_configuration(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="found no BatchNorm layer"):
         prepare_compression(toys.mlp(), [BatchNormReestimationConfig()])
+    without = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    with pytest.raises(ConfigError, match="found no BatchNorm layer with running statistics"):
+        prepare_compression(without, [BatchNormReestimationConfig()])
     for options, text in (
         ({"batches": 0}, "batches must be an integer of at least 1"),
         ({"dataloader": 3}, "dataloader must be an iterable of batches, got int"),

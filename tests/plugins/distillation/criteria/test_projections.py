@@ -47,6 +47,13 @@ def test_without_the_width_only_the_size_changes():
     assert list(projection.parameters()) == []
 
 
+def test_shrinking_one_side_alone_averages_too():
+    projection = make_projection((4, 3, 8, 5), (4, 3, 2, 5), width_too=True, device=CPU)
+    feature = torch.randn(4, 3, 8, 5)
+    blocks = feature.double().numpy().reshape(4, 3, 2, 4, 5).mean(3)
+    np.testing.assert_allclose(projection(feature).numpy(), blocks, atol=1e-6)
+
+
 def interpolated(values, size, axis):
     """Linear between the centers of the pixels, and constant beyond the outer ones."""
     length = values.shape[axis]

@@ -19,6 +19,7 @@ from compression_plugins import (
     KnowledgeDistillationLossConfig,
     LinearSchedule,
 )
+from compression_plugins.distillation.criteria.schedules import weight_at
 from toy_teachers import published
 
 
@@ -56,6 +57,19 @@ def test_adaptive_follows_the_teacher_sample_by_sample(logits, by):
         share = -(probabilities * np.log(probabilities)).sum(1) / np.log(5)
     value = AdaptiveSchedule(2.0, 6.0, by).value(0, torch.from_numpy(logits))
     np.testing.assert_allclose(value.numpy(), 2.0 + 4.0 * share, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by", ["confidence", "entropy"])
+def test_adaptive_computes_in_float32_of_narrower_logits(by, dtype):
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    schedule = AdaptiveSchedule(low=1.0, high=3.0, by=by)
+    assert torch.equal(schedule.value(0, logits), schedule.value(0, logits.float()))
+
+
+def test_an_adaptive_weight_is_zero_where_no_position_counts():
+    logits, counted = torch.randn(2, 3, 5), torch.zeros(2, 3, dtype=torch.bool)
+    assert weight_at(AdaptiveSchedule(1.0, 3.0), 0, logits, counted) == 0.0
 
 
 def test_adaptive_is_finite_where_a_class_is_impossible():
