@@ -20,6 +20,7 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
+from compression_manager.quantization.tensors.recent import remembered
 from integer_layers import Counting, pretended, quantized, run
 
 
@@ -102,6 +103,16 @@ def test_another_input_in_the_same_memory_is_quantized_anew(counting: Counting) 
         alias = storage.detach()
         expected = layer(torch.full((6, 8), value))
         assert torch.equal(layer(alias), expected)
+
+
+def test_a_part_of_an_input_is_another_input() -> None:
+    input = computed(torch.randn(6, 8))
+    remembered(input)["whole"] = True
+    assert "whole" in remembered(input)
+    assert "whole" not in remembered(input[:3])
+    assert "whole" not in remembered(input.view(8, 6))
+    with torch.inference_mode():
+        assert "whole" not in remembered(input)
 
 
 def test_nothing_keeps_an_input_alive(counting: Counting) -> None:

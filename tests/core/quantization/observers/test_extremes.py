@@ -137,6 +137,19 @@ def test_a_share_of_one_forgets_all_batches_but_the_last():
     assert [end.item() for end in observer.observed_range()] == [-1.0, 2.0]
 
 
+@pytest.mark.parametrize("scheme", [QuantizationScheme(8), QuantizationScheme(8, False)], ids=str)
+@pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver])
+def test_ends_that_are_known_give_the_numbers_of_the_whole_batch(kind, scheme):
+    site, batch = QuantizationSite("conv", "activation"), torch.tensor([-2.0, 0.5, 4.0])
+    by_batch, by_ends = (ObservedFakeQuantizer(scheme, site, kind(scheme, site)) for _ in range(2))
+    for quantizer in (by_batch, by_ends):
+        quantizer.set_phase(observing=True, quantizing=True)
+    by_batch.follow(batch)
+    numbers = by_ends.follow_ends(batch, -2.0, 4.0)
+    assert numbers == (by_batch.scale.item(), by_batch.zero_point.item())
+    assert numbers == (by_ends.scale.item(), by_ends.zero_point.item())
+
+
 @pytest.mark.parametrize("kind", [MinMaxObserver, MovingAverageObserver])
 def test_a_subclass_with_its_own_way_to_observe_is_shown_whole_batches(kind):
     class Halving(kind):
