@@ -171,9 +171,10 @@ def _build(model: nn.Module, entry: _Entry, directory: str | Path) -> ConvertedL
     layer, kind = modules[entry.name], entry.spec.kind
     supported = quantized_class(type(layer)) is not None
     if kind not in CONVERTED_CLASSES or not supported or type(layer).__name__ != kind:
+        found, module = type(layer).__qualname__, type(layer).__module__
         raise CheckpointMismatchError(
-            f"{directory}: layer '{entry.name}' was a {kind}; here it is a "
-            f"{type(layer).__name__}. Pass a fresh float model of the same architecture."
+            f"{directory}: layer '{entry.name}' was a {kind}; here it is a {found} of {module}. "
+            "Pass a fresh float model of the same architecture."
         )
     converted = CONVERTED_CLASSES[kind](layer, entry.spec)
     difference = differing_setting(entry.settings, converted)

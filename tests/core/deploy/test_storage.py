@@ -317,7 +317,7 @@ class Linear(nn.Linear):
         ),
         (
             lambda: nn.Sequential(Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)),
-            "layer '0' was a Linear",
+            f"layer '0' was a Linear; here it is a Linear of {__name__}",
         ),
         (lambda: nn.Sequential(*toys.mlp()[:2], nn.Linear(8, 5)), "tensor '2.weight'"),
         (lambda: prepared(toys.mlp()).model, "here it is a QuantizedLinear"),

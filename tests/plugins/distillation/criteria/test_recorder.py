@@ -142,7 +142,7 @@ def test_managers_that_were_dropped_leave_nothing_on_their_teacher():
         manager = begin(prepare_compression(toys.mlp(), [DistillationConfig(teacher, criterion)]))
         manager.model(INPUTS)
         gone.append(weakref.ref(manager))
-    assert len(teacher[2]._forward_hooks) == 3
+    assert teacher[2]._forward_hooks  # of the last one at least; garbage is collected at any time
     del manager
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
