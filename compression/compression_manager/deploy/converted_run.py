@@ -70,9 +70,8 @@ def run_converted(
             "something in the model holds on to the layers that are trained, such as a function "
             "that was set as an attribute."
         )
-    return ConvertedRun(
-        outputs, tuple(item.name for item in replacements if id(item.layer) in read)
-    )
+    read_weights = (item.name for item in replacements if id(item.layer) in read)
+    return ConvertedRun(outputs, tuple(read_weights))
 
 
 def describe_reads(layers: Sequence[str]) -> str:

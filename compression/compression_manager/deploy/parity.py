@@ -41,6 +41,8 @@ MODEL_TOLERANCE = 2e-2
 # their float32 sums lie on either side of a rounding threshold.
 STEP_SHARE = 1e-3
 
+_OUTSIDE = "the model computes something outside of its layers that differs"
+
 # Narrower types round each result (and a folded weight) by up to half their epsilon.
 _EPSILONS = 4
 
@@ -82,7 +84,7 @@ class Parity:
             f"parity of the converted model: relative error of the output {self.output_error:.1e}, "
             f"largest of a layer on equal input {layers}{where}; {len(self.exact_layers)} of "
             f"{len(self.layer_errors)} layers agree to the last bit"
-            + "".join(f"; {reads}" for reads in [describe_reads(self.read_weights)] if reads)
+            f"{'; ' if self.read_weights else ''}{describe_reads(self.read_weights)}"
         )
 
 
@@ -122,7 +124,7 @@ def check_parity(
         raise ParityError(
             f"the converted model's output differs from the trained model's by {error:.2g} "
             f"(relative root mean square), allowed {tolerance:.2g}, although each converted "
-            f"layer agrees: {reads or 'the model computes something outside of its layers'}."
+            f"layer agrees: {reads or _OUTSIDE}."
         )
     return Parity(
         {layer: comparison.error for layer, comparison in comparisons.items()},

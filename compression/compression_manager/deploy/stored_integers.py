@@ -60,9 +60,9 @@ def _integers(part: Part) -> Tensor:
 
 
 def _count_differing(expected: Tensor, stored: Tensor, *, may_be_scaled: bool) -> int:
-    rows = expected.reshape(len(expected), -1).int(), stored.reshape(len(expected), -1).int()
-    differing = (rows[0] != rows[1]).sum(1)
-    if may_be_scaled:
-        differing = torch.minimum(differing, (rows[0] != -rows[1]).sum(1))
-        differing = differing.masked_fill((rows[1] == 0).all(1), 0)
+    wanted, found = expected.flatten(1), stored.flatten(1)
+    differing = (wanted != found).sum(1)
+    if may_be_scaled:  # then symmetric and signed, so that each integer has its negative
+        differing = torch.minimum(differing, (wanted != -found).sum(1))
+        differing = differing.masked_fill((found == 0).all(1), 0)
     return int(differing.sum())

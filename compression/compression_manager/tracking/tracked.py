@@ -61,7 +61,7 @@ class Tracked(Mapping[str, Any]):
         """The tracked modules by name, such as a head whose weights belong to the loss."""
         return {k: v for k, v in self._objects.items() if isinstance(v, nn.Module)}
 
-    def train_another_model(self, model: nn.Module) -> bool:
+    def hold_nothing_of(self, model: nn.Module) -> bool:
         """Return whether there are optimizers, and none has a parameter of `model`."""
         trained = {id(item) for item in model.parameters() if item.requires_grad}
         groups = [group for value in self.optimizers.values() for group in value.param_groups]

@@ -54,7 +54,7 @@ class TrainingEvents:
             # A plugin may refuse to start and ask for `resume`, which comes before training.
             self._lifecycle.cancel_training()
             raise
-        if tracked.train_another_model(self._context.model):
+        if tracked.hold_nothing_of(self._context.model):
             warnings.warn(
                 "no tracked optimizer has a parameter of the model, so that none trains it: was it "
                 "built for another model, or before the parameters were replaced? Build it of "

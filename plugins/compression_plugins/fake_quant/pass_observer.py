@@ -40,7 +40,8 @@ class PassObserver:
         self._finder = PairFinder(model)
         self._found = found
         self._kinds: list[_Kind] = []  # no set: the structures of some libraries have no hash
-        self._is_due = True
+        self._is_first = True
+        self._is_due = False
         self._passes_left = _MOST_PASSES
         self._handles = (
             hooks.add_forward_pre_hook(model, self._begin, with_kwargs=True),
@@ -60,8 +61,11 @@ class PassObserver:
             return
         if self._finder.active:  # the last pass was left by KeyboardInterrupt
             self._finder.abandon()
-        if self._is_due or (module.training and _kind((args, kwargs)) not in self._kinds):
+        if self._is_first or (module.training and self._is_unknown(args, kwargs)):
             self._finder.__enter__()
+
+    def _is_unknown(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        return self._is_due or _kind((args, kwargs)) not in self._kinds
 
     def _end(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -72,14 +76,20 @@ class PassObserver:
             if self._finder.active:
                 self._finder.abandon()
             return
-        returned = _kind(output)
-        if not self._finder.active:
+        is_observed = self._finder.active
+        if is_observed:
+            self._finder.__exit__(None, None, None)
+            self._is_first = False
+        if module.training:
+            returned = _kind(output)
             # Like inputs led elsewhere, so that the next pass is likely to go there too.
-            self._is_due = module.training and returned not in self._kinds
-            return
-        self._finder.__exit__(None, None, None)
-        self._is_due = False
-        self._kinds += [_kind((args, kwargs)), returned]
+            self._is_due = not is_observed and returned not in self._kinds
+            if is_observed:
+                self._kinds += [_kind((args, kwargs)), returned]
+        if is_observed:
+            self._report(output)
+
+    def _report(self, output: Any) -> None:
         self._found(self._finder.observed(output))
         self._passes_left -= 1
         if not self._passes_left:

@@ -389,7 +389,7 @@ def test_sizes_may_be_fixed(nodes: int, format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_images_of_a_list_are_no_batch(format: str, tmp_path: Path) -> None:
     class Listed(toys.ConvNet):
-        def forward(self, images: Any) -> Tensor:  # type: ignore[override]
+        def forward(self, images: Any) -> Tensor:  # type: ignore[override]  # a list, where ConvNet takes a tensor
             output: Tensor = super().forward(torch.stack(images))
             return output
 

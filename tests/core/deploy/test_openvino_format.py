@@ -248,9 +248,7 @@ class OverTheBatch(nn.Module):
         return self.convolution(input.t().unsqueeze(0)).squeeze(0).t()
 
 
-@pytest.mark.skipif(
-    torch.__version__ < "2.11", reason="torch.export bounds the batch that a convolution runs over"
-)
+@pytest.mark.skipif(torch.__version__ < "2.11", reason="torch.export bounds such a batch there")
 def test_a_convolution_over_an_axis_of_any_length(tmp_path: Path) -> None:
     converted = trained(OverTheBatch(), VECTORS).convert()
     path = deploy.export(converted, tmp_path / "model.xml", "openvino", VECTORS).path

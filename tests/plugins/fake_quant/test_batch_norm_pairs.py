@@ -427,6 +427,37 @@ def test_a_second_use_that_begins_after_some_steps_prevents_folding(with_inputs)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_second_use_that_only_training_has_is_seen_after_evaluation_too():
+    def body(net, input):
+        hidden = net.conv(input)
+        return net.bn(hidden) + hidden if net.training else net.bn(hidden)
+
+    model = Net(body)
+    manager = prepare_compression(model, [QATConfig()])
+    model.eval()(INPUT)
+    assert folded(manager) == {"bn": "conv"}
+    model.train()(INPUT)
+    assert folded(manager) == {}
+
+
+def test_evaluation_is_not_observed_in_the_place_of_the_next_training_pass():
+    """Who measures layers reads what they return."""
+    model = Net(with_auxiliary_output)
+    model.is_auxiliary = False
+    manager = prepare_compression(model, [QATConfig()])
+    model(INPUT)
+    model.body = lambda net, input: {"output": net.bn(net.conv(input))}
+    model(INPUT)
+    means = []
+    handle = model.conv.register_forward_hook(lambda *call: means.append(call[-1].mean()))
+    model.eval()(INPUT)
+    handle.remove()
+    assert folded(manager) == {"bn": "conv"}
+    model.body = lambda net, input: {"output": net.bn(hidden := net.conv(input)) + hidden}
+    model.train()(INPUT)
+    assert folded(manager) == {}
+
+
 def test_passes_of_a_kind_that_was_observed_are_not_observed_again():
     modes = []
 
