@@ -194,6 +194,7 @@ def element_cases(passes: Passes, input: Tensor) -> dict[str, Case]:
     clipping = input * 1.2
     return {
         "quantize": (5, lambda: passes.quantize(input, *grid, below=False, above=False)),
+        "quantize_finite": (5, lambda: passes.quantize_finite(input, *grid)),
         "quantize, clipped": (
             5.125,
             lambda: passes.quantize(clipping, *grid, below=True, above=True),

@@ -77,8 +77,8 @@ def save_converted(conversion: Conversion, directory: Path) -> Path:
 def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     """Change a fresh float model into the converted one that was saved.
 
-    On a CPU without VNNI this makes the native kernels ready, which are built if there are none
-    yet; without a compiler, slower ones compute the same numbers.
+    This makes the native kernels ready, if they were built before; on a CPU without VNNI they are
+    built now. Where there are none, slower ones compute the same numbers.
 
     Args:
         directory: what `manager.save_converted` wrote.
@@ -116,8 +116,8 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
     disable_fused_paths(conversion.model)
     conversion.model.load_state_dict(tensors)
     _share_tied_weights(conversion, tied)
-    if not cpu_features().vnni:
-        prepare_native()
+    # With VNNI they quantize inputs alone, which is not worth a build.
+    prepare_native(builds=not cpu_features().vnni)
     return conversion.model.eval()
 
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer.options import FORWARD, Forward
+from compression_manager.quantization.integer.operands import (
+    why_no_integer_input,
+    why_no_integer_weight,
+)
+from compression_manager.quantization.integer.options import FORWARD, Forward, ProductOptions
 from compression_manager.quantization.scheme import QuantizationScheme
 
 
@@ -27,6 +32,21 @@ class LayerSpec:
     input: QuantizationScheme | None
     bias: bool
     forward: Forward = "auto"
+
+    @cached_property
+    def product_options(self) -> ProductOptions:
+        """What `forward` means for the rule on products; inference has no gradients."""
+        return ProductOptions(self.forward)
+
+    @cached_property
+    def has_integer_factors(self) -> bool:
+        """Whether both schemes are such that integers can be multiplied."""
+        return (
+            self.weight is not None
+            and self.input is not None
+            and why_no_integer_weight(self.weight) is None
+            and why_no_integer_input(self.input) is None
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `from_dict` takes them back."""

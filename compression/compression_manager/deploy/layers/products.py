@@ -6,8 +6,6 @@ torch.export or torch.compile trace, weights are dequantized and multiplied in f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -27,9 +25,7 @@ from compression_manager.quantization.integer.operands import (
     IntegerWeight,
     quantize_input,
     why_no_integer_input,
-    why_no_integer_weight,
 )
-from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.rule import decide
 from compression_manager.quantization.integer.selection import passes_for
@@ -53,11 +49,10 @@ def linear(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
         layer: with a weight (out features, in features).
         input: (*, in features).
     """
-    operand, passes = None, passes_for(input.device)
-    if _computes_integers(
-        layer, input, lambda: linear_size(input, layer.weight_format.shape), passes
-    ):
-        operand = _integers_of(layer, input, passes)
+    if _is_seen_through(input) or not layer.spec.has_integer_factors:
+        return None
+    passes, size = passes_for(input.device), linear_size(input, layer.weight_format.shape)
+    operand = _factor(layer, input, size, passes)
     if operand is None:
         return None
     return products.linear(operand, _weight_of(layer), layer.bias, passes, packs=True)
@@ -76,7 +71,7 @@ def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None
         return None
     if _is_seen_through(input) or _is_seen_through(residual):
         return None
-    if why_no_integers(ProductOptions(layer.spec.forward), input, residual) is not None:
+    if why_no_integers(layer.spec.product_options, input, residual) is not None:
         return None
     passes = passes_for(residual.device)
     operand = _integers_of(layer, residual, passes)
@@ -85,26 +80,16 @@ def add(layer: ConvertedLayer, input: Tensor, residual: Tensor) -> Tensor | None
 
 def convolve(layer: ConvertedLayer, input: Tensor) -> Tensor | None:
     """Return the result of a deployed convolution, or None if integers do not compute it."""
-    operand, passes = None, passes_for(input.device)
-    if not _is_seen_through(input) and why_no_geometry(layer, input) is None:
-        size = partial(convolution_size, layer, input)
-        if _computes_integers(layer, input, size, passes):
-            operand = _integers_of(layer, input, passes)
+    if _is_seen_through(input) or not layer.spec.has_integer_factors:
+        return None
+    if why_no_geometry(layer, input) is not None:
+        return None
+    passes = passes_for(input.device)
+    operand = _factor(layer, input, convolution_size(layer, input), passes)
     if operand is None:
         return None
     weight, geometry = _weight_of(layer), geometry_of(layer)
     return products.convolve(operand, weight, layer.bias, geometry, passes, packs=True)
-
-
-def _computes_integers(
-    layer: ConvertedLayer, input: Tensor, size: Callable[[], Size], passes: Passes
-) -> bool:
-    """Return whether integers are multiplied."""
-    if _is_seen_through(input) or not _has_operands(layer):
-        return False
-    options = ProductOptions(layer.spec.forward)
-    decision = decide(options, input, None, size(), passes, training=False)
-    return decision.path == "integer"
 
 
 def _is_seen_through(input: Tensor) -> bool:
@@ -112,11 +97,12 @@ def _is_seen_through(input: Tensor) -> bool:
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad)
 
 
-def _has_operands(layer: ConvertedLayer) -> bool:
-    weight, input = layer.spec.weight, layer.spec.input
-    if weight is None or input is None:
-        return False
-    return why_no_integer_input(input) is None and why_no_integer_weight(weight) is None
+def _factor(
+    layer: ConvertedLayer, input: Tensor, size: Size, passes: Passes
+) -> IntegerInput | None:
+    """Return the integers of an input that is to be multiplied; None if others multiply."""
+    decision = decide(layer.spec.product_options, input, None, size, passes, training=False)
+    return _integers_of(layer, input, passes) if decision.path == "integer" else None
 
 
 def _integers_of(layer: ConvertedLayer, input: Tensor, passes: Passes) -> IntegerInput | None:
@@ -129,13 +115,15 @@ def _integers_of(layer: ConvertedLayer, input: Tensor, passes: Passes) -> Intege
 
 def _weight_of(layer: ConvertedLayer) -> IntegerWeight:
     """Return the layer's weight as an operand, which is made anew if a buffer changed."""
-    source = [
-        (tensor.data_ptr(), version_of(tensor), sample_of(tensor))
-        for tensor in layer.weight_tensors().values()
-    ]
+    stored, scale = layer.weight_tensors().values()  # of symmetric integers, there are no others
+    source = (
+        (stored.data_ptr(), version_of(stored), sample_of(stored)),
+        # The scales of channels are read where they lie; one for all of them is a copy.
+        (scale.data_ptr(), version_of(scale), [] if scale.dim() else sample_of(scale)),
+    )
     known = _weights.get(layer)
     if known is None or known[0] != source:
         codes = layer.integer_weight().contiguous()
-        scale = layer.weight_scale.expand(codes.shape[0]).contiguous()
-        known = _weights[layer] = source, IntegerWeight(codes, scale, None)
+        scales = scale.expand(codes.shape[0]).contiguous()
+        known = _weights[layer] = source, IntegerWeight(codes, scales, None)
     return known[1]

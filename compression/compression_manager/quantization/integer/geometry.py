@@ -124,8 +124,8 @@ def why_no_geometry(layer: nn.Module, input: Tensor) -> str | None:
             "kernel"
         )
     return _why_no_windows(
-        tuple(input.shape[2:]),
-        tuple(convolution.kernel_size),
+        input.shape[2:],
+        convolution.kernel_size,
         geometry_of(layer),
         convolution.in_channels // convolution.groups,
     )
@@ -138,8 +138,8 @@ def _why_no_windows(
     if geometry.is_computed_by_onednn(size, kernel, depth):
         return None
     return (
-        f"a kernel of {kernel} that reads padding only, here and there on an input of {size}, is "
-        "not computed right by oneDNN's 8-bit convolution"
+        f"a kernel of {kernel} that reads padding only, here and there on an input of "
+        f"{tuple(size)}, is not computed right by oneDNN's 8-bit convolution"
     )
 
 
@@ -152,12 +152,22 @@ def geometry_of(layer: nn.Module) -> Geometry:
 
 def convolution_size(layer: nn.Module, input: Tensor) -> Size:
     """Return the size of the matrix product that the convolution of `input` amounts to."""
-    convolution, geometry = cast(nn.Conv2d, layer), geometry_of(layer)
-    places = geometry.places(input.shape[2:], convolution.kernel_size)
-    summed = convolution.in_channels // geometry.groups * math.prod(convolution.kernel_size)
-    return Size(
-        input.shape[0] * math.prod(places), summed, convolution.out_channels, geometry.groups
-    )
+    convolution = cast(nn.Conv2d, layer)
+    channels = convolution.in_channels, convolution.out_channels
+    return _size_of(input.shape, convolution.kernel_size, geometry_of(layer), *channels)
+
+
+@lru_cache(maxsize=256)
+def _size_of(
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    geometry: Geometry,
+    in_channels: int,
+    out_channels: int,
+) -> Size:
+    rows = shape[0] * math.prod(geometry.places(shape[2:], kernel))
+    summed = in_channels // geometry.groups * math.prod(kernel)
+    return Size(rows, summed, out_channels, geometry.groups)
 
 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -105,8 +105,13 @@ def integer_input(
     ends = _finite_ends(input, known)
     if ends is None:
         return None
-    step, offset = quantizer.follow_ends(input, *ends)
-    return _quantize(input, known, step, offset, quantizer.scheme, passes)
+    scheme = quantizer.scheme
+    grid = *quantizer.follow_ends(input, *ends), scheme.quant_min, scheme.quant_max
+    key = passes.name, grid
+    found: IntegerInput | None = known.get(key)
+    if found is None:
+        found = known[key] = _quantize_finite(input, ends, *grid, passes)
+    return found
 
 
 def quantize_input(
@@ -116,45 +121,21 @@ def quantize_input(
 
     Args:
         input: float32, contiguous or channels_last.
-        scale: float32 (), on the same device.
+        scale: float32 (), on the same device; part of what is returned, and so is the next.
         zero_point: int32 (), on the same device.
         scheme: one that `why_no_integer_input` accepts.
         passes: what computes on the CPU.
 
     Returns:
-        As `integer_input`.
+        As `integer_input`; on the CPU without the bits of what was clipped.
     """
+    input = input.detach()
     if not input.is_cpu:
-        return quantize_on_accelerator(input.detach(), scale, zero_point, scheme)
-    known, input = remembered(input), input.detach()
-    if _finite_ends(input, known) is None:
-        return None
-    return _quantize(input, known, float(scale), int(zero_point), scheme, passes)
-
-
-def _quantize(
-    input: Tensor,
-    known: dict[object, Any],
-    step: float,
-    offset: int,
-    scheme: QuantizationScheme,
-    passes: Passes,
-) -> IntegerInput:
-    """Return the integers of a finite activation on the CPU, which its readers share.
-
-    Args:
-        input: without gradient.
-        known: what was computed of it, with its ends.
-        step: scale.
-        offset: zero point.
-    """
-    grid = step, offset, scheme.quant_min, scheme.quant_max
-    key = passes.name, grid
-    found = known.get(key)
-    if found is None:
-        found = known[key] = _quantize_finite(input, known[_ENDS], *grid, passes)
-    result: IntegerInput = found
-    return result
+        return quantize_on_accelerator(input, scale, zero_point, scheme)
+    inverse = scalars.float32(1.0 / float(scale))
+    limits = scheme.quant_min, scheme.quant_max
+    codes = passes.quantize_finite(input, inverse, int(zero_point), *limits)
+    return None if codes is None else IntegerInput(codes, scale, zero_point, None)
 
 
 def _quantize_finite(

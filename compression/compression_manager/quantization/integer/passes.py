@@ -71,6 +71,17 @@ class Passes(ABC):
         """
 
     @abstractmethod
+    def quantize_finite(
+        self, input: Tensor, inverse_scale: float, zero_point: int, quant_min: int, quant_max: int
+    ) -> Tensor | None:
+        """Return the integers of `quantize` alone, or None if an element is not finite.
+
+        Args:
+            input: as for `quantize`, on the CPU, of at least one element.
+            inverse_scale: as for `quantize`, and the other arguments too.
+        """
+
+    @abstractmethod
     def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the 8-bit integers of each row and their scales: symmetric, narrow range.
 

@@ -7,6 +7,8 @@ there are any. On other CPUs native kernels, or those of float32 with sums that 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -169,6 +171,13 @@ def _unsigned(codes: Tensor, zero_point: Tensor) -> tuple[Tensor, int | Tensor]:
     return codes.view(torch.uint8) ^ _OFFSET, number + _OFFSET
 
 
+@lru_cache
+def _zeros(columns: int) -> Tensor:
+    """Return the zero points of a weight, which has none."""
+    with torch.device("cpu"), torch.inference_mode(False):
+        return torch.zeros(columns, dtype=torch.int32)
+
+
 def _packed_linear(
     codes: Tensor,
     zero_point: int | Tensor,
@@ -184,7 +193,7 @@ def _packed_linear(
         zero_point,
         weight.packed,
         weight.scale,
-        torch.zeros_like(weight.scale, dtype=torch.int32),
+        _zeros(len(weight.scale)),
         bias,
         *_FLOAT32_OUTPUT,
     )
@@ -218,7 +227,7 @@ def _onednn_convolve(
         zero_point,
         packed,
         weight.scale,
-        torch.zeros_like(weight.scale, dtype=torch.int32),
+        _zeros(len(weight.scale)),
         bias,
         *geometry,
         *_FLOAT32_OUTPUT,

@@ -28,8 +28,11 @@ def active_passes() -> Passes:
     return _chosen or _native or TORCH
 
 
-def prepare_native() -> str | None:
+def prepare_native(*, builds: bool = True) -> str | None:
     """Make the native kernels ready, which builds them where that was never done.
+
+    Args:
+        builds: as for `load_library`.
 
     Returns:
         Why there are none; None if they are ready.
@@ -38,7 +41,7 @@ def prepare_native() -> str | None:
         ConfigError: the environment variable COMPRESSION_MANAGER_NATIVE is neither 0 nor 1.
     """
     global _native
-    library = load_library()
+    library = load_library(builds=builds)
     _native = NativePasses() if library.functions is not None else None
     return library.reason or None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.arithmetic.parameters import symmetric_scale
+from compression_manager.quantization.arithmetic.ranges import extremes
 from compression_manager.quantization.integer import exact
 from compression_manager.quantization.integer.bits import (
     bytes_of,
@@ -44,15 +45,19 @@ class TorchPasses(Passes):
     ) -> tuple[Tensor, Tensor | None]:
         """Return codes and clipped bits."""
         rounding, clips = Rounding(inverse_scale, zero_point, quant_min, quant_max), below or above
-        codes = torch.empty_like(input, dtype=torch.uint8 if quant_min >= 0 else torch.int8)
-        flat, flat_codes = in_memory_order(input), in_memory_order(codes)
-        write = rounding.write_bytes if input.is_cpu else rounding.write
-        space = flat.new_empty(part_length(flat))
-        for part in parts(flat):
-            write(flat[part], flat_codes[part], space[: part.stop - part.start], clips=clips)
+        codes = _round(input, rounding, clips=clips)
         if not clips:
             return codes, None
+        flat, flat_codes = in_memory_order(input), in_memory_order(codes)
         return codes, rounding.find_clipped(flat, flat_codes, below=below, above=above)
+
+    def quantize_finite(
+        self, input: Tensor, inverse_scale: float, zero_point: int, quant_min: int, quant_max: int
+    ) -> Tensor | None:
+        """Return codes, unless an element is not finite."""
+        if not all(math.isfinite(end) for end in extremes(input)):
+            return None
+        return _round(input, Rounding(inverse_scale, zero_point, quant_min, quant_max), clips=True)
 
     def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return codes and scales of symmetric 8-bit rows."""
@@ -202,6 +207,20 @@ class TorchPasses(Passes):
         if not self.supports_pieces(pieces):
             # torch's bfloat16 products have bfloat16 results, which undo what the pieces gain.
             raise QuantizationError(f"plain torch operations take one piece, got pieces={pieces}.")
+
+
+def _round(input: Tensor, rounding: Rounding, *, clips: bool) -> Tensor:
+    """Return the integers of a dense tensor; `clips` as for `Rounding.write`."""
+    codes = torch.empty_like(input, dtype=torch.uint8 if rounding.quant_min >= 0 else torch.int8)
+    flat, flat_codes = in_memory_order(input), in_memory_order(codes)
+    write = rounding.write_bytes if input.is_cpu else rounding.write
+    space = flat.new_empty(part_length(flat))
+    if len(space) == len(flat):  # Slicing takes as long as a pass over a small tensor.
+        write(flat, flat_codes, space, clips=clips)
+        return codes
+    for part in parts(flat):
+        write(flat[part], flat_codes[part], space[: part.stop - part.start], clips=clips)
+    return codes
 
 
 def _has_integer_product(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -83,6 +83,35 @@ def test_threads_share_the_quantization_of_a_long_tensor(
             (last, middle, True),
         ):
             check_quantize(passes, input, (np.float32(0.02), zero_point, low, high), looks=looks)
+
+
+@settings(deadline=None, max_examples=100)
+@given(input=float_tensors(), grid=grids())
+def test_finite_tensors_have_codes_and_others_have_none(
+    passes: Passes, input: Tensor, grid: tuple[np.float32, int, int, int]
+) -> None:
+    assume(input.numel() > 0)
+    scale, zero_point, low, high = grid
+    inverse_scale, is_finite = np.float32(1) / scale, np.isfinite(memory(input)).all()
+    codes = passes.quantize_finite(input, float(inverse_scale), zero_point, low, high)
+    assert (codes is not None) == is_finite
+    if codes is not None:
+        expected, *_ = expected_codes(memory(input), inverse_scale, zero_point, low, high)
+        assert codes.stride() == input.stride()
+        assert np.array_equal(memory(codes), expected)
+        assert memory(codes).dtype == expected.dtype
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -np.nan])
+@pytest.mark.parametrize("position", [0, 1, 31, 32768, LONG - 1])
+def test_one_value_that_is_not_finite_is_found_wherever_it_lies(
+    passes: Passes, threads: int, value: float, position: int
+) -> None:
+    input = torch.randn(LONG)
+    input[3] = torch.finfo(torch.float32).max  # as large as a finite one can be
+    assert passes.quantize_finite(input, 1.0, 0, -128, 127) is not None
+    input[position] = value
+    assert passes.quantize_finite(input, 1.0, 0, -128, 127) is None
 
 
 def test_channels_last_keeps_its_strides(passes: Passes) -> None:

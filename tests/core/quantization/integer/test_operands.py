@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from compression_manager.quantization import QuantizationScheme, quantize
 from compression_manager.quantization.integer.bits import pack_mask
 from compression_manager.quantization.integer.operands import (
-    quantize_input,
+    integer_input,
     why_no_integer_weight,
 )
 from compression_manager.quantization.integer.selection import TORCH, passes_for, use_passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
 from compression_manager.quantization.tensors.recent import remembered
-from integer_layers import Counting, pretended, quantized, run
+from integer_layers import Counting, pretended, quantized, quantizer, run
 
 
 def _layers(count: int, range_of: Tensor) -> list[nn.Module]:
@@ -147,6 +147,7 @@ def test_an_end_that_float32_rounds_to_the_next_integer_is_clipped(sign: int) ->
     """Just within the range as an exact product, and in the middle between two in float32."""
     scheme = QuantizationScheme(8)
     generator, found = np.random.default_rng(0), 0
+    made = quantizer(scheme, "activation", torch.ones(1))
     for scale in generator.uniform(0.01, 1.0, 200).astype(np.float32):
         inverse = np.float32(1) / scale
         value = np.float32(127.5 / np.float64(inverse))
@@ -155,10 +156,10 @@ def test_an_end_that_float32_rounds_to_the_next_integer_is_clipped(sign: int) ->
             continue
         found += 1
         input = torch.tensor([sign * value, 0.0])
-        step, zero_point = torch.tensor(scale), torch.tensor(0, dtype=torch.int32)
-        integers = quantize_input(input, step, zero_point, scheme, TORCH)
+        made.scale.fill_(scale)
+        integers = integer_input(made, input, TORCH)
         assert integers is not None
-        assert torch.equal(integers.codes, quantize(input, step, zero_point, -127, 127))
+        assert torch.equal(integers.codes, quantize(input, made.scale, made.zero_point, -127, 127))
         assert integers.clipped is not None
         assert torch.equal(integers.clipped, pack_mask(torch.tensor([True, False])))
     assert found > 10

@@ -1,6 +1,7 @@
 // Passes that treat each element by itself, in the order of memory.
 #include "common.h"
 
+#include <atomic>
 #include <cmath>
 
 namespace native {
@@ -78,6 +79,31 @@ void quantize(const float* input, int64_t size, Range range, Code* codes, uint8_
   });
 }
 
+// Writes codes; returns whether all elements are finite: the exponent of others has no zero.
+template <typename Code>
+inline bool quantize_finite_run(
+    const float* __restrict input, int64_t count, const Range range, Code* __restrict codes) {
+  constexpr uint32_t exponent = 0x7f800000u;
+  uint32_t other = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = clamp_level(round_level(input[i], range), range);
+    codes[i] = static_cast<Code>(static_cast<int32_t>(code));
+    other |= (to_bits(input[i]) & exponent) == exponent ? 1u : 0u;
+  }
+  return other == 0;
+}
+
+template <typename Code>
+bool quantize_finite(const float* input, int64_t size, Range range, Code* codes) {
+  std::atomic<bool> is_finite{true};
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    if (!quantize_finite_run(input + begin, end - begin, range, codes + begin)) {
+      is_finite = false;
+    }
+  });
+  return is_finite;
+}
+
 template <typename Code, typename Value>
 void dequantize(
     const Code* __restrict codes, int64_t size, float scale, int32_t zero_point,
@@ -138,6 +164,21 @@ EXPORT void quantize_elements(
   const Range range{inverse_scale, zero_point, quant_min, quant_max};
   has_sign ? quantize(input, size, range, static_cast<int8_t*>(codes), mask)
            : quantize(input, size, range, static_cast<uint8_t*>(codes), mask);
+}
+
+// Returns whether all elements are finite; else the codes are of no use.
+EXPORT bool quantize_finite_elements(
+    const float* input,
+    int64_t size,
+    float inverse_scale,
+    float zero_point,
+    float quant_min,
+    float quant_max,
+    bool has_sign,
+    void* codes) {
+  const Range range{inverse_scale, zero_point, quant_min, quant_max};
+  return has_sign ? quantize_finite(input, size, range, static_cast<int8_t*>(codes))
+                  : quantize_finite(input, size, range, static_cast<uint8_t*>(codes));
 }
 
 // Writes float32, or bfloat16 if `half`.

@@ -57,12 +57,15 @@ class _BuildError(Exception):
     """The library cannot be built; the text says why."""
 
 
-def load_library() -> Library:
+def load_library(*, builds: bool = True) -> Library:
     """Return the compiled library, building it first if there is none yet.
 
     A build takes some ten seconds, says so on stderr and is kept in the folder in which torch
     keeps extensions (`TORCH_EXTENSIONS_DIR`). Several processes build it once between them. A
     build that fails or exceeds two minutes gives one warning; the lack of a compiler none.
+
+    Args:
+        builds: False to take only what was built before.
 
     Raises:
         ConfigError: the environment variable COMPRESSION_MANAGER_NATIVE is neither 0 nor 1.
@@ -74,6 +77,8 @@ def load_library() -> Library:
     with _lock:
         path = library_path()
         if path not in _loaded:
+            if not builds and not path.exists():
+                return Library(None, "the native kernels have not been built")
             _loaded[path] = _find_or_build(path)
         return _loaded[path]
 

@@ -83,6 +83,26 @@ class NativePasses(NativeIntegers):
         )
         return codes, clipped
 
+    def quantize_finite(
+        self, input: Tensor, inverse_scale: float, zero_point: int, quant_min: int, quant_max: int
+    ) -> Tensor | None:
+        """See `Passes.quantize_finite`."""
+        check("input", input, torch.float32)
+        check_range(zero_point, quant_min, quant_max)
+        has_sign = quant_min < 0
+        codes = torch.empty_like(input, dtype=torch.int8 if has_sign else torch.uint8)
+        is_finite = self._functions.quantize_finite_elements(
+            input.data_ptr(),
+            input.numel(),
+            inverse_scale,
+            zero_point,
+            quant_min,
+            quant_max,
+            has_sign,
+            codes.data_ptr(),
+        )
+        return codes if is_finite else None
+
     def quantize_rows(self, weight: Tensor, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Passes.quantize_rows`."""
         check("weight", weight, torch.float32)

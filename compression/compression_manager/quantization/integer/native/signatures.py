@@ -15,6 +15,10 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [_pointer, _size, _float, _float, _float, _float, _bool, _pointer, _pointer],
     ),
+    "quantize_finite_elements": (
+        _bool,
+        [_pointer, _size, _float, _float, _float, _float, _bool, _pointer],
+    ),
     "dequantize_elements": (None, [_pointer, _size, _bool, _float, _integer, _bool, _pointer]),
     "add_dequantized_elements": (
         None,

@@ -123,6 +123,18 @@ def test_a_library_that_exists_is_loaded_without_a_compiler(
     assert capsys.readouterr().err == ""
 
 
+def test_what_is_not_to_be_built_is_loaded_once_it_was(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, copied_library: list[Path]
+) -> None:
+    library = load_library(builds=False)
+    assert (library.functions, library.reason) == (None, "the native kernels have not been built")
+    assert not cache.exists()
+    assert load_library().functions is not None  # whoever builds them is not kept from it
+    monkeypatch.setattr(loader, "_loaded", {})
+    assert load_library(builds=False).functions is not None
+    assert len(copied_library) == 1
+
+
 def test_a_failed_build_warns_once_with_what_the_compiler_said(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
