@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = {route.name: route for route in ROUTES}
-    parser = model_parser(__doc__, "inference", ["encoder", "resnet"])
+    parser = model_parser(__doc__, "inference")
     parser.add_argument("--routes", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--runs", type=int, default=60, help="timed rounds at most")
     options = parser.parse_args(arguments)

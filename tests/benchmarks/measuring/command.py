@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,18 +11,15 @@ from measuring.models import WORKLOADS
 from measuring.report import RESULTS
 
 
-def model_parser(
-    description: str, name: str, models: Sequence[str] = tuple(WORKLOADS)
-) -> argparse.ArgumentParser:
+def model_parser(description: str, name: str) -> argparse.ArgumentParser:
     """Return a parser of what is measured and for how long, and where the results go.
 
     Args:
         description: the benchmark's documentation; its first line is shown.
         name: of the file of results.
-        models: which are measured unless told otherwise.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(models))
+    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument(
         "--seconds-per-model", type=float, help="stop timing a model after so long; default: never"
     )
