@@ -108,8 +108,9 @@ def fastest(
     Args:
         model: what `convert` returned or `deploy.load` loaded; stays as it is.
         inputs: what it is called with, as for `export`; times hold for their batch size.
-        routes: names out of `eager`, `inductor`, `aot_inductor`, `onnxruntime` and `openvino`;
-            None for all. `eager`, the model as it is, is always measured.
+        routes: names out of `eager`, `channels_last` (`eager` with images in that memory format),
+            `inductor`, `aot_inductor`, `onnxruntime` and `openvino`; None for all that make sense.
+            `eager`, the model as it is, is always measured.
         rounds: how often each route is timed, for a twentieth of a second or one call.
 
     Raises:
@@ -118,8 +119,8 @@ def fastest(
     """
     require_converted(model, "fastest")
     require_integer("fastest", "rounds", rounds, minimum=1)
-    chosen = find_routes(routes)
     inputs = without_labels(inputs)
+    chosen = find_routes(routes, inputs)
     reference = Reference.of(model, inputs)
     results: list[RouteResult] = []
     runners: dict[int, Runner] = {}

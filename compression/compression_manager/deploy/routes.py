@@ -12,13 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from compression_manager.deploy.compiling import compile_now, traced_for_compiler
 from compression_manager.deploy.formats import FORMATS
 from compression_manager.deploy.reference import Reference
 from compression_manager.errors import ConfigError, suggest
-from compression_manager.models.calling import call_model, quiet_evaluation
+from compression_manager.models.calling import call_model, quiet_evaluation, tensors_in
+from compression_manager.quantization.tensors.memory_format import with_channels_last
 from compression_manager.tracing.graph_inputs import (
     Arguments,
     constants_in,
@@ -143,6 +144,10 @@ class Route(ABC):
     cpu_only: ClassVar[bool] = False
     int8_settings: ClassVar[tuple[bool, ...]] = (True,)
 
+    def suits(self, inputs: Any) -> bool:
+        """Return whether it is something else than the other routes for inputs such as these."""
+        return True
+
     @abstractmethod
     def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
         """Return what is called as the model is, and which kernels it runs on."""
@@ -152,11 +157,30 @@ class _Eager(Route):
     name = "eager"
 
     def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                return source.model(*args, **kwargs)
+        return _without_gradients(source.model), "the model's own"
 
-        return run, "the model's own"
+
+class _ChannelsLast(Route):
+    """Hands over images in the order in which oneDNN's 8-bit convolutions read and write them."""
+
+    name = "channels_last"
+
+    def suits(self, inputs: Any) -> bool:
+        return any(_is_reordered(tensor) for tensor in tensors_in(inputs))
+
+    def build(self, source: Source, *, int8: bool) -> tuple[Runner, str]:
+        if not self.suits(source.reference.inputs):
+            raise ConfigError(
+                "it makes no difference to these inputs: none is a batch of images, or all are "
+                "channels_last as they are."
+            )
+        run = _without_gradients(source.model)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map_only(torch.Tensor, with_channels_last, (args, kwargs))
+            return run(*args, **kwargs)
+
+        return call, "the model's own"
 
 
 class _Inductor(Route):
@@ -220,19 +244,34 @@ class _OpenVino(_GraphRoute):
         return load_openvino(content, int8=int8)
 
 
-ROUTES: dict[str, Route] = {
-    item.name: item for item in (_Eager(), _Inductor(), _AotInductor(), _OnnxRuntime(), _OpenVino())
-}
+def _without_gradients(model: nn.Module) -> Runner:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    return run
 
 
-def find_routes(names: object) -> list[Route]:
-    """Return `eager` and the routes called `names`, in the order of `ROUTES`; for None all of them.
+def _is_reordered(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and with_channels_last(tensor) is not tensor
+
+
+_ALL = (_Eager(), _ChannelsLast(), _Inductor(), _AotInductor(), _OnnxRuntime(), _OpenVino())
+ROUTES: dict[str, Route] = {item.name: item for item in _ALL}
+
+
+def find_routes(names: object, inputs: Any) -> list[Route]:
+    """Return `eager` and the routes called `names`, in the order of `ROUTES`.
+
+    Args:
+        names: what the user chose; None for all that suit the inputs.
+        inputs: what the model is called with.
 
     Raises:
         ConfigError: an unknown name; with the nearest ones.
     """
     if names is None:
-        return list(ROUTES.values())
+        return [route for route in ROUTES.values() if route.suits(inputs)]
     if isinstance(names, str) or not isinstance(names, (list, tuple, set, frozenset)):
         raise ConfigError(f"routes is a list of names ({', '.join(ROUTES)}), got {names!r}.")
     for name in names:

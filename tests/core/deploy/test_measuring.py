@@ -251,6 +251,42 @@ def test_only_the_routes_that_are_named_are_measured(model: nn.Module) -> None:
     torch.testing.assert_close(result(VECTORS[:2]), model(VECTORS[:2]), rtol=0.02, atol=0.02)
 
 
+def convolutions(images: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten())
+    return trained(net, images).convert()
+
+
+def test_images_are_handed_over_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(8, 3, 6, 6)
+    converted = convolutions(images)
+    source = routes.Source(converted, Reference.of(converted, images))
+    run, _ = routes.ROUTES["channels_last"].build(source, int8=True)
+    seen: list[Tensor] = []
+    converted[2].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    assert torch.equal(run(images), converted(images))
+    assert [item.is_contiguous(memory_format=torch.channels_last) for item in seen] == [True, False]
+    assert images.is_contiguous()
+    with_routes(monkeypatch, routes.ROUTES["channels_last"])
+    _, found = deploy.fastest(converted, images, rounds=1).results
+    assert (found.route, found.output_error) == ("channels_last", 0)
+
+
+def test_images_that_are_channels_last_have_no_such_route() -> None:
+    images = torch.randn(8, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    found = deploy.fastest(convolutions(images), images, routes=["channels_last"], rounds=1)
+    assert "makes no difference to these inputs" in str(found.results[1].left_out)
+
+
+def test_a_route_that_makes_no_difference_is_measured_only_if_named(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_routes(monkeypatch, routes.ROUTES["channels_last"])
+    assert [item.route for item in deploy.fastest(model, VECTORS, rounds=1).results] == ["eager"]
+    named = deploy.fastest(model, VECTORS, routes=["channels_last"], rounds=1)
+    assert [item.route for item in named.results] == ["eager", "channels_last"]
+
+
 def test_a_model_without_one_graph_leaves_the_model_itself(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,12 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if is_dense(tensor) else tensor.contiguous()
 
 
+def with_channels_last(tensor: Tensor) -> Tensor:
+    """Return an image, or a batch of them, channels_last; a tensor of other dimensions itself."""
+    last = _CHANNELS_LAST.get(tensor.dim())
+    return tensor if last is None else tensor.contiguous(memory_format=last)
+
+
 def has_gaps(tensor: Tensor) -> bool:
     """Return whether elements have gaps between them in memory, or overlap."""
     return not torch.ops.aten.is_non_overlapping_and_dense(tensor)
