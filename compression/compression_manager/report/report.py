@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
-from compression_manager.deploy.layers.base import ConvertedLayer
-from compression_manager.deploy.layers.kinds import CONVERTED_CLASSES
 from compression_manager.deploy.layers.layer_spec import LayerSpec
 from compression_manager.deploy.parity import Parity
 from compression_manager.json_values import json_values
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
-from compression_manager.quantization.layers import (
-    QuantizedLayer,
-    quantized_class,
-    weight_identity,
-)
+from compression_manager.quantization.layers import QuantizedLayer, quantized_class
 from compression_manager.quantization.layers.decisions import (
     LayerArithmetic,
     arithmetic_lines,
@@ -28,6 +21,7 @@ from compression_manager.quantization.layers.decisions import (
 )
 from compression_manager.report.layer_measurements import LayerMeasurement, measure_layers
 from compression_manager.report.sensitivity import Sensitivity
+from compression_manager.report.stored_bytes import StoredBytes, saved_tensors
 
 __all__ = ["LayerArithmetic", "LayerReport", "Report"]
 
@@ -178,17 +172,17 @@ def build_report(
         if isinstance(module, FakeQuantizer)
         for child in module.modules()
     }
-    sizes = _Sizes()
+    stored = StoredBytes()
     layers = []
     for name, module in model.named_modules():
         if id(module) in inside_quantizers:
             continue
         if isinstance(module, QuantizedLayer):
             gains_bias = name in folded.values()
-            layers.append(_quantized(name, module, measured.get(name), gains_bias, sizes))
-        elif name in skipped or any(True for _ in _saved_tensors(module)):
+            layers.append(_quantized(name, module, measured.get(name), gains_bias, stored))
+        elif name in skipped or saved_tensors(module):
             reason = skipped.get(name) or _reason_against(module)
-            size = sizes.take(_saved_tensors(module))
+            size = stored.take(saved_tensors(module))
             after = 0 if name in folded else size
             kind = type(module).__name__
             layers.append(LayerReport(name, kind, False, reason, size, after, None))
@@ -202,86 +196,30 @@ def _reason_against(module: nn.Module) -> str:
     return "no plugin quantizes, or the layer came after the model was prepared"
 
 
-class _Sizes:
-    """Counts the bytes of each tensor once, however many layers share it."""
-
-    def __init__(self) -> None:
-        self._counted: set[int] = set()
-        self._integers: dict[tuple[object, object], tuple[str, Tensor]] = {}
-
-    def take(self, tensors: Iterable[Tensor]) -> int:
-        total = 0
-        for tensor in tensors:
-            if id(tensor) not in self._counted:
-                self._counted.add(id(tensor))
-                total += _bytes(tensor)
-        return total
-
-    def shares_integers(self, name: str, weight: Tensor, scheme: object) -> str | None:
-        """Return the earlier layer whose integers are those of `weight` as well."""
-        # The weight is kept as well, so that its identity stays its own.
-        first, _ = self._integers.setdefault((weight_identity(weight), scheme), (name, weight))
-        return None if first == name else first
-
-
 def _quantized(
     name: str,
     layer: QuantizedLayer,
     measured: LayerMeasurement | None,
     gains_bias: bool,
-    sizes: _Sizes,
+    stored: StoredBytes,
 ) -> LayerReport:
-    weight, input = layer.weight_scheme, layer.input_scheme
-    detail = f"weight {weight or 'none'}, input {input or 'float'}"
-    inputs = layer.input_quantizers()
-    if any(item.phase.quantizing and not item.is_calibrated() for item in inputs):
-        input = None
-        detail = f"weight {weight or 'none'}, input float: it met no value in train mode"
-    parts = layer.parts()
-    spec = LayerSpec(
-        kind=layer.float_class.__name__,
-        weight=weight,
-        input=input,
-        bias=gains_bias or any(part.bias is not None for part in parts.values()),
-    )
-    converted = CONVERTED_CLASSES[spec.kind](layer, spec)
-    stored_in = [converted, *(converted.get_submodule(part) for part in parts)]
-    held = {id(item): item for module in stored_in for item in module.buffers(recurse=False)}
-    for part_name, part in parts.items():
-        # Folding gives a layer integers of its own.
-        if part.weight is None or gains_bias:
-            continue
-        part_of_model = ".".join(filter(None, (name, part_name)))
-        other = sizes.shares_integers(part_of_model, part.weight, weight)
-        if other is not None:
-            detail += f", integers shared with '{other}'"
-            stored = cast(ConvertedLayer, converted.get_submodule(part_name))
-            for shared in stored.weight_tensors().values():
-                held.pop(id(shared))
-    before = sizes.take(layer.parameters(recurse=False))
-    after = sum(_bytes(tensor) for tensor in held.values())
+    weight, input, note = layer.weight_scheme, layer.input_scheme, ""
+    quantizers = layer.input_quantizers()
+    if any(item.phase.quantizing and not item.is_calibrated() for item in quantizers):
+        input, note = None, ": it met no value in train mode"
+    has_bias = any(part.bias is not None for part in layer.parts().values())
+    spec = LayerSpec(layer.float_class.__name__, weight, input, gains_bias or has_bias)
+    before = stored.take(layer.parameters(recurse=False))
+    after, others = stored.take_converted(name, layer, spec, gains_bias=gains_bias)
+    notes = (f", integers shared with '{other}'" for other in others)
     return LayerReport(
         name,
         spec.kind,
         True,
-        detail,
+        "".join([f"weight {weight or 'none'}, input {input or 'float'}{note}", *notes]),
         before,
         after,
         None if measured is None else measured.sqnr_db,
         arithmetic_of(layer),
         None if measured is None else measured.time_ratio,
     )
-
-
-def _saved_tensors(module: nn.Module) -> list[Tensor]:
-    """Return the module's own tensors that a state_dict holds."""
-    saved = [
-        buffer
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    ]
-    return [*module.parameters(recurse=False), *saved]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return 0 if is_lazy(tensor) else tensor.numel() * tensor.element_size()
