@@ -112,7 +112,9 @@ def convert_copy(
     """Return the conversion of a copy of `model`; `model` itself is left untouched.
 
     The copy lacks the forward and backward hooks that were registered from outside; if one of
-    them changes what a layer returns, the parity check finds it.
+    them changes what a layer returns, the parity check finds it. Its Parameters, of layers that
+    stay in floating point, need no gradient: else all layers behind them would compute with
+    floats that autograd can follow, unless they are called without gradients.
 
     Args:
         model: the trained model.
@@ -135,6 +137,7 @@ def convert_copy(
     conversion._swaps.clear()
     conversion._places.clear()
     disable_fused_paths(conversion.model)
+    conversion.model.requires_grad_(False)
     _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:
         conversion.parity = check_parity(

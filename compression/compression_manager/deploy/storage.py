@@ -85,7 +85,8 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         float_model: a model of the same architecture; its weights are replaced.
 
     Returns:
-        `float_model` (another object if the whole model was one layer), in eval mode.
+        `float_model` (another object if the whole model was one layer), in eval mode, and without
+        Parameters that need a gradient.
 
     Raises:
         CheckpointError: there is no converted model, it is corrupt, or an earlier version saved it.
@@ -115,6 +116,7 @@ def load(directory: str | Path, float_model: nn.Module) -> nn.Module:
         raise
     disable_fused_paths(conversion.model)
     conversion.model.load_state_dict(tensors)
+    conversion.model.requires_grad_(False)  # as in `convert_copy`
     _share_tied_weights(conversion, tied)
     # With VNNI they quantize inputs alone, which is not worth a build.
     prepare_native(builds=not cpu_features().vnni)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import toys
-from compression_manager import Plugin, PluginConfig, hookimpl, prepare_compression
+from compression_manager import Plugin, PluginConfig, deploy, hookimpl, prepare_compression
 from compression_manager.deploy import (
     ConvertedEmbedding,
     ConvertedLayer,
@@ -342,6 +342,29 @@ def test_a_model_that_cannot_be_copied_is_an_error_of_ours():
     model.lock = threading.Lock()
     with pytest.raises(QuantizationError, match="cannot be copied"):
         manager.convert()
+
+
+def normalized():
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 4))
+
+
+def test_calls_compute_the_same_whether_gradients_are_on(tmp_path):
+    torch.manual_seed(0)
+    inputs = torch.randn(16, 8)
+    manager = trained(normalized(), inputs)
+    converted = manager.convert()
+    manager.save_converted(tmp_path / "int8")
+    for model in (converted, deploy.load(tmp_path / "int8", normalized())):
+        with torch.no_grad():
+            expected = model(inputs)
+        output = model(inputs)
+        assert torch.equal(output, expected)
+        assert not output.requires_grad
+        leaf = inputs.clone().requires_grad_()
+        model(leaf).sum().backward()  # as what explains a prediction wants it
+        assert leaf.grad is not None
+        assert leaf.grad.any()
+    assert all(parameter.requires_grad for parameter in manager.model.parameters())
 
 
 def test_converting_twice_and_training_on():
