@@ -74,7 +74,9 @@ def _lists(optimizer: Optimizer, tracked: Iterable[Any]) -> Iterator[list[Any]]:
 def _schedulers(optimizer: Optimizer, candidates: Iterable[Any]) -> Iterator[Any]:
     """Yield the schedulers of `optimizer` among `candidates`, and those that they consist of."""
     for value in candidates:
-        if getattr(value, "optimizer", None) is optimizer and hasattr(value, "get_last_lr"):
+        # What wraps an optimizer, as accelerate does, has the very list of its groups.
+        groups = getattr(getattr(value, "optimizer", None), "param_groups", None)
+        if groups is optimizer.param_groups and hasattr(value, "get_last_lr"):
             yield value
         parts = getattr(value, "_schedulers", None)
         if isinstance(parts, (list, tuple)):

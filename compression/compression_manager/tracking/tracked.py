@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compression_manager.errors import ConfigError
@@ -20,11 +21,31 @@ class Tracked(Mapping[str, Any]):
     def register(self, objects: Mapping[str, Any]) -> None:
         """Add or replace objects; all of them, or none if one is unfit.
 
+        Warns of an optimizer that is replaced by one without its parameters.
+
         Raises:
             ConfigError: an object is unfit, see `check`.
         """
         self.check(objects)
+        replaced = {name: self.optimizers.get(name) for name in objects}
         self._objects.update(objects)
+        for name, optimizer in replaced.items():
+            lost = 0 if optimizer is None else self._count_untracked(optimizer)
+            if lost:
+                warnings.warn(
+                    f"track({name}=...) replaces the {type(optimizer).__name__} that had this name, "
+                    f"of which {lost} parameters are in no tracked optimizer now: checkpoints lack "
+                    "their state. Track several by names of their own: "
+                    f"manager.track({name}=first, another_{name}=second).",
+                    stacklevel=4,
+                )
+
+    def _count_untracked(self, optimizer: Optimizer) -> int:
+        """Return how many parameters that `optimizer` trains no tracked optimizer has."""
+        tracked = {id(item) for other in self.optimizers.values() for item in _parameters(other)}
+        return sum(
+            item.requires_grad and id(item) not in tracked for item in _parameters(optimizer)
+        )
 
     @staticmethod
     def check(objects: Mapping[str, Any]) -> None:
@@ -65,7 +86,7 @@ class Tracked(Mapping[str, Any]):
         """Return whether there are optimizers, and none has a parameter of `model`."""
         trained = {id(item) for item in model.parameters() if item.requires_grad}
         groups = [group for value in self.optimizers.values() for group in value.param_groups]
-        parameters = (id(item) for group in groups for item in group["params"])
+        parameters = (id(item) for value in self.optimizers.values() for item in _parameters(value))
         return bool(trained and groups) and trained.isdisjoint(parameters)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +143,11 @@ class Tracked(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._objects)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 def is_stateful(value: object) -> bool:

@@ -83,6 +83,35 @@ def test_every_scheduler_moves_the_first_group_and_the_own_one_follows(
     assert own == [rate * 0.25 for rate in first]
 
 
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer that hands on everything to another, as accelerate's does."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("tracks_wrapper", [True, False])
+def test_a_scheduler_of_what_wraps_the_optimizer_is_known(tracks_wrapper: bool) -> None:
+    model = toys.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    wrapper = Wrapper(optimizer)
+    tracked, scheduled = (wrapper, optimizer) if tracks_wrapper else (optimizer, wrapper)
+    scheduler = lr.StepLR(scheduled, 2)
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=tracked, scheduler=scheduler)
+    assert len(scheduler.base_lrs) == 2
+
+
 def test_a_scheduler_that_is_not_tracked_is_refused() -> None:
     model = toys.mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -10,6 +10,7 @@ from torch import nn
 
 import toys
 from compression_manager import ConfigError, LifecycleError, prepare_compression
+from parameter_creators import creator
 from probes import begin_step, call_loss, probe
 
 
@@ -60,6 +61,30 @@ def test_later_calls_add_and_replace() -> None:
     manager.track(optimizer=first)
     manager.track(optimizer=second, ema=first)
     assert dict(manager._context.tracked) == {"optimizer": second, "ema": first}
+
+
+def test_an_optimizer_that_takes_the_place_of_another_ones_parameters_is_told() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    body, head = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=body)
+    expected = "replaces the SGD .* of which 2 parameters .* another_optimizer=second"
+    with pytest.warns(UserWarning, match=expected) as caught:
+        manager.track(optimizer=head)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_optimizer_may_replace_another_whose_parameters_are_tracked_or_frozen() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    body, head = (torch.optim.SGD(part.parameters(), 0.1) for part in model)
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=body)
+    manager.track(optimizer=body, head=head)
+    manager.track(optimizer=head, body=body)
+    manager.track(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    model[0].requires_grad_(False)
+    manager.track(optimizer=torch.optim.SGD(model[1].parameters(), 0.1))
 
 
 def test_dataloader_reaches_the_plugins() -> None:
