@@ -45,6 +45,7 @@ class LoaderPosition:
         self._epoch_start: dict[str, Any] | None = None
         self._saved: dict[str, Any] | None = None
         self._generators_are_restored = False
+        self._has_warned = False
 
     @property
     def must_start(self) -> bool:
@@ -128,6 +129,19 @@ class LoaderPosition:
             "last_batch": self._last_batch,
             **self._capture(),
         }
+
+    def warn_if_lost(self, *, consumed: int) -> None:
+        """Tell, once, that what is saved now will be refused by `check_state`."""
+        if not consumed or self.state_dict()["epoch_start"] is not None or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"a state is saved after {consumed} batches of an epoch that do not come from "
+            "manager.steps(loader), so that no training can be resumed from it. Save at the ends "
+            "of epochs (CheckpointConfig(save_every_epochs=1)), or write the loop as "
+            "'for step, batch in manager.steps(loader):'.",
+            stacklevel=4,
+        )
 
     @staticmethod
     def check_state(state: Mapping[str, Any], *, consumed: int) -> None:

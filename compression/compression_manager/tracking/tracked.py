@@ -33,7 +33,7 @@ class Tracked(Mapping[str, Any]):
             lost = 0 if optimizer is None else self._count_untracked(optimizer)
             if lost:
                 warnings.warn(
-                    f"track({name}=...) replaces the {type(optimizer).__name__} that had this name, "
+                    f"track({name}=...) replaces the {type(optimizer).__name__} of this name, "
                     f"of which {lost} parameters are in no tracked optimizer now: checkpoints lack "
                     "their state. Track several by names of their own: "
                     f"manager.track({name}=first, another_{name}=second).",

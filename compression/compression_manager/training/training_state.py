@@ -74,6 +74,7 @@ class TrainingState:
         """
         self._lifecycle.check_can_save()
         context, position = self._context, self.position
+        self.loader.warn_if_lost(consumed=position.step)
         accumulating = self._lifecycle.accumulating
         return {
             "version": STATE_VERSION,

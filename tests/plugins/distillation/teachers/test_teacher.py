@@ -148,6 +148,8 @@ def test_is_no_part_of_the_student_or_of_its_state():
     manager = prepare_compression(model, [DistillationConfig(teacher)])
     first_loss(manager, batch(), manager.model(batch()))
     assert (list(model.state_dict()), [name for name, _ in model.named_modules()]) == names
+    manager.on_step_end()
+    manager.on_epoch_end()
     state = manager.state_dict()
     assert set(state["plugins"]["distillation"]) == {"teacher_sha256"}
     assert len(state["plugins"]["distillation"]["teacher_sha256"]) == 64
