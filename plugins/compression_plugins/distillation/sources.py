@@ -255,7 +255,7 @@ class CachedTeacher(TeacherSource):
         """Return zeros of the student's shape, but with the cached classes; examples have no id."""
         logits, cached = student_logits(), self._cache.sample_shape(self._seeds[0])
         shape = [len(logits), *cached]
-        if len(shape) == logits.dim() > 1:  # Else the comparison will show both.
+        if len(shape) == logits.dim():  # Else the comparison will show both.
             place = dimension_of_classes(logits, self._class_dimension)
             shape = [*logits.shape[:place], shape[place], *logits.shape[place + 1 :]]
         return logits.new_zeros(shape)

@@ -199,6 +199,17 @@ def test_other_classes_are_found_at_prepare(tmp_path, cache):
         )
 
 
+@pytest.mark.parametrize("loss", ["KL", "MSE"])
+def test_outputs_of_other_dimensions_are_found_at_prepare(tmp_path, loss):
+    cache = TeacherCache(tmp_path / "sequences")
+    sequences = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Unflatten(1, (16, 4)))
+    cache.build(sequences, DataLoader(DATA, 8))
+    inputs = DATA[0][0].unsqueeze(0)
+    config = DistillationConfig(teacher_cache=cache, criterion=criterion(loss))
+    with pytest.raises(ConfigError, match=r"in their shapes: \(1, 4\) and \(1, 16, 4\)"):
+        prepare_compression(toys.ConvNet(), [config], example_inputs=inputs)
+
+
 def test_with_a_recipe(tmp_path, cache):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("plugins: {distillation: {augmentation_seeds: [0, 0]}}")

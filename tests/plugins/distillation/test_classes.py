@@ -249,6 +249,12 @@ def test_a_cached_teacher_has_the_same_order(tmp_path, pictures, dtype):
     np.testing.assert_allclose(value.item(), exact, rtol=1e-5)
 
 
+def test_images_may_have_another_size_than_those_of_the_cache(tmp_path, pictures):
+    cache = cached(tmp_path / "cache", segmenter(4), pictures)
+    config = DistillationConfig(criterion=criterion("KL", class_dimension=1), teacher_cache=cache)
+    prepare_compression(segmenter(2), [config], example_inputs=torch.randn(2, 1, 6, 7)).close()
+
+
 def test_a_cache_of_other_classes_is_refused_at_prepare(tmp_path, pictures):
     cache = cached(tmp_path / "cache", segmenter(4, classes=7), pictures)
     config = DistillationConfig(criterion=criterion("KL", class_dimension=1), teacher_cache=cache)
