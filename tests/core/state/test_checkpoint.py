@@ -173,8 +173,9 @@ def test_unknown_choice(tmp_path):
         find_checkpoint(tmp_path, "newest")
 
 
-def test_checkpoint_without_step_cannot_be_compared(tmp_path):
-    write_checkpoint(tmp_path / "a", {})
+@pytest.mark.parametrize("metadata", [{}, {"global_step": True}, {"global_step": 3.0}])
+def test_checkpoint_without_step_cannot_be_compared(tmp_path, metadata):
+    write_checkpoint(tmp_path / "a", {}, metadata)
     assert find_checkpoint(tmp_path / "a") == tmp_path / "a"
     with pytest.raises(CheckpointCorruptError, match="global_step"):
         find_checkpoint(tmp_path)

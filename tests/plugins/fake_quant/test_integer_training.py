@@ -169,12 +169,42 @@ def test_copies_train_on_their_own() -> None:
     assert torch.equal(manager.model(IMAGES), before)
 
 
+@pytest.mark.parametrize("forward", FORWARD)
+def test_a_single_weight_that_an_optimizer_of_ones_own_writes_counts(forward: str) -> None:
+    class OneWeight:
+        """None of torch's: leaves no trace in autograd's counter, nor in most of the values."""
+
+        def step(self) -> None:
+            manager.model[0].weight.data[3, 5] += 100.0
+
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 64)
+    manager = prepared(nn.Sequential(nn.Linear(64, 64)), [inputs] * 3, forward=forward)
+    manager.on_step_begin(3)
+    loss = manager.on_after_compute_loss(inputs, output := manager.model(inputs), output.mean())
+    loss.backward()
+    manager.on_before_optimizer_step()
+    OneWeight().step()
+    manager.on_after_optimizer_step()
+    manager.on_step_end()
+    change = (manager.model(inputs) - output)[:, 3]
+    torch.testing.assert_close(change, 100.0 * inputs[:, 5], rtol=0.05, atol=5.0)
+
+
 def test_relus_keep_bits_as_long_as_the_manager_lives() -> None:
     model = cnn()
     manager = prepare_compression(model, [QATConfig()])
     assert [type(module) for module in model if isinstance(module, nn.ReLU)] == [BitMaskReLU] * 2
     manager.close()
     assert [type(module) for module in model if isinstance(module, nn.ReLU)] == [nn.ReLU] * 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_closing_leaves_no_attribute_in_any_module(name: str) -> None:
+    model = MODELS[name][0]()
+    before = {key: set(vars(module)) for key, module in model.named_modules()}
+    prepare_compression(model, [QATConfig(forward="fake")]).close()
+    assert {key: set(vars(module)) for key, module in model.named_modules()} == before
 
 
 def test_fake_forward_leaves_relus_alone() -> None:

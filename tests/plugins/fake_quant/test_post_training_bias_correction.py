@@ -155,6 +155,16 @@ def test_conv_batch_norm_pairs_are_corrected_where_folding_puts_the_bias(example
     torch.testing.assert_close(means["conv2"], wanted["bn2"], rtol=1e-5, atol=2e-6)
 
 
+def test_what_a_hook_of_the_user_does_to_an_output_is_not_corrected():
+    torch.manual_seed(0)
+    model = toys.mlp()
+    hooked = copy.deepcopy(model)
+    hooked[2].register_forward_hook(lambda module, args, output: output * 10.0)
+    corrected(model)
+    corrected(hooked)
+    assert torch.equal(hooked[2].bias, model[2].bias)
+
+
 def test_closing_restores_the_biases_bit_for_bit():
     model = branches()
     before = {name: value.clone() for name, value in model.state_dict().items()}
