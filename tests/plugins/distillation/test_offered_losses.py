@@ -52,6 +52,28 @@ def test_a_loss_that_names_the_temperature_is_given_it(criterion, temperature):
     assert seen == [4]
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        KnowledgeDistillationLossConfig(loss_types=("CE", "own")),
+        IntermediateLayersKnowledgeDistillationLossConfig(["2"], "own"),
+    ],
+)
+def test_a_loss_is_not_called_with_example_inputs_for_it_may_keep_what_it_sees(criterion):
+    seen = []
+
+    def own(student, teacher):
+        seen.append(student)
+        return (student - teacher).square().mean()
+
+    listed = [DistillationConfig(toys.mlp(), criterion), offering(own)]
+    manager = begin(prepare_compression(toys.mlp(), listed, example_inputs=INPUTS))
+    assert not seen
+    output = manager.model(INPUTS)
+    manager.on_after_compute_loss(INPUTS, output, output.sum() * 0.0)
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("error", [TypeError("own fault"), ConfigError("own fault")])
 def test_what_a_loss_raises_names_the_plugin_that_offers_it(error):
     def own(student, teacher):

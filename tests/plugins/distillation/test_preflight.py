@@ -14,6 +14,7 @@ from compression_manager import ConfigError, PluginError, prepare_compression
 from compression_plugins import (
     DistillationConfig,
     IntermediateLayersKnowledgeDistillationLossConfig,
+    KnowledgeDistillationLossConfig,
     SelfKnowledgeDistillationLossConfig,
     TokenDistillationLossConfig,
 )
@@ -201,6 +202,19 @@ def test_features_of_a_student_that_teaches_itself_count():
     assert manager.report().notes == {
         "distillation": "memory: student 0.0 MiB, features kept per step 2.0 MiB"
     }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        KnowledgeDistillationLossConfig(loss_types=("CE", "DKD")),
+        IntermediateLayersKnowledgeDistillationLossConfig(["0"], "DKD"),
+    ],
+)
+def test_a_loss_of_labels_needs_none_with_example_inputs(options):
+    student, teacher = (nn.Sequential(nn.Linear(1, toys.CLASSES)) for _ in range(2))
+    config = DistillationConfig(teacher, options)
+    prepare_compression(student, [config], example_inputs=INPUTS).close()
 
 
 @pytest.mark.parametrize("example_inputs", [None, INPUTS])

@@ -157,6 +157,16 @@ def test_named_outputs_of_the_loop():
     assert total.item() == pytest.approx(kl(output["depth0"], output["depth2"], 1.0), rel=1e-4)
 
 
+def test_what_the_loop_names_goes_before_what_the_student_returns():
+    model = Heads()
+    manager = begin(prepare_compression(model, [config([[["depth0", "depth2"]]])]))
+    output = model(INPUTS)
+    named = {"depth0": output["depth0"] * 2.0, "depth2": output["depth1"]}
+    total = manager.on_after_compute_loss(INPUTS, output, output["logits"].mean() * 0, named)
+    expected = kl(output["depth0"] * 2.0, output["depth1"], 1.0)
+    assert total.item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_name_that_means_nothing_is_refused():
     manager = begin(prepare_compression(Heads(), [config([[["depht0", "depth2"]]])]))
     with pytest.raises(

@@ -124,6 +124,13 @@ def test_label_smoothing_is_torchs_for_hard_labels():
     )
 
 
+@pytest.mark.parametrize("loss", SMOOTHED)
+def test_all_smoothed_away_every_teacher_is_the_uniform_one(loss):
+    student, teacher = torch.randn(2, 4, 5, dtype=torch.float64)
+    value = loss(student, teacher, label_smoothing=1)
+    torch.testing.assert_close(value, loss(student, torch.zeros_like(teacher)))
+
+
 @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
 @pytest.mark.parametrize("loss", SMOOTHED)
 def test_label_smoothing_must_be_a_share(loss, wrong):
