@@ -89,6 +89,19 @@ def test_one_integer_of_many_is_missed_by_no_tolerance():
         check_parity(model, converted.model, converted.replacements, images)
 
 
+def test_integers_that_the_example_does_not_use_are_compared_too():
+    converted, model = conversion(toys.mlp(), VECTORS)
+    converted.model[0].integer_weight()[2].neg_()
+    untrained = Replacement("1", nn.ReLU())
+    with pytest.raises(ParityError, match=r"layer '0' stores other integers .*: 6 of "):
+        check_parity(
+            model,
+            converted.model,
+            [untrained, *converted.replacements],
+            torch.zeros_like(VECTORS),
+        )
+
+
 class ReadsWeight(nn.Module):
     """Weights tied by hand: what a tied layer would compute, without quantization."""
 
