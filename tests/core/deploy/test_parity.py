@@ -102,6 +102,34 @@ def test_integers_that_the_example_does_not_use_are_compared_too():
         )
 
 
+def test_a_part_that_stores_other_integers_is_named():
+    class Attending(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, input):
+            return self.attention(input, input, input)[0]
+
+    inputs = VECTORS.reshape(4, 8, 6)
+    converted, model = conversion(Attending(), inputs)
+    converted.model.attention.get_submodule("key").integer_weight()[0, 0] += 1
+    with pytest.raises(ParityError, match=r"layer 'attention' \('key'\) stores .*: 1 of 36"):
+        check_parity(model, converted.model, converted.replacements, torch.zeros_like(inputs))
+
+
+def test_what_a_model_counts_does_not_count_the_check():
+    class Counting(nn.Sequential):
+        def forward(self, input):
+            self.calls += 1
+            return super().forward(input)
+
+    model = Counting(nn.Linear(6, 4))
+    model.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    manager = trained(model, VECTORS, steps=3)
+    assert manager.convert(VECTORS).calls == model.calls == 3
+
+
 class ReadsWeight(nn.Module):
     """Weights tied by hand: what a tied layer would compute, without quantization."""
 
@@ -161,11 +189,12 @@ def test_the_first_of_several_in_the_order_of_execution_is_named():
         check_parity(model, converted.model, converted.replacements, VECTORS)
 
 
-def test_a_difference_outside_of_the_layers_is_found():
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_difference_outside_of_the_layers_is_found(factor):
     model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
     converted, model = conversion(model, VECTORS)
     with torch.no_grad():
-        converted.model[1].weight.mul_(1.1)
+        converted.model[1].weight.mul_(factor)
     with pytest.raises(ParityError, match="outside of its layers"):
         check_parity(model, converted.model, converted.replacements, VECTORS)
 
@@ -270,6 +299,80 @@ def test_sums_on_a_rounding_threshold_may_fall_on_either_side():
     assert parity.layer_steps["0"] == 0
     with pytest.raises(ParityError, match=r"layer '0'.*up to 1 steps of 8 bits away"):
         check_parity(trained, other_value, [Replacement("0", other_value[0])], sums)
+
+
+class Shifting(nn.Module):
+    """Adds to what lies two fifths from the beginning."""
+
+    def __init__(self, amount):
+        super().__init__()
+        self.amount = amount
+
+    def forward(self, input):
+        output = input.clone()
+        output[len(input) * 2 // 5] += self.amount
+        return output
+
+
+@pytest.mark.parametrize("count", [101, 10_001])
+def test_one_of_all_elements_may_lie_a_step_away_and_no_more(count):
+    """Far from zero, a difference that is small as a share of the values is many steps."""
+    trained, near, far = (nn.Sequential(Shifting(amount)) for amount in (0.0, 0.004, 0.05))
+    sums = 1000 + torch.linspace(0, 1, count)
+    parity = check_parity(trained, near, [Replacement("0", near[0])], sums)
+    assert parity.layer_steps["0"] == pytest.approx(1 / count)
+    with pytest.raises(ParityError, match=r"layer '0'.* lies up to 13 steps of 8 bits away"):
+        check_parity(trained, far, [Replacement("0", far[0])], sums)
+
+
+def test_all_outputs_of_a_layer_are_compared():
+    class Both(Shifting):
+        def forward(self, input):
+            return super().forward(input), input
+
+    trained, same, near, far = (nn.Sequential(Both(by)) for by in (0.0, 0.0, 0.004, 0.05))
+    sums = 1000 + torch.linspace(0, 1, 101)
+    parity = check_parity(trained, near, [Replacement("0", near[0])], sums)
+    assert parity.layer_steps["0"] == pytest.approx(1 / 202)
+    assert parity.exact_layers == ()
+    with pytest.raises(ParityError, match=r"layer '0'.* lies up to 13 steps of 8 bits away"):
+        check_parity(trained, far, [Replacement("0", far[0])], sums)
+    parity = check_parity(trained, same, [Replacement("0", same[0])], sums)
+    assert parity.exact_layers == ("0",)
+
+
+def test_narrow_types_may_differ_by_a_few_of_their_own_digits():
+    """By up to four epsilons of 2^-7 in bfloat16, which are eight steps of 8 bits."""
+    trained, near, far = (nn.Sequential(Factor(factor)) for factor in (1.0, 1.02, 1.05))
+    values = torch.linspace(0, 1, 101, dtype=torch.bfloat16)
+    parity = check_parity(trained, near, [Replacement("0", near[0])], values)
+    assert 2.0**-7 < parity.layer_errors["0"] < 4 * 2.0**-7
+    with pytest.raises(ParityError, match=r"layer '0'.* relative error .*, allowed 0\.031"):
+        check_parity(trained, far, [Replacement("0", far[0])], values)
+
+
+def test_classes_that_follow_from_close_logits_are_not_compared():
+    class Chosen(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.number = number
+
+        def forward(self, input):
+            return {"logits": input, "chosen": torch.full((len(input),), self.number)}
+
+    assert check_parity(Chosen(1), Chosen(3), [], VECTORS).output_error == 0
+
+
+def test_products_of_the_same_integers_have_to_be_equal():
+    torch.manual_seed(0)
+    manager = trained(toys.mlp(), VECTORS, forward="integer")
+    converted = manager.convert()
+    parity = manager.report().parity
+    assert set(parity.exact_layers) == {"0", "2"}
+    converted[2].bias.mul_(1 + 1e-6)
+    conversion = manager._conversion
+    with pytest.raises(ParityError, match=r"layer '2' .* both multiply the same integers"):
+        check_parity(manager.model.eval(), conversion.model, conversion.replacements, VECTORS)
 
 
 class SabotageConfig(PluginConfig):

@@ -45,3 +45,33 @@ def test_what_the_model_itself_does_is_allowed() -> None:
     reference = Reference.of(Doubling(in_place=True), torch.ones(4, 3))
     assert reference.overwrites
     reference.measure(_in_place, 0.0, "the copy")
+
+
+def test_what_the_model_counts_does_not_count_its_reference() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls: Tensor
+            self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return input
+
+    model = Counting()
+    Reference.of(model, torch.ones(4, 3))
+    assert model.calls == 0
+
+
+def test_model_and_run_are_compared_in_full_precision() -> None:
+    class Looking(nn.Module):
+        def forward(self, input: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return input
+
+    seen: list[str] = []
+    reference = Reference.of(Looking(), torch.ones(4, 3))
+    count = len(seen)
+    reference.measure(Looking(), 0.0, "the copy")
+    assert len(seen) > count > 0
+    assert set(seen) == {"ieee"}
