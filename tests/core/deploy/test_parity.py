@@ -127,7 +127,10 @@ def test_what_a_model_counts_does_not_count_the_check():
     model = Counting(nn.Linear(6, 4))
     model.register_buffer("calls", torch.zeros((), dtype=torch.int64))
     manager = trained(model, VECTORS, steps=3)
-    assert manager.convert(VECTORS).calls == model.calls == 3
+    converted = manager.convert(VECTORS)
+    assert converted.calls == model.calls == 3
+    check_parity(model.eval(), converted, manager._conversion.replacements, VECTORS)
+    assert converted.calls == model.calls == 3
 
 
 class ReadsWeight(nn.Module):

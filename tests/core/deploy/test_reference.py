@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -75,3 +78,44 @@ def test_model_and_run_are_compared_in_full_precision() -> None:
     reference.measure(Looking(), 0.0, "the copy")
     assert len(seen) > count > 0
     assert set(seen) == {"ieee"}
+
+
+def _reference(output: Any, in_float32: Any = None) -> Reference:
+    kept = output if in_float32 is None else in_float32
+    return Reference(torch.ones(4, 3), output, kept, overwrites=False)
+
+
+def test_either_arithmetic_is_the_models() -> None:
+    exact, rounded = torch.ones(4, 2), torch.full((4, 2), 2.0)
+    reference = _reference(exact, rounded)
+    for output in (exact, rounded):
+        assert reference.measure(lambda input, output=output: output, 0.1, "the copy") == (0, 0.1)
+    assert reference.measure(lambda input: rounded * 2, 0.1, "the copy") == (1, 0.1)
+
+
+def test_outputs_that_are_not_numbers_are_no_agreement() -> None:
+    with pytest.raises(ParityError, match="the copy at batch size 4 returns other outputs"):
+        _reference(torch.ones(4, 2)).compare(lambda input: input[:, :2] * math.nan, 0.1, "the copy")
+
+
+def test_integers_are_compared_by_how_many_differ() -> None:
+    logits, classes, none = torch.ones(4, 2), torch.arange(4), torch.zeros(0, dtype=torch.long)
+    reference = _reference((logits, classes, none))
+    others = torch.tensor([0, 9, 2, 3])
+    error, _ = reference.measure(lambda input: (logits, others, none), 0.1, "the copy")
+    assert error == 0.25
+    error, _ = reference.measure(lambda input: (logits * 1.5, others, none), 0.1, "the copy")
+    assert error == 0.5
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        (torch.ones(4, 2, dtype=torch.float64), r"float64 \(4, 2\)"),
+        (torch.ones(4, 1), r"float32 \(4, 1\)"),
+        (None, "no tensor"),
+    ],
+)
+def test_other_types_and_shapes_are_refused(output: Any, shown: str) -> None:
+    with pytest.raises(ParityError, match=rf"returns {shown} instead of float32 \(4, 2\)"):
+        _reference(torch.ones(4, 2)).measure(lambda input: output, 0.1, "the copy")
