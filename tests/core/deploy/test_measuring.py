@@ -75,6 +75,7 @@ def test_the_fastest_of_those_that_agree_is_chosen(
         FakeRoute("slow", 0.02),
         FakeRoute("wrong", change=lambda output, int8: output * 1.1),
         FakeRoute("broken", change=fail),
+        FakeRoute("nothing", change=lambda output, int8: output * float("nan")),
         FakeRoute("other shape", change=lambda output, int8: output[:, :2]),
     )
     result = deploy.fastest(model, VECTORS, rounds=3)
@@ -92,7 +93,8 @@ def test_the_fastest_of_those_that_agree_is_chosen(
     assert "wrong outputs: relative error 0.1, allowed 0.02" in str(found["wrong"].left_out)
     assert "this machine has no such kernel" in str(found["broken"].left_out)
     assert "returns float32 (32, 2) instead of" in str(found["other shape"].left_out)
-    for name in ("wrong", "broken", "other shape"):
+    assert found["broken"].kernels == "8-bit"
+    for name in ("wrong", "broken", "nothing", "other shape"):
         assert found[name].milliseconds is None
     assert torch.equal(result(VECTORS), model(VECTORS))
 
@@ -186,7 +188,8 @@ def test_the_table_has_a_line_for_each_route(
     ]
     assert eager.endswith("fastest")
     assert f"{result.results[1].milliseconds:.3f}" in slow
-    assert wrong.split()[2:5] == ["-", "-", "-"]
+    assert wrong.split()[2:6] == ["-", "-", "-", "2.0e+00"]
+    assert slow.split()[5] == "0.0e+00"
     assert "relative error 2" in wrong
 
 
@@ -233,6 +236,12 @@ def test_arguments_that_are_no_tensors_are_those_of_the_examples() -> None:
     for arguments, shown in ((VECTORS,), "none"), ((VECTORS, 3.0), r"temperature=3\.0"):
         with pytest.raises(ConfigError, match=rf"measured with.*temperature=2\.0; got {shown}"):
             run(*arguments)
+
+
+def test_labels_among_the_examples_are_left_out() -> None:
+    converted = trained(Tempered(counts=False), VECTORS).convert()
+    inputs = {"x": VECTORS, "labels": torch.zeros(len(VECTORS), dtype=torch.long)}
+    assert deploy.fastest(converted, inputs, routes=["eager"], rounds=1).batch_size == len(VECTORS)
 
 
 def test_outputs_that_count_the_samples_are_not_those_of_the_examples() -> None:
