@@ -119,6 +119,16 @@ def test_without_quantizing_it_is_torch_s_own_in_float64(
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("chosen", [(0, 0, 1), (0, 1, 1), (0, 1, 0)])
+def test_two_of_the_three_inputs_can_be_one_tensor(chosen):
+    layer = attention(dtype=torch.float64)
+    tensors = torch.randn(2, LENGTH, BATCH, WIDTH, dtype=torch.float64).unbind()
+    tensors = [tensors[index] for index in chosen]
+    expected, _ = layer(*tensors)
+    actual, _ = quantized(layer, on=False)(*tensors)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_causal_hint_means_what_it_does_in_torch(padded, need_weights):
