@@ -93,6 +93,29 @@ def test_gradients_are_those_of_fake_quantization_bit_for_bit(
             assert clips == bool((gradients[0] == 0).any())
 
 
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda values: values.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "every second": lambda values: values.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda values: values[:1].expand(values.shape),
+}
+
+
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["matrix", "padded"])
+def test_inputs_can_lie_in_memory_as_they_please(name: str, view: str, forward: str) -> None:
+    layer, values = _case(name)
+    changed = quantized(layer, values * 0.7, forward)
+    found = []
+    for contiguous in (False, True):
+        leaf = values.clone().requires_grad_()
+        input = VIEWS[view](leaf)
+        output = changed(input.contiguous() if contiguous else input)
+        weights = torch.linspace(-1.0, 1.0, output.numel()).reshape(output.shape)
+        found.append((output, *torch.autograd.grad((output * weights).sum(), leaf)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("forward", PATHS)
 @pytest.mark.parametrize("name", ALL)
 def test_outputs_can_be_changed_in_place(name: str, forward: str) -> None:
