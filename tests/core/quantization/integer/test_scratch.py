@@ -76,6 +76,13 @@ def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not scratch._buffers.kept
 
 
+def test_numbers_lie_where_their_integers_do() -> None:
+    codes = torch.empty(9, dtype=torch.int8, device="meta")
+    assert claim(codes, torch.float32, "input") is None
+    assert values_of(codes, torch.float32, "input", lambda out: None).device == codes.device
+    assert not scratch._buffers.kept
+
+
 def test_shapes_without_end_take_no_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "_MANY", 4)
     writes = Writes()

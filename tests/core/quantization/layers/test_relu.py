@@ -70,14 +70,26 @@ def test_one_bit_per_element_is_kept() -> None:
     assert _saved_bytes(lambda: nn.ReLU()(input)) == 64 * 64 * 4
 
 
+class Labelled(Tensor):
+    """Memory that a subclass may hold elsewhere is not for kernels."""
+
+
 @pytest.mark.parametrize(
     "input",
-    [torch.randn(4, 4), torch.randn(4, 4, dtype=torch.float64, requires_grad=True),
+    [torch.randn(4, 4).as_subclass(Labelled).requires_grad_(),
+     torch.randn(4, 4), torch.randn(4, 4, dtype=torch.float64, requires_grad=True),
      torch.randn(0, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True).t()[1:]],
 )  # fmt: skip
 def test_other_inputs_are_left_to_torch(input: Tensor) -> None:
     output = BitMaskReLU()(input)
     assert torch.equal(output, input.relu())
+    assert "BitMask" not in str(output.grad_fn)
+
+
+def test_an_accelerator_s_memory_is_left_to_torch() -> None:
+    input = torch.empty(4, 4, device="meta", requires_grad=True)
+    output = BitMaskReLU()(input)
+    assert output.device == input.device
     assert "BitMask" not in str(output.grad_fn)
 
 
