@@ -54,6 +54,15 @@ def test_values_and_gradients_are_those_of_torch(shape: Any, inplace: bool, form
     assert results[0][0].stride() == results[1][0].stride()
 
 
+def test_in_place_the_input_is_what_is_differentiated() -> None:
+    leaf = torch.linspace(-1.0, 1.0, 8, requires_grad=True)
+    hidden = leaf * 1.0
+    BitMaskReLU(inplace=True)(hidden)
+    hidden.sum().backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, (leaf > 0).float())
+
+
 def test_not_a_number_passes_and_zero_does_not() -> None:
     leaf = torch.tensor([torch.nan, 0.0, -0.0, torch.inf, -torch.inf, 1.0], requires_grad=True)
     BitMaskReLU()(leaf).backward(torch.full((6,), torch.inf))
