@@ -65,6 +65,11 @@ def test_it_grows_from_any_size() -> None:
             assert values.tolist() == [float(values.new_tensor(count))] * count
 
 
+def test_memory_of_short_elements_serves_longer_ones() -> None:
+    half = _claimed(3, dtype=torch.bfloat16)
+    assert _claimed(1).data_ptr() == half.data_ptr()
+
+
 def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "_LARGEST", 100)
     assert claim(_codes(26), torch.float32, "input") is None
@@ -81,6 +86,9 @@ def test_numbers_lie_where_their_integers_do() -> None:
     assert claim(codes, torch.float32, "input") is None
     assert values_of(codes, torch.float32, "input", lambda out: None).device == codes.device
     assert not scratch._buffers.kept
+    codes = _codes(9)
+    with torch.device("meta"):
+        assert values_of(codes, torch.float32, "input", lambda out: None).device == codes.device
 
 
 def test_shapes_without_end_take_no_memory_without_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,3 +139,11 @@ def test_differentiating_twice_is_refused() -> None:
     (gradient,) = torch.autograd.grad(relu.relu(input).square().sum(), input, create_graph=True)
     with pytest.raises(QuantizationError, match=r'use QATConfig\(forward="fake"\)'):
         gradient.sum().backward()
+
+
+def test_a_gradient_that_no_number_changes_can_be_part_of_a_loss() -> None:
+    input = torch.randn(3, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(relu.relu(input).sum(), input, create_graph=True)
+    (gradient.square().sum() + input.sum()).backward()
+    assert input.grad is not None
+    assert torch.equal(input.grad, torch.ones(3, 4))

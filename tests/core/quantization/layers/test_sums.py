@@ -256,6 +256,15 @@ def test_differentiating_twice_is_refused() -> None:
         gradient.sum().backward()
 
 
+def test_a_gradient_that_no_number_changes_can_be_part_of_a_loss() -> None:
+    input, residual = torch.randn(2, 4)
+    layer, leaf = _sum(residual * 0.5), residual.requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(input, leaf).sum(), leaf, create_graph=True)
+    (gradient.square().sum() + leaf.sum()).backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.ones(4))
+
+
 def test_autocast_is_left_to_fake_quantization() -> None:
     torch.manual_seed(0)
     input, residual = torch.randn(2, 6, 8)
