@@ -78,6 +78,8 @@ def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     first = writes.values(codes)
     assert first.data_ptr() != writes.values(codes).data_ptr()
     assert writes.count == 2
+    images = _codes(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert writes.values(images).stride() == images.stride()
     assert not scratch._buffers.kept
 
 

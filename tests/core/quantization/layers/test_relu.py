@@ -102,19 +102,29 @@ def test_an_accelerator_s_memory_is_left_to_torch() -> None:
     assert "BitMask" not in str(output.grad_fn)
 
 
+class Doubling(nn.ReLU):
+    """A class of the user's own, which computes as it says."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 def test_modules_and_activations_change_there_and_back() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    decoder = nn.TransformerDecoderLayer(8, 2, 16)
     other = nn.TransformerEncoderLayer(8, 2, 16, activation="gelu")
-    model = nn.Sequential(layer, nn.ReLU(), other)
-    undo = keep_bits(model)
-    assert type(model[1]) is BitMaskReLU
-    assert layer.activation is relu.relu
-    assert other.activation is F.gelu
-    undo()
-    assert (type(model[1]), layer.activation) == (nn.ReLU, F.relu)
-    keep_bits(model)
-    keep_outputs(model)
-    assert (type(model[1]), layer.activation) == (nn.ReLU, F.relu)
+    model = nn.Sequential(layer, nn.ReLU(), other, decoder, Doubling())
+
+    def kinds() -> tuple[object, ...]:
+        return type(model[1]), layer.activation, decoder.activation
+
+    for end in (lambda undo: undo(), lambda undo: keep_outputs(model)):
+        undo = keep_bits(model)
+        assert kinds() == (BitMaskReLU, relu.relu, relu.relu)
+        assert (other.activation, type(model[4])) == (F.gelu, Doubling)
+        end(undo)
+        assert kinds() == (nn.ReLU, F.relu, F.relu)
+        assert (other.activation, type(model[4])) == (F.gelu, Doubling)
 
 
 def test_an_encoder_layer_trains_to_the_same_bits() -> None:
