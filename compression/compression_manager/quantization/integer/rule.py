@@ -95,10 +95,10 @@ def why_no_codes(options: ProductOptions, *operands: Tensor) -> str | None:
             return f"it computes in {operand.dtype}"
     input = operands[0]
     device = "cpu" if input.is_cpu else input.device.type
-    if torch.is_autocast_enabled(device):
-        return "autocast chooses the type of the products"
     if device not in ("cpu", "cuda"):
         return f"it computes on {device}"
+    if torch.is_autocast_enabled(device):
+        return "autocast chooses the type of the products"
     return "its input is empty" if input.numel() == 0 else None
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compression_manager.quantization.integer.cpu_features import CpuFeatures
 from compression_manager.quantization.integer.geometry import Size
@@ -18,6 +18,10 @@ from integer_layers import FastPasses, pretended
 
 LARGE = Size(rows=512, summed=512, columns=512)
 CPU = torch.device("cpu")
+
+
+class Labelled(Tensor):
+    """May compute in a way of its own."""
 
 
 def _reason(
@@ -84,10 +88,11 @@ def test_sums_must_fit_into_32_bits(monkeypatch: Any) -> None:
 def test_cuda_multiplies_matrices_of_certain_sizes() -> None:
     device, options = torch.device("cuda"), ProductOptions("integer")
     assert why_no_integers(options, device, LARGE, TORCH, True) is None
+    assert why_no_integers(options, device, Size(17, 512, 512), TORCH, True) is None
     assert "17 rows" in (why_no_integers(options, device, Size(16, 512, 512), TORCH, True) or "")
-    assert "multiples of 8" in (
-        why_no_integers(options, device, Size(512, 500, 512), TORCH, True) or ""
-    )
+    for size in (Size(512, 500, 512), Size(512, 512, 500)):
+        reason = why_no_integers(options, device, size, TORCH, True)
+        assert "multiples of 8" in (reason or "")
 
 
 def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
@@ -101,6 +106,9 @@ def test_cuda_multiplies_integers_only_if_it_is_told_to() -> None:
         (lambda input, weight: (input.double(), weight), "torch.float64"),
         (lambda input, weight: (input, weight.bfloat16()), "torch.bfloat16"),
         (lambda input, weight: (input[:0], weight), "empty"),
+        (lambda input, weight: (input.as_subclass(Labelled), weight), "on Labelled"),
+        (lambda input, weight: (input, weight.as_subclass(Labelled)), "on Labelled"),
+        (lambda input, weight: (input.to("meta"), weight), "on meta"),
         (lambda input, weight: (nn.Buffer(input), weight), None),
     ],
 )
