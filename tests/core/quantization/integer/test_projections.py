@@ -25,13 +25,18 @@ PER_TENSOR = QuantizationScheme(bits=8, symmetric=True)
 
 
 def _attention(
-    forward: Any, input: Tensor, weight: QuantizationScheme = WEIGHT, reach: float = 1.0
+    forward: Any,
+    input: Tensor,
+    weight: QuantizationScheme = WEIGHT,
+    reach: float = 1.0,
+    *,
+    bias: bool = True,
 ) -> QuantizedMultiheadAttention:
     """Return quantized attention; `reach` stretches the range of the key's input."""
     torch.manual_seed(0)
-    layer = nn.MultiheadAttention(WIDTH, 3, batch_first=True)
-    with torch.no_grad():
-        layer.in_proj_bias.normal_()
+    layer = nn.MultiheadAttention(WIDTH, 3, bias=bias, batch_first=True)
+    if bias:
+        nn.init.normal_(layer.in_proj_bias)
     operands = QuantizedMultiheadAttention.operands_of(layer)
     made = {}
     for name in NAMES:
@@ -59,7 +64,8 @@ def _run(layer: QuantizedMultiheadAttention, input: Tensor) -> list[Tensor]:
     for index, item in enumerate(projected):
         loss = loss + (item * torch.linspace(-1, 1 + index, item.numel()).view_as(item)).sum()
     loss.backward()
-    gradients = leaf.grad, layer.in_proj_weight.grad, layer.in_proj_bias.grad
+    bias = layer.in_proj_bias
+    gradients = leaf.grad, layer.in_proj_weight.grad, None if bias is None else bias.grad
     return [item.detach() for item in (*projected, *gradients) if item is not None]
 
 
@@ -80,17 +86,18 @@ def _count_weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("forward", ["auto", "integer"])
 def test_values_and_gradients_are_those_of_fake_quantization(
-    forward: str, clips: bool, monkeypatch: pytest.MonkeyPatch
+    forward: str, clips: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     input = torch.randn(5, 7, WIDTH, generator=torch.Generator().manual_seed(1))
     range_of = input * (0.9 if clips else 1.5)
-    wanted = _run(_attention("fake", range_of), input)
+    wanted = _run(_attention("fake", range_of, bias=bias), input)
     weights = _count_weights(monkeypatch)
-    got = _run(_attention(forward, range_of), input)
-    assert len(got) == len(wanted) == 6
+    got = _run(_attention(forward, range_of, bias=bias), input)
+    assert len(got) == len(wanted) == 5 + bias
     assert [weight.shape[0] for weight in weights] == [3 * WIDTH]
     for one, other in zip(got[:3], wanted[:3], strict=True):
         assert (one - other).abs().max() <= 1e-6 * other.abs().max()

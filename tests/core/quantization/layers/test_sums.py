@@ -99,6 +99,9 @@ def test_only_bits_of_clipped_elements_are_kept() -> None:
         (torch.randn(4), torch.randn(2, 3, 4)),
         (torch.randn(4, 6).t(), torch.randn(6, 4)),
         (torch.randn(6, 4), torch.randn(4, 6).t()),
+        (torch.randn(6, 8)[:, ::2], torch.randn(6, 4)),
+        (torch.randn(6, 4), torch.randn(6, 8)[:, ::2]),
+        (torch.randn(6, 4), torch.randn(4).expand(6, 4)),
         (torch.randn(3, 4).double(), torch.randn(3, 4).double()),
         (torch.randn(3, 4).bfloat16(), torch.randn(3, 4)),
         (torch.randn(3, 4), torch.randn(3, 4).half()),
@@ -108,6 +111,7 @@ def test_only_bits_of_clipped_elements_are_kept() -> None:
     ],
     ids=[
         "broadcast residual", "broadcast input", "transposed input", "transposed residual",
+        "input with gaps", "residual with gaps", "expanded residual",
         "float64", "bfloat16 input", "float16 residual", "empty", "scalar", "not finite",
     ],
 )  # fmt: skip
