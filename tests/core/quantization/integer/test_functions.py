@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization import QuantizationScheme
+from compression_manager.quantization import (
+    MinMaxObserver,
+    ObservedFakeQuantizer,
+    QuantizationScheme,
+)
+from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.layers import products as layer_products
 from compression_manager.quantization.layers.decisions import last_decision
 from integer_layers import each_passes, exact, quantized, run
@@ -114,6 +119,31 @@ def test_inputs_can_lie_in_memory_as_they_please(name: str, view: str, forward: 
         weights = torch.linspace(-1.0, 1.0, output.numel()).reshape(output.shape)
         found.append((output, *torch.autograd.grad((output * weights).sum(), leaf)))
     assert all(map(torch.equal, *found))
+
+
+class NarrowObserver(MinMaxObserver):
+    """Leaves the ends of a weight out of its range."""
+
+    def compute_range(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = super().compute_range(tensor)
+        return low * 0.5, high * 0.5
+
+
+@pytest.mark.parametrize("forward", PATHS)
+@pytest.mark.parametrize("name", ["matrix", "padded"])
+def test_what_is_clipped_of_a_weight_has_no_gradient(name: str, forward: str) -> None:
+    layer, input = _case(name)
+    changed = quantized(layer, input, forward)
+    own = changed.get_submodule("weight_quantizer")
+    assert isinstance(own, ObservedFakeQuantizer)
+    own.observer = NarrowObserver(own.scheme, own.site)
+    _, gradients = run(changed, input)
+    changed.product_options = ProductOptions("fake")
+    _, wanted = run(changed, input)
+    assert gradients[1] is not None
+    assert wanted[1] is not None
+    assert torch.equal(gradients[1], wanted[1])
+    assert bool((gradients[1] == 0).any())
 
 
 @pytest.mark.parametrize("forward", PATHS)

@@ -72,6 +72,17 @@ def test_attention_quantizes_query_key_and_value(options):
     compare(QuantizableAttention(), F.scaled_dot_product_attention, tensors, **options)
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_attention_drops_the_weights_that_torch_would(on):
+    tensors = leaves(3, 2, 2, 5, 4)
+    operands = [quantized_input(item)[0] if on else item for item in tensors]
+    torch.manual_seed(1)
+    expected = F.scaled_dot_product_attention(*operands, dropout_p=0.5)
+    layer = quantized(QuantizableAttention()) if on else QuantizableAttention()
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(*tensors, dropout_p=0.5), expected)
+
+
 def test_attention_with_fewer_heads_of_keys():
     query = torch.randn(2, 4, 5, 4)
     key, value = torch.randn(2, 2, 2, 5, 4)
