@@ -64,6 +64,20 @@ def test_a_spec_survives_json(input):
                 "bias": (torch.bfloat16, (4,)),
             },
         ),
+        (
+            nn.LSTM(6, 5, proj_size=3),
+            LayerSpec("LSTM", WEIGHT, None, True),
+            {
+                "ih_l0.weight": (torch.int8, (20, 6)),
+                "ih_l0.weight_scale": (torch.float32, (20,)),
+                "ih_l0.bias": (torch.float32, (20,)),
+                "hh_l0.weight": (torch.int8, (20, 3)),
+                "hh_l0.weight_scale": (torch.float32, (20,)),
+                "hh_l0.bias": (torch.float32, (20,)),
+                "hr_l0.weight": (torch.int8, (3, 5)),
+                "hr_l0.weight_scale": (torch.float32, (3,)),
+            },
+        ),
     ],
 )
 def test_a_layer_holds_what_its_spec_says(layer, spec, expected):
@@ -76,6 +90,11 @@ def test_a_layer_holds_what_its_spec_says(layer, spec, expected):
     assert not converted.training
     for constant in type(layer).__constants__:
         assert getattr(converted, constant) == getattr(layer, constant)
+
+
+def test_a_part_says_its_sizes_as_a_linear_layer_does():
+    converted = CONVERTED_CLASSES["LSTM"](nn.LSTM(6, 5), LayerSpec("LSTM", WEIGHT, None, True))
+    assert (converted.ih_l0.in_features, converted.ih_l0.out_features) == (6, 20)
 
 
 def test_printing_shows_the_schemes():
