@@ -121,6 +121,16 @@ def test_inputs_can_lie_in_memory_as_they_please(name: str, view: str, forward: 
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["matrix", "padded"])
+def test_an_input_of_another_width_is_refused(name: str, training: bool) -> None:
+    layer, input = _case(name)
+    changed = quantized(layer, input, "integer").train(training)
+    expected = input.shape[1]
+    with pytest.raises(QuantizationError, match=f"takes {expected} .* got {expected - 1}"):
+        changed(input[:, 1:])
+
+
 class NarrowObserver(MinMaxObserver):
     """Leaves the ends of a weight out of its range."""
 
