@@ -123,7 +123,8 @@ def on_after_compute_loss(
         target: labels, if the caller passed them.
         mask: (batch, sequence) with 1 where a position counts, if the caller passed it.
         sample_ids: identities of the samples in the batch, if the caller passed them.
-        num_items: positions or samples of the whole accumulated batch, if passed.
+        num_items: positions or samples of the whole accumulated batch, if passed; for losses that
+            divide by it.
 
     Called once per loss; several calls before one optimizer step are gradient accumulation.
     """

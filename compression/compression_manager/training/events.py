@@ -119,7 +119,8 @@ class TrainingEvents:
             target: labels, for losses that need them.
             mask: (batch, sequence) with 1 where a position counts, for token losses.
             sample_ids: identities of the batch's samples, for teacher caches.
-            num_items: positions or samples of the whole accumulated batch.
+            num_items: positions or samples of the whole accumulated batch, for losses that divide
+                by it, as those of tokens do.
 
         Raises:
             LossError: a term is not scalar, or the sum is not finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         self._source: TeacherSource | None = None
         self._comparison: Comparison | None = None
         self._is_checked = False
+        self._has_told = False
         self._take_parameters_away: Callable[[], None] | None = None
         self._trained: dict[str, nn.Parameter] = {}
 
@@ -120,6 +122,8 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 self._is_checked = True
             with blame_option("criterion"):
                 comparison.add_terms(batch, losses, self.name)
+            if num_items is not None and "num_items" not in batch.asked:
+                self._tell_that_terms_are_means()
         finally:
             for recorder in comparison.recorders:
                 recorder.clear()
@@ -170,6 +174,18 @@ class DistillationPlugin(Plugin[DistillationConfig]):
             self._train_parameters(self._context)
 
     # Internals -------------------------------------------------------------------------------
+
+    def _tell_that_terms_are_means(self) -> None:
+        if not self._has_told:
+            self._has_told = True
+            warnings.warn(
+                f"plugin '{self.name}': no loss of its criterion divides by num_items, which the "
+                "loop passes; its terms are means over the batch. Let the task's loss be one as "
+                "well, and divide the total by the number of batches that are accumulated. Losses "
+                "of tokens (TokenDistillationLossConfig) and losses of your own that name "
+                "num_items divide by it.",
+                stacklevel=2,
+            )
 
     @property
     def _teacher_source(self) -> TeacherSource:

@@ -1,5 +1,7 @@
 """Losses that other plugins offer: what they are given, when they are asked, who is blamed."""
 
+import warnings
+
 import pytest
 
 import toys
@@ -29,6 +31,24 @@ def step(criterion, plugin):
     )
     output = manager.model(INPUTS)
     return manager.on_after_compute_loss(INPUTS, output, output.sum() * 0.0)
+
+
+def by_items(student, teacher, num_items):
+    return (student - teacher).square().sum() / num_items
+
+
+@pytest.mark.parametrize("function", [lambda student, teacher: student.mean(), by_items])
+def test_a_loop_that_counts_items_for_terms_that_are_means_is_told_once(function):
+    criterion = KnowledgeDistillationLossConfig(loss_types=("CE", "own"))
+    listed = [DistillationConfig(toys.mlp(), criterion), offering(function)]
+    manager = begin(prepare_compression(toys.mlp(), listed))
+    with warnings.catch_warnings(record=True, action="always") as caught:
+        for count in (None, 32, 32):
+            output = manager.model(INPUTS)
+            if count is not None or function is not by_items:
+                manager.on_after_compute_loss(INPUTS, output, output.sum(), num_items=count)
+    told = ["means over the batch" in str(item.message) for item in caught]
+    assert told == ([] if function is by_items else [True])
 
 
 @pytest.mark.parametrize("temperature", [4, LinearSchedule(4.0, 2.0, 10)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +26,7 @@ class Batch:
         num_items: positions or samples of the whole accumulated batch, or None.
         global_step: optimizer steps completed.
         is_training: false while shapes are only checked with example inputs.
+        asked: the arguments that losses asked for by `require`.
     """
 
     input: Any
@@ -36,6 +37,7 @@ class Batch:
     num_items: int | Tensor | None = None
     global_step: int = 0
     is_training: bool = True
+    asked: set[str] = field(default_factory=set)
 
     def labels(self) -> Tensor | None:
         """Return the target, else the labels in the mapping that the model was called with."""
@@ -50,6 +52,7 @@ class Batch:
         Raises:
             ConfigError: the loop did not pass it.
         """
+        self.asked.add(name)
         value = getattr(self, name)
         if value is None and name != "num_items":
             raise ConfigError(

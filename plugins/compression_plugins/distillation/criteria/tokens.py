@@ -134,7 +134,8 @@ class TokenComparison(Comparison):
         config = self._config
         student, teacher = self._logits(batch)
         counted = counted_positions(batch, student, config)
-        options: dict[str, Any] = {"num_items": batch.num_items, "chunk_size": config.chunk_size}
+        num_items = batch.require("num_items", config.divergence)
+        options: dict[str, Any] = {"num_items": num_items, "chunk_size": config.chunk_size}
         if config.divergence == "jensen_shannon":
             options["beta"] = config.beta
         value = DIVERGENCES[config.divergence](
