@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -105,9 +105,13 @@ def _weighted(term: LossTerm) -> Tensor:
 def check_scalar(name: str, value: object) -> None:
     """Raise LossError unless `value` is a floating-point tensor with a single element."""
     if not isinstance(value, Tensor):
+        advice = "pass the criterion's result before calling .item() or float() on it"
+        if isinstance(value, Mapping):
+            advice = "pass the sum of its values"
+        elif isinstance(value, (list, tuple)):
+            advice = "pass the sum of its items"
         raise LossError(
-            f"loss term '{name}' must be a scalar tensor, got {type(value).__name__}; "
-            "pass the criterion's result before calling .item() or float() on it."
+            f"loss term '{name}' must be a scalar tensor, got {type(value).__name__}; {advice}."
         )
     if value.numel() != 1 or not value.is_floating_point():
         raise LossError(

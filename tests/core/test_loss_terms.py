@@ -105,6 +105,8 @@ def test_each_term_is_published_unweighted_and_survives_changes_in_place() -> No
     [
         (3.0, "must be a scalar tensor, got float"),
         (None, "got NoneType"),
+        ({"box": torch.ones(())}, "got dict; pass the sum of its values"),
+        ([torch.ones(())], "got list; pass the sum of its items"),
         (torch.ones(2), r"got shape (2,)"),
         (torch.ones(0), r"got shape (0,)"),
         (torch.tensor(3), "torch.int64"),

@@ -145,10 +145,10 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
             shown += f" and {more} more layers" if more > 0 else ""
             warnings.warn(
                 f"plugin '{self.name}': {shown} met values in eval mode only, so that the range "
-                "of their input is unknown and stays float. Call them in train mode in some steps "
-                "(their parameters may be frozen), with inputs that are not empty, or leave them "
-                "out with "
-                "LayerRule(layer=..., skip=True).",
+                "of their input is unknown and stays float. Call them in train mode in some steps, "
+                "with inputs that are not empty, or leave them out with "
+                "LayerRule(layer=..., skip=True). Their parameters may be frozen meanwhile, and "
+                "freeze_batch_norm_at=StartAt(step=0) keeps the statistics of BatchNorm.",
                 stacklevel=2,
             )
 

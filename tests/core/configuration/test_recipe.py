@@ -200,6 +200,8 @@ def test_a_folder_is_no_recipe(tmp_path) -> None:
         ("plugin.qat.bits=4", ["unknown key 'plugin'", "did you mean 'plugins'"]),
         ("plugins.distilation.alpha=4", ["'distilation'", "did you mean 'distillation'"]),
         ("plugins.tensorboard.a=4", ["lists no plugin 'tensorboard'", "added by plugins.NAME={}"]),
+        ("plugins.qat=null", ["turned off by plugins.qat.enabled=false"]),
+        ("plugins.tensorboard=", ["turned off by plugins.tensorboard.enabled=false"]),
         ("plugins.qat.skip[7]=a", ["does not fit", "range"]),
         ("plugins.qat.skip.first=a", ["does not fit"]),
         ("plugins.qat.bits=[", ["does not fit", "line "]),

@@ -78,8 +78,9 @@ class Recorder:
         if layer not in self._last:
             raise ConfigError(
                 f"the {self._where}'s layer '{layer}' was not called in this forward pass, so that "
-                "there is no output to compare: it is dead code, or a fused path goes around it. "
-                "Map a layer that is called."
+                "there is no output to compare: it is dead code, or a fused path goes around it, "
+                "or on_after_compute_loss was called before for this pass. Map a layer that is "
+                "called, and call the hook once for each pass, with the sum of the task's losses."
             )
         return self._last[layer]
 
