@@ -14,11 +14,8 @@ from compression_manager.json_values import json_values
 from compression_manager.quantization import FakeQuantizer
 from compression_manager.quantization.graph import QuantizationGraph
 from compression_manager.quantization.layers import QuantizedLayer, quantized_class
-from compression_manager.quantization.layers.decisions import (
-    LayerArithmetic,
-    arithmetic_lines,
-    arithmetic_of,
-)
+from compression_manager.quantization.layers.decisions import LayerArithmetic, arithmetic_of
+from compression_manager.report.arithmetic_lines import arithmetic_lines, in_short
 from compression_manager.report.layer_measurements import LayerMeasurement, measure_layers
 from compression_manager.report.sensitivity import Sensitivity
 from compression_manager.report.stored_bytes import StoredBytes, saved_tensors
@@ -144,13 +141,16 @@ class Report:
                 if layer.arithmetic is not None
             }
         )
-        slower = [
-            f"{layer.name or '(the model)'} ({layer.time_ratio:.1f} times float32's time)"
+        slower = {
+            layer.name or "(the model)": layer.time_ratio
             for layer in self.layers
             if layer.time_ratio is not None and layer.time_ratio > _SLOWER
-        ]
+        }
         if slower:
-            lines.append(f"slower on integers than in float32 here: {', '.join(slower)}")
+            lines.append(
+                "slower on integers than in float32 here, by up to "
+                f"{max(slower.values()):.1f} times: {in_short(list(slower))}"
+            )
         return lines
 
 

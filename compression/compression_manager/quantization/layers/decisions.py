@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -92,26 +91,6 @@ def arithmetic_of(layer: QuantizedLayer) -> LayerArithmetic | None:
     )
 
 
-def arithmetic_lines(layers: Mapping[str, LayerArithmetic]) -> list[str]:
-    """Return lines that say who computes on what, why, and by which kernel.
-
-    Args:
-        layers: by name; those with one answer share a line.
-    """
-    lines = []
-    for answer, names in _grouped(layers, str).items():
-        lines.append(f"{answer}: {', '.join(names)}")
-        reasons = _grouped({name: layers[name] for name in names}, _reasons)
-        lines += [f"  {reason}: {', '.join(those)}" for reason, those in reasons.items() if reason]
-    kernels = _grouped(layers, lambda arithmetic: arithmetic.kernel)
-    lines += [
-        f"products of integers by {kernel}: {', '.join(names)}"
-        for kernel, names in kernels.items()
-        if kernel
-    ]
-    return lines
-
-
 def computes_integers(layer: QuantizedLayer) -> bool:
     """Return whether all products of `layer` were computed on integers last."""
     decisions = [last_decision(part) for part in layer.parts().values()]
@@ -138,20 +117,6 @@ def _decided(layer: QuantizedLayer, known: _Decisions) -> list[tuple[Part, Decis
 def _in_words(decided: list[tuple[Part, Decision]]) -> str:
     words = ((_SUMS if part.weight is None else _PRODUCTS)[item.path] for part, item in decided)
     return "; ".join(dict.fromkeys(words))
-
-
-def _reasons(arithmetic: LayerArithmetic) -> str:
-    return "; ".join(arithmetic.reasons)
-
-
-def _grouped(
-    layers: Mapping[str, LayerArithmetic], answer: Callable[[LayerArithmetic], str]
-) -> dict[str, list[str]]:
-    """Return answer -> names of the layers that give it, in their order."""
-    names_of: dict[str, list[str]] = {}
-    for name, arithmetic in layers.items():
-        names_of.setdefault(answer(arithmetic), []).append(name)
-    return names_of
 
 
 def _kernels(layer: QuantizedLayer) -> str:
