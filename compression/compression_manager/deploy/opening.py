@@ -31,8 +31,8 @@ class ExportedModel:
         """Return the outputs; arguments as the exported model's.
 
         Returns:
-            What the model returned, from `torch` and `aot_inductor`; from `onnx` and `openvino` its
-            output tensor, or the tuple of them, on the CPU.
+            What the model returns, from `torch` and `aot_inductor`; from `onnx` and `openvino` the
+            same of dicts, lists and tuples, as `load_exported` says, with tensors on the CPU.
 
         Raises:
             ConfigError: other tensors than the file takes: others by number, name or size, or
@@ -49,7 +49,11 @@ def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
     """Load a file that `export` wrote, to be called as the model is.
 
     ONNX files run in onnxruntime and .xml files in OpenVINO, on the CPU, with as many threads as
-    torch has when they are loaded.
+    torch has when they are loaded. Both return tensors nested as the model's, with the numbers,
+    texts and None that stood beside them when it was exported, in dicts, lists and tuples: a
+    mapping of another class, such as a `ModelOutput` of transformers, and a dataclass come back as
+    a dict with the same keys, a named tuple as a tuple. A file written before these were kept
+    returns its tensor, or the tuple of them.
 
     Args:
         path: the file.

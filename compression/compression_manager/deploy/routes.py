@@ -65,7 +65,7 @@ class Source:
         return content
 
     def structured(self, run: Runner) -> Runner:
-        """Let `run`, which takes tensors and returns one or a tuple, be called as the model is.
+        """Let `run`, which takes tensors and knows no classes, be called as the model is.
 
         Raises:
             ConfigError: what the model returns beside tensors depends on the batch.
@@ -85,8 +85,7 @@ class Source:
                     "this route computes with the arguments that it was measured with, beside "
                     f"tensors: {_words(constants)}; got {_words(given)}."
                 )
-            output = on_tensors(*args, **kwargs)
-            tensors = iter((output,) if isinstance(output, torch.Tensor) else output)
+            tensors = tensors_in(on_tensors(*args, **kwargs))
             filled = [
                 next(tensors) if replaced else leaf
                 for leaf, replaced in zip(leaves, is_tensor, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -13,9 +14,15 @@ from torch.export import ExportedProgram
 
 from compression_manager.errors import NotExportableError
 from compression_manager.integrations.onnx_graph import write_attention
+from compression_manager.integrations.onnx_names import name_inputs_and_outputs
 from compression_manager.integrations.onnx_translation import OPSET, onnx_translation_table
 from compression_manager.tracing.graph_inputs import ARGUMENTS
-from compression_manager.tracing.input_sizes import BATCH, sizes_of_inputs
+from compression_manager.tracing.graph_outputs import (
+    OUTPUTS,
+    named_outputs,
+    without_constants_returned,
+)
+from compression_manager.tracing.input_sizes import BATCH, names_of_inputs, sizes_of_inputs
 from compression_manager.tracing.program import arguments_of_program
 
 
@@ -26,12 +33,16 @@ def to_onnx(program: ExportedProgram) -> bytes:
         program: what `trace` returned.
 
     Raises:
-        NotExportableError: the model writes to its buffers, which a file cannot keep.
+        NotExportableError: the model writes to its buffers, which a file cannot keep, or returns
+            what it cannot hold.
         Exception: whatever the exporter raises, for example for more than 2 GiB, which a
             ModelProto cannot hold.
     """
     write_attention(program)
-    with warnings.catch_warnings(), _without_notes_on_torchvision():
+    inputs = names_of_inputs(program)
+    outputs, structure = named_outputs(program, inputs)
+    without_constants_returned(program)
+    with warnings.catch_warnings(), _without_notes_of_exporter():
         # The exporter calls what torch itself has deprecated.
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
         converted = torch.onnx.export(
@@ -44,11 +55,13 @@ def to_onnx(program: ExportedProgram) -> bytes:
         )
     assert converted is not None  # with dynamo it never is
     _require_no_memory(converted.exported_program)
+    name_inputs_and_outputs(converted.model.graph, inputs, outputs)
     proto = converted.model_proto
     _drop_notes(proto.graph)
-    names = [item.name for item in proto.graph.input]
-    note = proto.metadata_props.add()
-    note.key, note.value = ARGUMENTS, arguments_of_program(program, names).to_json()
+    arguments = arguments_of_program(program, inputs).to_json()
+    for key, value in {ARGUMENTS: arguments, OUTPUTS: json.dumps(structure)}.items():
+        note = proto.metadata_props.add()
+        note.key, note.value = key, value
     content: bytes = proto.SerializeToString()
     return content
 
@@ -84,15 +97,21 @@ def _require_no_memory(program: ExportedProgram | None) -> None:
 
 
 @contextmanager
-def _without_notes_on_torchvision() -> Iterator[None]:
-    """Keep the exporter from listing the operators that it skips where torchvision is missing."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _without_notes_of_exporter() -> Iterator[None]:
+    """Keep the exporter from listing constants that a model returns, which are kept elsewhere.
+
+    And operators that it skips where torchvision is missing.
+    """
+    package = "torch.onnx._internal.exporter"
+    loggers = [logging.getLogger(f"{package}.{name}") for name in ("_core", "_registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _named_batch(program: ExportedProgram) -> list[Any]:

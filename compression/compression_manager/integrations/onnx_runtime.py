@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from compression_manager.tracing.graph_inputs import (
     Arguments,
     called_as_model,
 )
+from compression_manager.tracing.graph_outputs import OUTPUTS
 
 
 def load_onnx(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
@@ -30,9 +32,11 @@ def load_onnx(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    note = session.get_modelmeta().custom_metadata_map.get(ARGUMENTS)
+    notes = session.get_modelmeta().custom_metadata_map
+    note = notes.get(ARGUMENTS)
     if note is None:
         arguments = Arguments.of_names([item.name for item in session.get_inputs()])
     else:
         arguments = Arguments.from_json(note)
-    return called_as_model(arguments, lambda feed: session.run(None, feed))
+    structure = json.loads(notes.get(OUTPUTS, "null"))
+    return called_as_model(arguments, lambda feed: session.run(None, feed), structure)

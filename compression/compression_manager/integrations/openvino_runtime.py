@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from compression_manager.tracing.graph_inputs import (
     Feed,
     called_as_model,
 )
+from compression_manager.tracing.graph_outputs import OUTPUTS
 
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
@@ -64,13 +66,16 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         results = own.request.infer(feed, share_inputs=True)
         return [results[index] for index in range(len(compiled.outputs))]
 
-    return called_as_model(_arguments_of(network, list(dtypes)), compute)
+    arguments, structure = (_note(network, key) for key in (ARGUMENTS, OUTPUTS))
+    return called_as_model(
+        Arguments.of_names(list(dtypes)) if arguments is None else Arguments.from_json(arguments),
+        compute,
+        None if structure is None else json.loads(structure),
+    )
 
 
-def _arguments_of(network: openvino.Model, names: list[str]) -> Arguments:
-    if not network.has_rt_info(ARGUMENTS):
-        return Arguments.of_names(names)
-    return Arguments.from_json(network.get_rt_info(ARGUMENTS).astype(str))
+def _note(network: openvino.Model, key: str) -> str | None:
+    return str(network.get_rt_info(key).astype(str)) if network.has_rt_info(key) else None
 
 
 def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
@@ -85,8 +90,8 @@ def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
         if node.get_type_name() in _CONVOLUTIONS and not _is_computed(node):
             _keep_float(node)
     for note in proto.metadata_props:
-        if note.key == ARGUMENTS:
-            network.set_rt_info(note.value, ARGUMENTS)
+        if note.key in (ARGUMENTS, OUTPUTS):
+            network.set_rt_info(note.value, note.key)
     return network
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compression_manager.errors import ConfigError, suggest
+from compression_manager.tracing.graph_outputs import restored
 from compression_manager.tracing.input_sizes import (
     BATCH,
     Sizes,
@@ -110,13 +111,14 @@ def positional_of(model: nn.Module) -> tuple[tuple[str, ...], str | None]:
 
 
 def called_as_model(
-    arguments: Arguments, compute: Callable[[Feed], Sequence[Array]]
+    arguments: Arguments, compute: Callable[[Feed], Sequence[Array]], structure: Any = None
 ) -> Callable[..., Any]:
-    """Return a function of the model's arguments to its output tensor, or the tuple of them.
+    """Return a function of the model's arguments to what `restored` makes of its outputs.
 
     Args:
         arguments: of the file.
         compute: the runtime; returns arrays that it does not use again.
+        structure: of the outputs; None if the file does not know it.
     """
     name_of = {path: name for name, path in arguments.paths.items()}
     sizes = {arguments.paths[name]: item for name, item in arguments.sizes.items()}
@@ -126,8 +128,7 @@ def called_as_model(
         _check(leaves, name_of)
         _check_sizes(leaves, sizes)
         outputs = compute({name_of[path]: _array(value) for path, value in leaves.items()})
-        tensors = tuple(torch.from_numpy(output) for output in outputs)
-        return tensors[0] if len(tensors) == 1 else tensors
+        return restored(structure, [torch.from_numpy(output) for output in outputs])
 
     return run
 

@@ -15,16 +15,21 @@ BATCH = "batch"
 Sizes = Sequence[int | str]
 
 
-def sizes_of_inputs(program: ExportedProgram) -> list[list[int | str]]:
-    """Return the sizes of each tensor that the user gives, in order."""
-    given = [
+def names_of_inputs(program: ExportedProgram) -> list[str]:
+    """Return the name of each tensor that the user gives, in order."""
+    return [
         item.arg.name
         for item in program.graph_signature.input_specs
         if item.kind is InputKind.USER_INPUT and isinstance(item.arg, TensorArgument)
     ]
+
+
+def sizes_of_inputs(program: ExportedProgram) -> list[list[int | str]]:
+    """Return the sizes of each tensor that the user gives, in order."""
     value = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
     return [
-        [size if isinstance(size, int) else BATCH for size in value[name].shape] for name in given
+        [size if isinstance(size, int) else BATCH for size in value[name].shape]
+        for name in names_of_inputs(program)
     ]
 
 

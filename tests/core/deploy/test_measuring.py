@@ -213,6 +213,19 @@ class Tempered(nn.Module):
         return {"logits": self.fc(x) / temperature, "count": count, "kind": "logits"}
 
 
+def test_a_runtime_s_outputs_keep_what_stands_beside_tensors() -> None:
+    converted = trained(Tempered(counts=False), VECTORS).convert()
+    source = routes.Source(converted, Reference.of(converted, VECTORS))
+    run, _ = routes.ROUTES["onnxruntime"].build(source, int8=False)
+    output = run(VECTORS)
+    assert (list(output), output["count"], output["kind"]) == (
+        ["logits", "count", "kind"],
+        4,
+        "logits",
+    )
+    torch.testing.assert_close(output["logits"], converted(VECTORS)["logits"], rtol=0.02, atol=0.02)
+
+
 class OneBatchSize(Tempered):
     def forward(self, x: Tensor, temperature: float = 1.0) -> dict[str, Any]:
         return super().forward(x.view(len(VECTORS), 6), temperature)

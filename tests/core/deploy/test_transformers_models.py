@@ -167,6 +167,10 @@ def test_vit(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = loaded(**pixels).logits
     torch.testing.assert_close(program(**pixels).logits, expected, rtol=1e-2, atol=1e-3)
+    output = deploy.load_exported(tmp_path / "model.onnx", int8=False)(**pixels)
+    assert type(output) is dict
+    assert output.keys() == {"logits"}
+    torch.testing.assert_close(output["logits"], expected, rtol=1e-2, atol=1e-3)
 
 
 def test_closing_gives_gpt2_its_float_classes_back() -> None:
