@@ -50,20 +50,10 @@ def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
         groups: of channels.
         packs: as for `convolve`.
     """
-    chosen = convolver(passes, groups)
+    chosen = _convolver(passes, groups)
     if _takes_onednn(chosen, packs):
         return f"onednn.qconv_pointwise ({_FUSED})"
     return chosen.integer_kernel(torch.device("cpu"), convolves=True)
-
-
-def convolver(passes: Passes, groups: int) -> Passes:
-    """Return whose kernels convolve in training, as the rule asks.
-
-    Args:
-        passes: as for `convolve`.
-        groups: of channels.
-    """
-    return _multiplier(passes) if groups == 1 else TORCH
 
 
 def linear(
@@ -137,7 +127,7 @@ def convolve(
         float32 (N, out channels, *spatial'), in the memory format of the input.
     """
     _check_terms(input.codes.shape[1], weight.codes.shape[1] * geometry.groups)
-    chosen = convolver(passes, geometry.groups)
+    chosen = _convolver(passes, geometry.groups)
     if _takes_onednn(chosen, packs):
         return _onednn_convolve(input, weight, bias, geometry, packs=packs)
     codes, zero_point = _unsigned(input.codes, input.zero_point)
@@ -152,6 +142,11 @@ def _check_terms(found: int, expected: int) -> None:
 
 def _takes_packed(device: torch.device, packs: bool) -> bool:
     return packs and device.type == "cpu" and cpu_features().vnni
+
+
+def _convolver(passes: Passes, groups: int) -> Passes:
+    """Return whose kernels convolve in training."""
+    return _multiplier(passes) if groups == 1 else TORCH
 
 
 def _multiplier(passes: Passes) -> Passes:

@@ -29,7 +29,6 @@ from compression_manager.quantization.integer.operands import (
 )
 from compression_manager.quantization.integer.options import ProductOptions
 from compression_manager.quantization.integer.passes import Passes
-from compression_manager.quantization.integer.products import convolver
 from compression_manager.quantization.integer.rule import Decision, backward_of, decide
 from compression_manager.quantization.integer.selection import passes_for
 from compression_manager.quantization.integer.weights import integer_weight, quantizes_rows
@@ -137,12 +136,12 @@ def _decide(
     if reason is not None:
         decision = Decision("fake", reason)
     else:
-        if convolution is None:
-            size, multiplier = linear_size(input, weight.shape), passes
-        else:
-            size = convolution_size(convolution, input)
-            multiplier = convolver(passes, convolution.groups)
-        decision = decide(options, input, weight, size, multiplier, training=quantizer.training)
+        size = (
+            linear_size(input, weight.shape)
+            if convolution is None
+            else convolution_size(convolution, input)
+        )
+        decision = decide(options, input, weight, size, passes, training=quantizer.training)
     remember(part, decision)
     return decision
 

@@ -112,9 +112,3 @@ def test_passes_that_multiply_fast_convolve_in_training(vnni: bool, packs: bool)
 def test_passes_that_multiply_fast_leave_groups_to_others(vnni: bool) -> None:
     kernel = products.convolution_kernel(Fast(), 2, packs=False)
     assert kernel.partition(" (")[0] == ("onednn.qconv_pointwise" if vnni else EXACT)
-
-
-def test_the_rule_asks_whose_kernels_convolve_in_training() -> None:
-    fast = Fast()
-    assert products.convolver(fast, 1) is fast
-    assert products.convolver(fast, 2) is TORCH
