@@ -35,8 +35,7 @@ class TestCalibration(PluginContract):
         return [QATConfig()]
 
 
-# The kit's loops are plain ones, which cannot be resumed in mid-epoch.
-@pytest.mark.filterwarnings("ignore:a state is saved after")
+@pytest.mark.filterwarnings("ignore:a state is saved after")  # the kit's loops are plain ones
 class TestCheckpoint(PluginContract):
     def make_config(self) -> PluginConfig:
         return CheckpointConfig(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
@@ -186,9 +186,13 @@ def test_sizes_may_be_fixed(nodes: int, format: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_images_of_a_list_are_no_batch(format: str, tmp_path: Path) -> None:
-    class Listed(toys.ConvNet):
-        def forward(self, images: Any) -> Tensor:  # type: ignore[override]  # a list, where ConvNet takes a tensor
-            output: Tensor = super().forward(torch.stack(images))
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = toys.ConvNet()
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            output: Tensor = self.network(torch.stack(images))
             return output
 
     images = list(IMAGES[:3])
