@@ -103,7 +103,11 @@ class CompressionManager(Inspection):
                 raise ConfigError(
                     f"track({name}=...) got the model itself, which is part of every checkpoint."
                 )
+        tracked = self._context.tracked
+        before = tracked.optimizers
         self._context.parameter_groups.track(objects)
+        replaced = {name: before[name] for name in objects if name in before}
+        tracked.warn_of_lost(replaced, self.model)
 
     def resume(self, directory: str | Path, *, missing_ok: bool = False) -> Position:
         """Restore everything from a checkpoint; call it after `track`, before training.

@@ -21,7 +21,6 @@ EPOCHS, STEPS, ACCUMULATED = 4, 2, 2
 
 @pytest.fixture(scope="module")
 def callback_class() -> Any:
-    pytest.importorskip("transformers")
     block = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert block is not None
     names: dict[str, Any] = {}

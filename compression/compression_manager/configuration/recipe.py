@@ -38,10 +38,6 @@ class Recipe:
     source: str
 
 
-# In a file, a plugin without options; as an override they look like one that is turned off.
-_NULL = ("null", "~", "")
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -117,10 +113,11 @@ def _apply_override(tree: DictConfig, override: object, source: str) -> None:
                 f"{source} lists no plugin '{parts[1]}'; {suggest(parts[1], map(str, listed))} "
                 "Another installed one is added by plugins.NAME={} in front of it.",
             )
-        if len(parts) == 2 and parts[0] == "plugins" and value in _NULL:
-            raise _override_error(
-                override, f"a plugin is turned off by plugins.{parts[1]}.enabled=false."
-            )
+        if len(parts) == 2 and parts[0] == "plugins" and yaml.safe_load(value) is None:
+            # In a file, a plugin without options; here it looks like one that is turned off.
+            is_listed = parts[1] in listed
+            hint = f"{key}.enabled=false turns it off" if is_listed else f"write {key}={{}}"
+            raise _override_error(override, f"a plugin is not null; {hint}.")
         tree.merge_with_dotlist([f"{key}={value}"])
     except (*_UNREADABLE, AttributeError, LookupError, TypeError) as error:
         reason = f"it does not fit {source}: {_one_line(error)}."

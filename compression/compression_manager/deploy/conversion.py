@@ -137,7 +137,7 @@ def convert_copy(
     conversion._swaps.clear()
     conversion._places.clear()
     disable_fused_paths(conversion.model)
-    conversion.model.requires_grad_(False)
+    _end_training(conversion.model, model)
     _share_tied_weights(model, conversion.replacements)
     if example_inputs is not None:
         conversion.parity = check_parity(
@@ -147,6 +147,17 @@ def convert_copy(
             example_inputs,
         )
     return conversion
+
+
+def _end_training(copy: nn.Module, model: nn.Module) -> None:
+    """Let the Parameters of `copy` need no gradient, but for those that are the model's own.
+
+    A module that cannot be copied, or that the copy shares on purpose, is still trained.
+    """
+    trained = {id(parameter) for parameter in model.parameters()}
+    for parameter in copy.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
 
 
 def _share_tied_weights(model: nn.Module, replacements: Sequence[Replacement]) -> None:

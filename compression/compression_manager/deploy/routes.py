@@ -252,7 +252,7 @@ def _without_gradients(model: nn.Module) -> Runner:
 
 
 def _is_reordered(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and with_channels_last(tensor) is not tensor
+    return with_channels_last(tensor) is not tensor
 
 
 _ALL = (_Eager(), _ChannelsLast(), _Inductor(), _AotInductor(), _OnnxRuntime(), _OpenVino())

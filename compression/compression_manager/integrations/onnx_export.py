@@ -100,10 +100,16 @@ def _require_no_memory(program: ExportedProgram | None) -> None:
 def _without_notes_of_exporter() -> Iterator[None]:
     """Keep the exporter from listing constants that a model returns, which are kept elsewhere.
 
-    And operators that it skips where torchvision is missing.
+    And operators that it skips where torchvision is missing, and initializers that are too large
+    to be compared with each other.
     """
     package = "torch.onnx._internal.exporter"
-    loggers = [logging.getLogger(f"{package}.{name}") for name in ("_core", "_registration")]
+    names = (
+        f"{package}._core",
+        f"{package}._registration",
+        "onnx_ir.passes.common.initializer_deduplication",
+    )
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

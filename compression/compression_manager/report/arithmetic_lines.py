@@ -9,8 +9,8 @@ from compression_manager.quantization.layers.decisions import LayerArithmetic
 
 # Fewer names are as short written out.
 _FEWEST = 3
-# What stands for a number in a name's pattern; no part of a name is empty.
-_NUMBER = ""
+# What stands for a number in a name's pattern; no part of a name holds a dot.
+_NUMBER = "."
 
 _Pattern = tuple[str, ...]
 
@@ -55,7 +55,8 @@ def _patterns(name: str) -> Iterator[tuple[_Pattern, int]]:
     """Yield what is left of a name without each of its numbers, and that number."""
     parts = name.split(".")
     for index, part in enumerate(parts):
-        if part.isdecimal():
+        # Others, such as "00", are not what their number is written as.
+        if part.isdecimal() and part == str(int(part)):
             yield (*parts[:index], _NUMBER, *parts[index + 1 :]), int(part)
 
 
@@ -67,7 +68,7 @@ def _written(pattern: _Pattern, numbers: Mapping[int, str]) -> str:
         else:
             runs.append([number])
     shown = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return ".".join(part or f"{{{shown}}}" for part in pattern)
+    return ".".join(f"{{{shown}}}" if part == _NUMBER else part for part in pattern)
 
 
 def _reasons(arithmetic: LayerArithmetic) -> str:

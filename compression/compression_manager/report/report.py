@@ -148,8 +148,8 @@ class Report:
         }
         if slower:
             lines.append(
-                "slower on integers than in float32 here, by up to "
-                f"{max(slower.values()):.1f} times: {in_short(list(slower))}"
+                "slower on integers than in float32 here, at most "
+                f"{max(slower.values()):.1f} times its time: {in_short(list(slower))}"
             )
         return lines
 

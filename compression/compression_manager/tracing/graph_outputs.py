@@ -112,11 +112,16 @@ def _described(value: Any, path: tuple[str, ...], places: list[str]) -> list[Any
             return ["list" if isinstance(value, list) else "tuple", items]
         keys = [key if isinstance(key, _CONSTANTS) else str(key) for key, _ in entries]
         return ["dict", [list(entry) for entry in zip(keys, items, strict=True)]]
-    if isinstance(value, (Tensor, *_SYMBOLS)):
+    if isinstance(value, Tensor):
         places.append(".".join(path))
         return ["output", len(places) - 1]
     if isinstance(value, _CONSTANTS):
         return ["constant", value]
+    if isinstance(value, _SYMBOLS):
+        raise NotExportableError(
+            "the model returns a number that depends on the number of samples, as "
+            f"{'.'.join(path)}; return it as a tensor, or export with dynamic_batch=False."
+        )
     raise NotExportableError(
         f"the model returns a {type(value).__name__} as {'.'.join(path)}; what ONNX and OpenVINO "
         "return is tensors, numbers, texts and None, in mappings, lists, tuples and dataclasses."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
@@ -130,9 +130,15 @@ class LoaderPosition:
             **self._capture(),
         }
 
-    def warn_if_lost(self, *, consumed: int) -> None:
-        """Tell, once, that what is saved now will be refused by `check_state`."""
-        if not consumed or self.state_dict()["epoch_start"] is not None or self._has_warned:
+    def warn_if_lost(self, state: Mapping[str, Any], *, consumed: int) -> None:
+        """Tell, once, that `state`, which is saved now, will be refused by `check_state`.
+
+        After the last batch of an epoch nothing is told: plain loops often save there, before
+        they end the epoch, and save again behind it.
+        """
+        loader = self._tracked.get("dataloader")
+        is_last = isinstance(loader, Sized) and consumed == len(loader)
+        if not consumed or is_last or state["epoch_start"] is not None or self._has_warned:
             return
         self._has_warned = True
         warnings.warn(

@@ -78,6 +78,7 @@ def _schedulers(optimizer: Optimizer, candidates: Iterable[Any]) -> Iterator[Any
         groups = getattr(getattr(value, "optimizer", None), "param_groups", None)
         if groups is optimizer.param_groups and hasattr(value, "get_last_lr"):
             yield value
-        parts = getattr(value, "_schedulers", None)
+        # Of torch's composed schedulers, and of accelerate's, which wraps another.
+        parts = getattr(value, "_schedulers", None) or [getattr(value, "scheduler", None)]
         if isinstance(parts, (list, tuple)):
-            yield from _schedulers(optimizer, parts)
+            yield from _schedulers(optimizer, (part for part in parts if part is not None))

@@ -21,31 +21,34 @@ class Tracked(Mapping[str, Any]):
     def register(self, objects: Mapping[str, Any]) -> None:
         """Add or replace objects; all of them, or none if one is unfit.
 
-        Warns of an optimizer that is replaced by one without its parameters.
-
         Raises:
             ConfigError: an object is unfit, see `check`.
         """
         self.check(objects)
-        replaced = {name: self.optimizers.get(name) for name in objects}
         self._objects.update(objects)
+
+    def warn_of_lost(self, replaced: Mapping[str, Optimizer], model: nn.Module) -> None:
+        """Warn of optimizers that were replaced by some without their parameters.
+
+        Args:
+            replaced: by their names; parameters that neither the model nor a tracked module has
+                any more are not missed.
+            model: the model that is trained.
+        """
+        used = {id(item) for part in (model, *self.modules.values()) for item in part.parameters()}
+        used -= {id(item) for other in self.optimizers.values() for item in _parameters(other)}
         for name, optimizer in replaced.items():
-            lost = 0 if optimizer is None else self._count_untracked(optimizer)
+            lost = sum(
+                item.requires_grad and id(item) in used for item in _parameters(optimizer)
+            )
             if lost:
                 warnings.warn(
                     f"track({name}=...) replaces the {type(optimizer).__name__} of this name, "
                     f"of which {lost} parameters are in no tracked optimizer now: checkpoints lack "
                     "their state. Track several by names of their own: "
                     f"manager.track({name}=first, another_{name}=second).",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
-
-    def _count_untracked(self, optimizer: Optimizer) -> int:
-        """Return how many parameters that `optimizer` trains no tracked optimizer has."""
-        tracked = {id(item) for other in self.optimizers.values() for item in _parameters(other)}
-        return sum(
-            item.requires_grad and id(item) not in tracked for item in _parameters(optimizer)
-        )
 
     @staticmethod
     def check(objects: Mapping[str, Any]) -> None:

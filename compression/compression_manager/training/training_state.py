@@ -74,7 +74,8 @@ class TrainingState:
         """
         self._lifecycle.check_can_save()
         context, position = self._context, self.position
-        self.loader.warn_if_lost(consumed=position.step)
+        loader = self.loader.state_dict()
+        self.loader.warn_if_lost(loader, consumed=position.step)
         accumulating = self._lifecycle.accumulating
         return {
             "version": STATE_VERSION,
@@ -90,7 +91,7 @@ class TrainingState:
             "plugins": self._plugin_states(),
             "tracked": context.tracked.state_dict(),
             "objects": context.tracked.describe(context.model),
-            "loader": self.loader.state_dict(),
+            "loader": loader,
             "random": capture_random_state(),
             "evaluations": list(self.evaluations),
             "stop": {"should_stop": context.should_stop, "reason": context.stop_reason},

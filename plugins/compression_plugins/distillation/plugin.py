@@ -37,6 +37,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
         self._comparison: Comparison | None = None
         self._is_checked = False
         self._has_told = False
+        self._is_accumulating = False
         self._take_parameters_away: Callable[[], None] | None = None
         self._trained: dict[str, nn.Parameter] = {}
 
@@ -122,8 +123,10 @@ class DistillationPlugin(Plugin[DistillationConfig]):
                 self._is_checked = True
             with blame_option("criterion"):
                 comparison.add_terms(batch, losses, self.name)
-            if num_items is not None and "num_items" not in batch.asked:
+            is_used = num_items is None or "num_items" in batch.asked
+            if self._is_accumulating and not is_used:
                 self._tell_that_terms_are_means()
+            self._is_accumulating = True
         finally:
             for recorder in comparison.recorders:
                 recorder.clear()
@@ -131,6 +134,7 @@ class DistillationPlugin(Plugin[DistillationConfig]):
     @hookimpl
     def on_before_optimizer_step(self) -> None:
         """Average the gradients of projections over the ranks: DDP does not know them."""
+        self._is_accumulating = False
         if not (self.config.synchronize and has_other_ranks()):
             return
         for parameter in self._trained.values():

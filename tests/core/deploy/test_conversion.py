@@ -367,6 +367,20 @@ def test_calls_compute_the_same_whether_gradients_are_on(tmp_path):
     assert all(parameter.requires_grad for parameter in manager.model.parameters())
 
 
+class Sharing(nn.Sequential):
+    """Its copies have the same last module, as those of a model with a large frozen part may."""
+
+    def __deepcopy__(self, memo):
+        shared = Sharing(*(copy.deepcopy(layer, memo) for layer in self[:-1]), self[-1])
+        return shared.train(self.training)
+
+
+def test_what_the_copy_shares_with_the_trained_model_is_trained_on():
+    model = Sharing(nn.Linear(8, 8), nn.LayerNorm(8))
+    trained(model, VECTORS).convert()
+    assert model[-1].weight.requires_grad
+
+
 def test_converting_twice_and_training_on():
     manager, model, inputs = built("mlp")
     first = manager.convert()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
+import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -117,7 +118,6 @@ def test_outputs_are_named_by_their_place_and_come_back_as_they_were(
 
 @pytest.mark.parametrize("form", ["tensor", "mapping", "constants", "an input, and its name"])
 def test_openvino_has_the_same_names_and_structures(form: str, tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
     make, names = FORMS[form]
     model, path = Head(make), tmp_path / "model.xml"
     deploy.export(model, path, "openvino", VECTORS)
@@ -172,8 +172,26 @@ def test_nothing_is_said_about_constants(
     assert "None" not in caplog.text
 
 
+def test_nothing_is_said_about_large_constants(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Head(lambda y, x: y)
+    model.fc = nn.Linear(6, 64)  # of more elements than are compared with others
+    deploy.export(model, tmp_path / "model.onnx", "onnx", VECTORS)
+    assert caplog.text == ""
+
+
 def test_what_cannot_come_back_is_named(tmp_path: Path) -> None:
     model = Head(lambda y, x: {"y": y, "beside": [Box(y)]})
     message = r"the model returns a Box as beside\.0; what ONNX and OpenVINO return is tensors, "
     with pytest.raises(NotExportableError, match=message):
         deploy.export(model, tmp_path / "model.onnx", "onnx", VECTORS)
+
+
+def test_a_number_that_follows_the_batch_is_refused_where_the_batch_is_open(tmp_path: Path) -> None:
+    model = Head(lambda y, x: {"y": y, "count": y.shape[0]})
+    with pytest.raises(NotExportableError, match=r"as count; .*dynamic_batch=False"):
+        deploy.export(model, tmp_path / "model.onnx", "onnx", VECTORS)
+    deploy.export(model, tmp_path / "model.onnx", "onnx", VECTORS, dynamic_batch=False)
+    output = deploy.load_exported(tmp_path / "model.onnx", int8=False)(VECTORS)
+    assert output["count"] == len(VECTORS)

@@ -19,6 +19,7 @@ from compression_manager.report.arithmetic_lines import in_short
         (["0", "2", "4"], "{0,2,4}"),
         ([""], ""),
         (["a.b", "a.c", "a.d"], "a.b, a.c, a.d"),
+        (["a.00", "a.0", "a.01", "a.02"], "a.00, a.0, a.01, a.02"),
         # Of two numbers, the one in which more names differ.
         (
             [f"stages.{i}.{j}.conv" for i in range(2) for j in range(3)],

@@ -112,6 +112,26 @@ def test_a_scheduler_of_what_wraps_the_optimizer_is_known(tracks_wrapper: bool) 
     assert len(scheduler.base_lrs) == 2
 
 
+class WrappedScheduler:
+    """A scheduler that hands on everything to another, as accelerate's does."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.state_dict, self.load_state_dict = scheduler.state_dict, scheduler.load_state_dict
+
+    def get_last_lr(self) -> Any:
+        return self.scheduler.get_last_lr()
+
+
+def test_a_scheduler_inside_another_librarys_is_known() -> None:
+    model = toys.mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = lr.StepLR(optimizer, 2)
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=optimizer, scheduler=WrappedScheduler(scheduler))
+    assert len(scheduler.base_lrs) == 2
+
+
 def test_a_scheduler_that_is_not_tracked_is_refused() -> None:
     model = toys.mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -87,6 +87,24 @@ def test_an_optimizer_may_replace_another_whose_parameters_are_tracked_or_frozen
     manager.track(optimizer=torch.optim.SGD(model[1].parameters(), 0.1))
 
 
+@pytest.mark.filterwarnings("error")
+def test_parameters_that_left_the_model_are_not_missed() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    manager = prepare_compression(model, [creator()])
+    manager.track(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    model[1] = nn.Linear(2, 3)
+    manager.track(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_parameters_of_a_tracked_head_are_missed() -> None:
+    model, head = nn.Linear(2, 2), nn.Linear(2, 2)
+    manager = prepare_compression(model, [creator()])
+    both = [*model.parameters(), *head.parameters()]
+    manager.track(optimizer=torch.optim.SGD(both, 0.1), head=head)
+    with pytest.warns(UserWarning, match="2 parameters"):
+        manager.track(optimizer=torch.optim.SGD(model.parameters(), 0.1))
+
+
 def test_dataloader_reaches_the_plugins() -> None:
     seen: list[Any] = []
 

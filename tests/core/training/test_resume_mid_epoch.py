@@ -35,6 +35,16 @@ def test_mid_epoch_of_a_plain_loop_is_told_once_and_refused_with_the_reason() ->
         other.load_state_dict(state)
 
 
+@pytest.mark.filterwarnings("error")
+def test_behind_the_last_batch_of_a_plain_loop_nothing_is_told() -> None:
+    manager = prepare_compression(toys.mlp(), [QATConfig()])
+    manager.track(dataloader=[1])
+    begin_step(manager)
+    call_loss(manager)
+    manager.on_step_end()
+    manager.state_dict()
+
+
 def test_a_plain_epoch_after_one_with_steps_is_no_exception() -> None:
     manager = prepare_compression(toys.mlp(), [probe()])
     manager.on_train_begin()

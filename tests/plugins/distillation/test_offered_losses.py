@@ -37,18 +37,22 @@ def by_items(student, teacher, num_items):
     return (student - teacher).square().sum() / num_items
 
 
+@pytest.mark.parametrize("accumulates", [True, False])
 @pytest.mark.parametrize("function", [lambda student, teacher: student.mean(), by_items])
-def test_a_loop_that_counts_items_for_terms_that_are_means_is_told_once(function):
+def test_a_loop_that_counts_items_for_terms_that_are_means_is_told_once(function, accumulates):
     criterion = KnowledgeDistillationLossConfig(loss_types=("CE", "own"))
     listed = [DistillationConfig(toys.mlp(), criterion), offering(function)]
     manager = begin(prepare_compression(toys.mlp(), listed))
     with warnings.catch_warnings(record=True, action="always") as caught:
-        for count in (None, 32, 32):
+        for count in (None, 32, 32, 32):
             output = manager.model(INPUTS)
             if count is not None or function is not by_items:
                 manager.on_after_compute_loss(INPUTS, output, output.sum(), num_items=count)
+            if not accumulates:
+                manager.on_before_optimizer_step()
+                manager.on_after_optimizer_step()
     told = ["means over the batch" in str(item.message) for item in caught]
-    assert told == ([] if function is by_items else [True])
+    assert told == ([True] if accumulates and function is not by_items else [])
 
 
 @pytest.mark.parametrize("temperature", [4, LinearSchedule(4.0, 2.0, 10)])

@@ -30,8 +30,8 @@ class IntegerInput:
 
     Attributes:
         codes: uint8 or int8, in the shape and memory format of the input.
-        scale: float32 (), a copy.
-        zero_point: int32 (), a copy.
+        scale: float32 (); in training a copy.
+        zero_point: int32 (); in training a copy.
         clipped: bits in memory order of the elements outside of the range, or None.
     """
 
@@ -121,8 +121,8 @@ def quantize_input(
 
     Args:
         input: float32, contiguous or channels_last.
-        scale: float32 (), on the same device; part of what is returned, and so is the next.
-        zero_point: int32 (), on the same device.
+        scale: float32 (), on the same device; it is part of what is returned, not a copy.
+        zero_point: int32 (), on the same device; likewise.
         scheme: one that `why_no_integer_input` accepts.
         passes: what computes on the CPU.
 

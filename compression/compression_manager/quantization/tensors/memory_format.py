@@ -21,7 +21,7 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def with_channels_last(tensor: Tensor) -> Tensor:
-    """Return an image, or a batch of them, channels_last; a tensor of other dimensions itself."""
+    """Return a batch of images or volumes channels_last; a tensor of other dimensions itself."""
     last = _CHANNELS_LAST.get(tensor.dim())
     return tensor if last is None else tensor.contiguous(memory_format=last)
 

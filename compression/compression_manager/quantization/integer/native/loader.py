@@ -75,9 +75,12 @@ def load_library(*, builds: bool = True) -> Library:
     if sys.platform != "linux":
         return Library(None, f"native kernels are built on Linux only, not on {sys.platform}")
     with _lock:
-        path = library_path()
+        try:
+            path = library_path()
+        except ImportError as error:
+            return Library(None, f"torch's tools to build extensions cannot be imported: {error}")
         if path not in _loaded:
-            if not builds and not path.exists():
+            if not builds and not _is_there(path):
                 return Library(None, "the native kernels have not been built")
             _loaded[path] = _find_or_build(path)
         return _loaded[path]
@@ -108,6 +111,13 @@ def library_path() -> Path:
     name = re.sub(r"[^\w.-]", "_", "-".join(["compression_manager", *parts]))
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or _cpp_extension().get_default_build_root()
     return Path(root) / name / f"{build.NAME}.so"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False  # in a folder of another user
 
 
 def _find_or_build(path: Path) -> Library:

@@ -135,6 +135,27 @@ def test_what_is_not_to_be_built_is_loaded_once_it_was(
     assert len(copied_library) == 1
 
 
+def test_a_folder_of_another_user_holds_nothing_that_was_built(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    assert load_library(builds=False).reason == "the native kernels have not been built"
+
+
+def test_torch_without_setuptools_has_no_library(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise ImportError("No module named 'setuptools'")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(loader, "_cpp_extension", refuse)
+    assert "No module named 'setuptools'" in load_library(builds=False).reason
+
+
 def test_a_failed_build_warns_once_with_what_the_compiler_said(
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
