@@ -38,9 +38,7 @@ class Tracked(Mapping[str, Any]):
         used = {id(item) for part in (model, *self.modules.values()) for item in part.parameters()}
         used -= {id(item) for other in self.optimizers.values() for item in _parameters(other)}
         for name, optimizer in replaced.items():
-            lost = sum(
-                item.requires_grad and id(item) in used for item in _parameters(optimizer)
-            )
+            lost = sum(item.requires_grad and id(item) in used for item in _parameters(optimizer))
             if lost:
                 warnings.warn(
                     f"track({name}=...) replaces the {type(optimizer).__name__} of this name, "

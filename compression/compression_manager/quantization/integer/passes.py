@@ -231,13 +231,8 @@ class Passes(ABC):
         """Return whether this has the fastest products of integers on this CPU, and fast ones."""
 
     @abstractmethod
-    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
-        """Return what multiplies integers on `device`, for the user to read.
-
-        Args:
-            device: of the codes.
-            convolves: whether as a convolution does.
-        """
+    def integer_kernel(self, device: torch.device) -> str:
+        """Return what multiplies integers on `device`, for the user to read."""
 
     @abstractmethod
     def multiply_integers(

@@ -53,7 +53,7 @@ def convolution_kernel(passes: Passes, groups: int, *, packs: bool) -> str:
     chosen = _convolver(passes, groups)
     if _takes_onednn(chosen, packs):
         return f"onednn.qconv_pointwise ({_FUSED})"
-    return chosen.integer_kernel(torch.device("cpu"), convolves=True)
+    return chosen.integer_kernel(torch.device("cpu"))
 
 
 def linear(

@@ -160,7 +160,7 @@ class TorchPasses(Passes):
         """Return False: the operators that torch has for this itself are faster."""
         return False
 
-    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
+    def integer_kernel(self, device: torch.device) -> str:
         """Return the name of the operator."""
         if _has_integer_product(device):
             return "torch._int_mm (scales and bias in a second pass)"

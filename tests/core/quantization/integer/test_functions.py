@@ -88,7 +88,10 @@ def test_gradients_are_those_of_fake_quantization_bit_for_bit(
         expected, wanted = run(twin, formatted)
         difference = (output - expected).abs().max() / expected.abs().max()
         assert difference <= 1e-6
-        if forward == "auto" and _path(changed) == "codes":
+        # Where autograd follows, torch folds a tensor of four dimensions into a matrix before the
+        # product, else it multiplies a batch of matrices, unless the tensor is contiguous.
+        is_folded = name != "like an image" or formatted.is_contiguous()
+        if forward == "auto" and _path(changed) == "codes" and is_folded:
             assert torch.equal(output, expected)
         for got, want in zip(gradients, wanted, strict=True):
             assert got is not None

@@ -158,6 +158,13 @@ void multiply_rows(
   }
 }
 
+// The rows of a block: `most`, or fewer where threads would have nothing to do.
+int64_t rows_of_block(int64_t rows, int64_t most) {
+  constexpr int64_t fewest = 32;
+  const int64_t share = round_up(divide_up(rows, at::get_num_threads()), fewest);
+  return std::max(fewest, std::min(most, share) / fewest * fewest);
+}
+
 template <int Pieces>
 void multiply(const Product& product, const uint32_t* packed) {
   const bool amx = has_amx();

@@ -1,6 +1,6 @@
-// Products whose rows lie anywhere in memory, computed block by block on processors without AMX.
+// Products whose rows lie anywhere in memory, computed block by block.
 //
-// What the numbers are, and how they are multiplied, is up to the type `Kernel`: Pairs or Quads.
+// What the numbers are, and how they are multiplied, is up to the type `Kernel`: Pairs, Quads or Tiles.
 //
 //   is_fast()                          whether the processor has the instructions
 //   Number, number(code, zero_point)   what a code becomes
@@ -8,6 +8,7 @@
 //   TILE_ROWS, TILE_COLUMNS            what is computed at a time, as much as registers hold
 //   Packed, pack(...)                  a weight, (columns, depth), in the order in which it is read
 //   multiply(...)                      sets the sums of a tile
+//   Setting                            what a thread has while it multiplies
 #pragma once
 
 #include "panels.h"
@@ -95,6 +96,7 @@ void multiply_blocks(
   const int64_t blocks = divide_up(output.rows, block);
   const int64_t parts = std::min(panels, divide_up(threads, blocks));
   at::parallel_for(0, blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    [[maybe_unused]] const typename Kernel::Setting setting;
     auto read = make_reader(block);
     for (int64_t index = begin; index < end; ++index) {
       const int64_t row = index / parts * block;

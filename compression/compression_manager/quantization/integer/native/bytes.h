@@ -56,7 +56,9 @@ inline uint32_t sum_row(const int8_t* row, int64_t count) {
 inline PackedBytes pack_bytes(const int8_t* weight, int64_t columns, int64_t depth) {
   const int64_t width = round_up(columns, PANEL);
   const int64_t height = round_up(depth, AMX_TERMS);
-  PackedBytes packed{allocate<int8_t>(width * height), allocate<uint32_t>(width), height};
+  // AMX reads as many terms as it can, beyond the end as well.
+  PackedBytes packed{
+      allocate<int8_t>(width * height + PANEL * AMX_TERMS), allocate<uint32_t>(width), height};
   at::parallel_for(0, width / TILE, 1, [&](int64_t first, int64_t last) {
     for (int64_t column = first * TILE; column < last * TILE; column += TILE) {
       const int64_t panel = column / PANEL * PANEL;

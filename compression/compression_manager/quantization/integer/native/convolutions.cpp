@@ -3,7 +3,7 @@
 // Some images at a time are brought into memory with a border of what stands for real zeros. Nothing is
 // copied for the places that overlap: each reads the numbers where they are.
 #include "pairs.h"
-#include "quads.h"
+#include "tiles.h"
 
 #include <vector>
 
@@ -225,7 +225,12 @@ EXPORT const char* convolve_integers(
     Images images{codes, channels_last, zero_point, channels, {}, 0};
     std::memcpy(&images.geometry, geometry, sizeof(Geometry));
     const Output to{scale, bias, 0, columns, 1};
-    Quads::is_fast() ? convolve<Quads>(images, count, weight, to, output)
-                     : convolve<Pairs>(images, count, weight, to, output);
+    if (Tiles::is_fast()) {
+      convolve<Tiles>(images, count, weight, to, output);
+    } else if (Quads::is_fast()) {
+      convolve<Quads>(images, count, weight, to, output);
+    } else {
+      convolve<Pairs>(images, count, weight, to, output);
+    }
   });
 }

@@ -30,17 +30,19 @@ class NativeIntegers(Passes):
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions
-        self._multiplies_by = _instructions(functions, convolves=False)
-        self._convolves_by = _instructions(functions, convolves=True)
+        found: bytes | None = functions.integer_instructions()
+        self._instructions = None if found is None else found.decode()
 
     def supports_integers(self) -> bool:
         """Return whether there are instructions by which these products are the fastest."""
-        return self._multiplies_by is not None
+        return self._instructions is not None
 
-    def integer_kernel(self, device: torch.device, *, convolves: bool = False) -> str:
+    def integer_kernel(self, device: torch.device) -> str:
         """See `Passes.integer_kernel`."""
-        instructions = (self._convolves_by if convolves else self._multiplies_by) or "plain"
-        return f"the native {instructions} product (scales, zero point and bias fused)"
+        return (
+            f"the native {self._instructions or 'plain'} product "
+            "(scales, zero point and bias fused)"
+        )
 
     def multiply_integers(
         self,
@@ -112,11 +114,6 @@ class NativeIntegers(Passes):
         )
         require_none(problem)
         return output
-
-
-def _instructions(functions: ctypes.CDLL, *, convolves: bool) -> str | None:
-    found: bytes | None = functions.integer_instructions(convolves)
-    return None if found is None else found.decode()
 
 
 def _in_units(weight: Tensor, unit: int) -> Tensor:

@@ -156,6 +156,8 @@ struct Pairs {
   static constexpr int64_t TILE_ROWS = pairs::TILE_ROWS;
   static constexpr int64_t TILE_COLUMNS = pairs::TILE_COLUMNS;
 
+  struct Setting {};
+
   struct Packed {
     Buffer<int8_t> panels;
     int64_t size; // of a panel

@@ -80,11 +80,4 @@ const char* problem_of(const Body& body) {
   }
 }
 
-// The rows of a block: `most`, or fewer where threads would have nothing to do.
-inline int64_t rows_of_block(int64_t rows, int64_t most) {
-  constexpr int64_t fewest = 32;
-  const int64_t share = round_up(divide_up(rows, at::get_num_threads()), fewest);
-  return std::max(fewest, std::min(most, share) / fewest * fewest);
-}
-
 } // namespace native

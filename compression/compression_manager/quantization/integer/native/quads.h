@@ -13,6 +13,8 @@ struct Quads {
   static constexpr int64_t TILE_ROWS = DOT_ROWS;
   static constexpr int64_t TILE_COLUMNS = PANEL;
 
+  struct Setting {};
+
   struct Packed {
     PackedBytes weight;
     Buffer<int32_t> before; // what the sums of each column begin with

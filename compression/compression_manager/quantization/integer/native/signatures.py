@@ -37,7 +37,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *[_size, _size, _size, _integer, _pointer],
         ],
     ),
-    "integer_instructions": (ctypes.c_char_p, [_bool]),
+    "integer_instructions": (ctypes.c_char_p, []),
     "multiply_integers": (
         ctypes.c_char_p,
         [_pointer, _pointer, _integer, _pointer, _pointer, _size, _size, _size, _pointer],
