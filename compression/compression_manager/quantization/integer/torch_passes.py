@@ -183,7 +183,8 @@ class TorchPasses(Passes):
             output = sums
         for part, done in row_parts(sums, output):
             numbers = part if offsets is None else part.sub_(offsets)
-            torch.mul(numbers.to(torch.float32), scale, out=done)
+            # A number takes the place of the sum that it is made of, where it is still in a cache.
+            done.copy_(numbers).mul_(scale)
             if bias is not None:
                 done.add_(bias)
         return output

@@ -34,7 +34,7 @@ def passes(request: pytest.FixtureRequest) -> Iterator[Passes]:
         return
     with pytest.MonkeyPatch.context() as patched:
         if request.param == "torch in small parts":
-            patched.setattr(parts, "_PART", 1024)
+            patched.setattr(parts, "_part_of_thread", lambda: 512)
             for module in (bits, rounding):
                 patched.setattr(module, "MANY", 1024)
         yield TorchPasses()
