@@ -376,7 +376,7 @@ class Sharing(nn.Sequential):
 
 
 def test_what_the_copy_shares_with_the_trained_model_is_trained_on():
-    model = Sharing(nn.Linear(8, 8), nn.LayerNorm(8))
+    model = Sharing(nn.Linear(6, 8), nn.LayerNorm(8))
     trained(model, VECTORS).convert()
     assert model[-1].weight.requires_grad
 

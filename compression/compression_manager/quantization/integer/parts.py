@@ -32,8 +32,8 @@ def _part_of_thread() -> int:
     More would be read from memory again by the next operation; with fewer, the starts of
     operations take as long as the operations.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in torch 2.10
-    size = int(capabilities.get("l2_cache_size", 0)) // _FLOAT_BYTES
+    ask = getattr(torch.cpu, "get_capabilities", None)  # not in torch 2.10
+    size = 0 if ask is None else ask().get("l2_cache_size", 0) // _FLOAT_BYTES
     return max(_PART, 1 << size.bit_length() - 1) if size else _PART
 
 
