@@ -100,8 +100,7 @@ def _require_no_memory(program: ExportedProgram | None) -> None:
 def _without_notes_of_exporter() -> Iterator[None]:
     """Keep the exporter from listing constants that a model returns, which are kept elsewhere.
 
-    And operators that it skips where torchvision is missing, and initializers that are too large
-    to be compared with each other.
+    And operators that it skips where torchvision is missing, and weights that the model returns.
     """
     package = "torch.onnx._internal.exporter"
     names = (
