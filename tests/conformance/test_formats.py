@@ -63,13 +63,15 @@ def load_torch(path: Path) -> Runner:
 
 
 def load_openvino(path: Path) -> Runner:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
+    from compression_manager.integrations.openvino_runtime import shared_core
+
     exact = {
         "INFERENCE_PRECISION_HINT": "f32",
         "LP_TRANSFORMS_MODE": False,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
-    model = openvino.Core().compile_model(path, "CPU", exact)
+    model = shared_core().compile_model(path, "CPU", exact)
     names = [item.get_any_name() for item in model.inputs]
 
     def run(inputs: Any) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -25,6 +26,18 @@ from compression_manager.tracing.graph_outputs import OUTPUTS
 _CONVOLUTIONS = ("Convolution", "GroupConvolution")
 
 
+@functools.cache
+def shared_core() -> openvino.Core:
+    """Return the only Core of this process.
+
+    A Core that computes on the CPU makes memory of its own the stack on which signals are handled,
+    and with it that memory goes. Of two that do not go in the reverse order, the stack of the first
+    remains set, and the next signal that Python handles (Ctrl-C, a worker of a DataLoader that
+    ends) kills the process without a word.
+    """
+    return openvino.Core()
+
+
 def write_openvino(content: bytes, path: Path) -> None:
     """Write the graph of an ONNX file to `path` and its weights beside it, as .bin.
 
@@ -32,7 +45,7 @@ def write_openvino(content: bytes, path: Path) -> None:
         content: of the ONNX file.
         path: ends in .xml.
     """
-    model = _read_onnx(openvino.Core(), content)
+    model = _read_onnx(content)
     # Otherwise scales and biases would become float16.
     openvino.save_model(model, path, compress_to_fp16=False)
 
@@ -53,8 +66,8 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
     }
     if not int8:
         settings["LP_TRANSFORMS_MODE"] = False
-    core = openvino.Core()
-    network = core.read_model(model) if isinstance(model, Path) else _read_onnx(core, model)
+    core = shared_core()
+    network = core.read_model(model) if isinstance(model, Path) else _read_onnx(model)
     compiled = core.compile_model(network, "CPU", settings)
     dtypes = {item.get_any_name(): item.get_element_type().to_dtype() for item in compiled.inputs}
     own = threading.local()  # a request computes for one thread at a time, without a word
@@ -78,11 +91,11 @@ def _note(network: openvino.Model, key: str) -> str | None:
     return str(network.get_rt_info(key).astype(str)) if network.has_rt_info(key) else None
 
 
-def _read_onnx(core: openvino.Core, content: bytes) -> openvino.Model:
+def _read_onnx(content: bytes) -> openvino.Model:
     """Return the network of an ONNX file with all its inputs; OpenVINO drops the unused ones."""
     import onnx  # a machine that runs .xml files alone has no need of it
 
-    network, proto = core.read_model(content), onnx.load_model_from_string(content)
+    network, proto = shared_core().read_model(content), onnx.load_model_from_string(content)
     used = {item.output(0).get_any_name(): item for item in network.get_parameters()}
     parameters = [used.get(item.name) or _unused(item) for item in proto.graph.input]
     network = openvino.Model(network.get_results(), parameters, network.get_friendly_name())

@@ -99,11 +99,13 @@ def openvino_nncf(model: nn.Module, inputs: Tensor) -> Runner:
     import nncf
     import openvino
 
+    from compression_manager.integrations.openvino_runtime import shared_core
+
     graph = openvino.convert_model(model, example_input=inputs)
     kind = nncf.ModelType.TRANSFORMER if inputs.dim() == 3 else None
     data = nncf.Dataset([inputs.numpy()])
     quantized = nncf.quantize(graph, data, model_type=kind, subset_size=1)
-    compiled = openvino.Core().compile_model(
+    compiled = shared_core().compile_model(
         quantized,
         "CPU",
         {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
-import openvino
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from compression_manager import deploy
 from compression_manager.errors import NotExportableError
 from compression_manager.integrations.onnx_export import to_onnx
 from compression_manager.integrations.onnx_runtime import load_onnx
+from compression_manager.integrations.openvino_runtime import shared_core
 from compression_manager.tracing.program import trace
 
 VECTORS = toys.vectors().tensors[0]
@@ -121,7 +121,7 @@ def test_openvino_has_the_same_names_and_structures(form: str, tmp_path: Path) -
     make, names = FORMS[form]
     model, path = Head(make), tmp_path / "model.xml"
     deploy.export(model, path, "openvino", VECTORS)
-    network = openvino.Core().read_model(path)
+    network = shared_core().read_model(path)
     assert [item.get_any_name() for item in network.outputs] == names
     with torch.no_grad():
         assert_same(deploy.load_exported(path, int8=False)(VECTORS[:3]), model(VECTORS[:3]))

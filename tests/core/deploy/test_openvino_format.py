@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import cast
@@ -14,9 +16,8 @@ import toys
 from compression_manager import deploy
 from compression_manager.deploy import exporting, formats
 from compression_manager.errors import ConfigError, ParityError
+from compression_manager.integrations.openvino_runtime import shared_core
 from quantization_reference import trained
-
-openvino = pytest.importorskip("openvino")
 
 VECTORS = toys.vectors().tensors[0]
 
@@ -60,7 +61,7 @@ def test_graph_and_weights_are_two_files(written: WrittenOnce) -> None:
 
 
 def test_the_weights_are_integers_and_scales_are_not_halved(written: WrittenOnce) -> None:
-    model = openvino.Core().read_model(written.result.path)
+    model = shared_core().read_model(written.result.path)
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     kinds = {
         tuple(node.shape): node.get_element_type().get_type_name()
@@ -69,6 +70,26 @@ def test_the_weights_are_integers_and_scales_are_not_halved(written: WrittenOnce
     }
     assert kinds == {(8, 6): "i8", (4, 8): "i8"}
     assert not any(node.get_element_type().get_type_name() == "f16" for node in constants)
+
+
+SIGNAL = """
+import gc, os, signal, sys, torch
+from compression_manager import deploy
+path, inputs = sys.argv[1], torch.zeros(2, 6)
+first, second = deploy.load_exported(path, int8=False), deploy.load_exported(path, int8=False)
+first(inputs), second(inputs)
+del first
+gc.collect()
+del second
+gc.collect()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_models_that_are_gone_leave_a_stack_for_signals(written: WrittenOnce) -> None:
+    command = [sys.executable, "-c", SIGNAL, str(written.result.path)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "handled\n"
 
 
 def test_a_loaded_file_takes_any_batch_and_is_called_as_the_model(written: WrittenOnce) -> None:
