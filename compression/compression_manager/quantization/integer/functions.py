@@ -215,26 +215,64 @@ class IntegerConvolution(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         operands = Operands.saved(ctx)
-        stride, padding, dilation, groups = ctx.geometry
-        dtype = torch.bfloat16 if operands.backward == "bfloat16" else torch.float32
-        for_input, for_weight, for_bias = torch.ops.aten.convolution_backward(
-            gradient.to(dtype),
-            operands.float_input(dtype),
-            operands.float_weight(dtype),
-            ctx.bias_sizes,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0] * len(stride),
-            groups,
-            [*ctx.needs_input_grad[:2], ctx.bias_sizes is not None and ctx.needs_input_grad[2]],
-        )
+        wanted = ctx.needs_input_grad[:2]
+        needs_bias = ctx.bias_sizes is not None and ctx.needs_input_grad[2]
+        for_bias: Tensor | None
+        if _has_native_gradients(operands, ctx.geometry):
+            for_input, for_weight = _native_gradients(operands, gradient, ctx.geometry, *wanted)
+            for_bias = gradient.sum([0, *range(2, gradient.dim())]) if needs_bias else None
+        else:
+            stride, padding, dilation, groups = ctx.geometry
+            dtype = torch.bfloat16 if operands.backward == "bfloat16" else torch.float32
+            for_input, for_weight, for_bias = torch.ops.aten.convolution_backward(
+                gradient.to(dtype),
+                operands.float_input(dtype),
+                operands.float_weight(dtype),
+                ctx.bias_sizes,
+                stride,
+                padding,
+                dilation,
+                False,
+                [0] * len(stride),
+                groups,
+                [*wanted, needs_bias],
+            )
         if for_input is not None:
             for_input = operands.input_gradient(for_input.float())
         if for_weight is not None:
             for_weight = operands.weight_gradient(for_weight.float())
         return for_input, for_weight, None if for_bias is None else for_bias.float(), None, None
+
+
+def _has_native_gradients(operands: Operands, geometry: Geometry) -> bool:
+    """Return whether the passes compute the gradients of a convolution, faster than torch."""
+    return (
+        operands.backward == "bfloat16"
+        and geometry.groups == 1
+        and operands.passes.supports_convolution_gradients()
+    )
+
+
+def _native_gradients(
+    operands: Operands,
+    gradient: Tensor,
+    geometry: Geometry,
+    needs_input: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of the quantized values of a convolution's input and weight."""
+    input, weight, passes = operands.input, operands.weight, operands.passes
+    for_input = for_weight = None
+    if needs_input:
+        for_input = passes.convolution_input_gradient(
+            gradient, weight.codes, weight.scale, input.codes, geometry
+        )
+    if needs_weight:
+        zero_point, scale = int(input.zero_point), float(input.scale)
+        for_weight = passes.convolution_weight_gradient(
+            gradient, input.codes, zero_point, scale, weight.codes, geometry
+        )
+    return for_input, for_weight
 
 
 class IntegerSum(torch.autograd.Function):

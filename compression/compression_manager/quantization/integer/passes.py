@@ -7,13 +7,14 @@ the elements in memory: bit i % 8, least significant first, of byte i // 8 belon
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.quantization.integer.gradients import ConvolutionGradients
 from compression_manager.quantization.scheme import QuantizationScheme
 
 # What `quantize_rows` quantizes to: -127 to 127, with one scale for each row.
@@ -24,11 +25,12 @@ ROWS = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
 MAX_SUMMED = (2**31 - 1) // (255 * 128)
 
 
-class Passes(ABC):
+class Passes(ConvolutionGradients):
     """One implementation of the passes.
 
-    Implementations give the same numbers to the last bit, except for `multiply` and
-    `multiply_transposed`, whose sums may be taken in another order.
+    Implementations give the same numbers to the last bit, except for `multiply`,
+    `multiply_transposed` and the gradients of convolutions, whose sums may be taken in another
+    order.
 
     Attributes:
         name: what reports call it: "torch" or "native".

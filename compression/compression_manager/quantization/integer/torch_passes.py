@@ -21,13 +21,14 @@ from compression_manager.quantization.integer.bits import (
 )
 from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import Geometry
+from compression_manager.quantization.integer.gradients import TorchGradients
 from compression_manager.quantization.integer.parts import part_length, parts, row_parts
 from compression_manager.quantization.integer.passes import ROWS, Passes
 from compression_manager.quantization.integer.rounding import Rounding
 from compression_manager.quantization.tensors.memory_format import formatted_like, in_memory_order
 
 
-class TorchPasses(Passes):
+class TorchPasses(TorchGradients, Passes):
     """Always there; scales may be tensors, so that an accelerator need not be waited for."""
 
     name = "torch"

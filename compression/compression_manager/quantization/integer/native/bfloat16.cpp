@@ -16,11 +16,6 @@ constexpr int64_t BLOCK_BYTES = 1 << 20;
 constexpr int64_t MOST_ROWS = 256;
 static_assert(SPAN % DEPTH == 0);
 
-// Integers of up to eight bits have no more than the upper half of a float32, a bfloat16.
-inline uint32_t pair(int32_t even, int32_t odd) {
-  return to_bits(static_cast<float>(even)) >> 16 | to_bits(static_cast<float>(odd));
-}
-
 // Packs a part of a right factor: some rows of some neighboring panels. One row of all of them is
 // taken before the next, because what lies side by side is fast to read.
 template <typename Code>

@@ -1,9 +1,11 @@
 // Products whose rows lie anywhere in memory, computed block by block.
 //
-// What the numbers are, and how they are multiplied, is up to the type `Kernel`: Pairs, Quads or Tiles.
+// What the numbers are, and how they are multiplied, is up to the type `Kernel`: Pairs, Quads or
+// Tiles for integers, FloatTiles for bfloat16.
 //
 //   is_fast()                          whether the processor has the instructions
-//   Number, number(code, zero_point)   what a code becomes
+//   Number, number(code, zero_point)   what a code becomes, where codes are multiplied
+//   Sum                                int32_t or float
 //   UNIT                               terms that one instruction multiplies and adds: 32 bits
 //   TILE_ROWS, TILE_COLUMNS            what is computed at a time, as much as registers hold
 //   Packed, pack(...)                  a weight, (columns, depth), in the order in which it is read
@@ -19,9 +21,9 @@ namespace native {
 constexpr int64_t MOST_BLOCK_ROWS = 48;
 
 // What becomes of the sums. Each is rounded to float32, multiplied by the column's scale, and added
-// to its bias, if there is one.
+// to its bias, if there are such.
 struct Output {
-  const float* scale; // (columns)
+  const float* scale; // (columns), or null, then without a bias
   const float* bias; // (columns), or null
   int64_t rows;
   int64_t columns;
@@ -43,10 +45,15 @@ void read_codes(
   }
 }
 
-inline void write_row(
-    const int32_t* __restrict sums, const float* __restrict scale, const float* __restrict bias,
+template <typename Sum>
+void write_row(
+    const Sum* __restrict sums, const float* __restrict scale, const float* __restrict bias,
     int64_t width, float* __restrict values) {
-  if (bias == nullptr) {
+  if (scale == nullptr) {
+    for (int64_t i = 0; i < width; ++i) {
+      values[i] = static_cast<float>(sums[i]);
+    }
+  } else if (bias == nullptr) {
     for (int64_t i = 0; i < width; ++i) {
       values[i] = static_cast<float>(sums[i]) * scale[i];
     }
@@ -59,11 +66,11 @@ inline void write_row(
 
 // Writes `count` rows of a panel whose sums are known; one after the other where the values of a row
 // lie together, else one column after the other.
-template <int64_t WIDTH>
+template <int64_t WIDTH, typename Sum>
 void write_panel(
-    const Output& output, float* const* rows, int64_t count, int64_t column, const int32_t* sums) {
+    const Output& output, float* const* rows, int64_t count, int64_t column, const Sum* sums) {
   const int64_t width = std::min(WIDTH, output.columns - column);
-  const float* scale = output.scale + column;
+  const float* scale = output.scale == nullptr ? nullptr : output.scale + column;
   const float* bias = output.bias == nullptr ? nullptr : output.bias + column;
   const bool together = output.stride == 1;
   float values[MOST_BLOCK_ROWS * WIDTH];
@@ -84,13 +91,15 @@ template <typename Kernel, typename MakeReader>
 void multiply_blocks(
     const Output& output, const Taps& taps, const typename Kernel::Packed& packed,
     const MakeReader& make_reader) {
+  using Sum = typename Kernel::Sum;
   constexpr int64_t height = Kernel::TILE_ROWS;
   constexpr int64_t width = Kernel::TILE_COLUMNS;
-  static_assert(MOST_BLOCK_ROWS % height == 0, "a block of rows has no more than that");
+  constexpr int64_t most = MOST_BLOCK_ROWS / height * height;
+  static_assert(most > 0, "a block of rows has no more than that");
   const int64_t threads = at::get_num_threads();
   const int64_t panels = divide_up(output.columns, width);
   // Blocks of equal size, as many for each thread; where rows are few, threads share the columns.
-  const int64_t least = divide_up(output.rows, MOST_BLOCK_ROWS);
+  const int64_t least = divide_up(output.rows, most);
   const int64_t share = divide_up(output.rows, round_up(least, threads));
   const int64_t block = round_up(share, height);
   const int64_t blocks = divide_up(output.rows, block);
@@ -105,7 +114,7 @@ void multiply_blocks(
       read(row, count, rows);
       const int64_t part = index % parts;
       for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
-        alignas(64) int32_t sums[MOST_BLOCK_ROWS * width];
+        alignas(64) Sum sums[MOST_BLOCK_ROWS * width];
         for (int64_t i = 0; i < count; i += height) {
           Kernel::multiply(
               std::min(height, count - i), rows.numbers + i, taps, packed, panel, sums + i * width);

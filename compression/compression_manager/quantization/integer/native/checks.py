@@ -111,6 +111,29 @@ def check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
 def check_convolution(codes: Tensor, weight: Tensor, zero_point: int, geometry: Geometry) -> None:
     """Raise QuantizationError unless the operands of a convolution of integers fit together."""
     check("codes", codes, torch.uint8)
+    _check_windows(codes, weight, geometry)
+    summed = weight[0].numel()
+    if summed > MAX_SUMMED:
+        raise QuantizationError(
+            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {summed}."
+        )
+    check_zero_point(zero_point, codes.dtype)
+
+
+def check_gradient(gradient: Tensor, codes: Tensor, weight: Tensor, geometry: Geometry) -> None:
+    """Raise QuantizationError unless a gradient is that of a convolution of these integers."""
+    check("codes", codes, *CODES)
+    _check_windows(codes, weight, geometry)
+    places = geometry.places(codes.shape[2:], weight.shape[2:])
+    shape = (codes.shape[0], weight.shape[0], *places)
+    if gradient.dtype != torch.float32 or not gradient.is_cpu or gradient.shape != shape:
+        raise QuantizationError(
+            f"the output's gradient is a float32 tensor {shape} on the CPU, got "
+            f"{described(gradient)}."
+        )
+
+
+def _check_windows(codes: Tensor, weight: Tensor, geometry: Geometry) -> None:
     check("weight", weight, torch.int8)
     axes = len(geometry.stride)
     if {codes.dim(), weight.dim()} != {2 + axes} or axes > 3 or geometry.groups != 1:
@@ -138,12 +161,6 @@ def check_convolution(codes: Tensor, weight: Tensor, zero_point: int, geometry: 
             f"the kernel is larger than the padded input: {described(codes)}, {described(weight)} "
             f"and {geometry}."
         )
-    summed = weight[0].numel()
-    if summed > MAX_SUMMED:
-        raise QuantizationError(
-            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {summed}."
-        )
-    check_zero_point(zero_point, codes.dtype)
 
 
 def check_zero_point(zero_point: int, dtype: torch.dtype) -> None:

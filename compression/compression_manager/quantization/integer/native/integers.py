@@ -109,7 +109,7 @@ class NativeIntegers(Passes):
             count,
             channels,
             columns,
-            _numbers(size, kernel, geometry),
+            numbers_of(size, kernel, geometry),
             output.data_ptr(),
         )
         require_none(problem)
@@ -123,7 +123,7 @@ def _in_units(weight: Tensor, unit: int) -> Tensor:
     return (F.pad(matrix, (0, missing)) if missing else matrix).contiguous()
 
 
-def _numbers(
+def numbers_of(
     size: torch.Size, kernel: torch.Size, geometry: Geometry
 ) -> ctypes.Array[ctypes.c_int64]:
     """Return the C++ struct of a geometry, with ones on the axes that there are not."""

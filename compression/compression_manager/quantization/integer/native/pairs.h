@@ -152,6 +152,7 @@ void multiply_tile(
 
 struct Pairs {
   using Number = int16_t;
+  using Sum = int32_t;
   static constexpr int64_t UNIT = pairs::PAIR;
   static constexpr int64_t TILE_ROWS = pairs::TILE_ROWS;
   static constexpr int64_t TILE_COLUMNS = pairs::TILE_COLUMNS;

@@ -53,6 +53,7 @@ struct Free {
 template <typename T>
 using Buffer = std::unique_ptr<T[], Free>;
 
+// Returns memory that begins with a line of the cache, as rows of tiles had better do.
 template <typename T>
 Buffer<T> allocate(int64_t count) {
   void* memory = std::aligned_alloc(64, round_up(count * sizeof(T), 64));
@@ -60,6 +61,13 @@ Buffer<T> allocate(int64_t count) {
     throw std::bad_alloc();
   }
   return Buffer<T>(static_cast<T*>(memory));
+}
+
+template <typename T>
+Buffer<T> allocate_filled(int64_t count, T value) {
+  Buffer<T> buffer = allocate<T>(count);
+  std::fill_n(buffer.get(), count, value);
+  return buffer;
 }
 
 // Transposes TILE x TILE units of 32 bits; rows lie `from` and `to` units apart.

@@ -19,17 +19,14 @@ from compression_manager.quantization.integer.native.checks import (
     check_vector,
     described,
 )
-from compression_manager.quantization.integer.native.integers import (
-    NativeIntegers,
-    address,
-    require_none,
-)
+from compression_manager.quantization.integer.native.gradients import NativeGradients
+from compression_manager.quantization.integer.native.integers import address, require_none
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
 from compression_manager.quantization.tensors.memory_format import is_dense
 
 
-class NativePasses(NativeIntegers):
+class NativePasses(NativeGradients):
     """C++ kernels, each one pass over memory, on torch's own threads.
 
     Raises:

@@ -28,6 +28,12 @@ struct Product {
   }
 };
 
+// Integers of up to eight bits, also less a zero point, have no more than the upper half of a
+// float32, a bfloat16.
+inline uint32_t pair(int32_t even, int32_t odd) {
+  return to_bits(static_cast<float>(even)) >> 16 | to_bits(static_cast<float>(odd));
+}
+
 // Writes a row as `Pieces` rows of bfloat16, `stride` apart, whose sum it is.
 template <int Pieces>
 inline void split_row(const float* row, int64_t count, uint16_t* pieces, int64_t stride) {

@@ -9,6 +9,7 @@ namespace native {
 
 struct Quads {
   using Number = uint8_t;
+  using Sum = int32_t;
   static constexpr int64_t UNIT = native::UNIT;
   static constexpr int64_t TILE_ROWS = DOT_ROWS;
   static constexpr int64_t TILE_COLUMNS = PANEL;

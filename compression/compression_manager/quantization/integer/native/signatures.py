@@ -50,6 +50,21 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
             *[_size, _size, _size, ctypes.POINTER(_size), _pointer],
         ],
     ),
+    "has_convolution_gradients": (_bool, []),
+    "convolution_input_gradient": (
+        ctypes.c_char_p,
+        [
+            *[_pointer, _pointer, _pointer],
+            *[_size, _size, _size, ctypes.POINTER(_size), _bool, _pointer],
+        ],
+    ),
+    "convolution_weight_gradient": (
+        ctypes.c_char_p,
+        [
+            *[_pointer, _pointer, _bool, _bool, _integer, _float],
+            *[_size, _size, _size, ctypes.POINTER(_size), _pointer],
+        ],
+    ),
 }
 
 

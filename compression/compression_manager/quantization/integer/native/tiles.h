@@ -19,6 +19,7 @@ namespace native {
 
 struct Tiles {
   using Number = uint8_t;
+  using Sum = int32_t;
   using Packed = Quads::Packed;
   static constexpr int64_t UNIT = native::UNIT;
   static constexpr int64_t TILE_ROWS = TILE;
@@ -46,7 +47,7 @@ struct Tiles {
 
 namespace tiles {
 
-#define TILES __attribute__((target("amx-tile,amx-int8")))
+#define TILES __attribute__((target("amx-tile,amx-int8,amx-bf16")))
 
 // Of the eight tiles: each has TILE rows of 64 bytes.
 struct alignas(64) Shapes {
@@ -67,29 +68,38 @@ TILES inline void end() {
   _tile_release();
 }
 
-// Returns how far the rows lie apart; 0 if that differs.
-inline int64_t distance(int64_t count, const uint8_t* const* rows) {
+// Bytes of a row of a tile.
+constexpr int64_t LINE = 64;
+
+// Returns how many bytes the rows of a tile lie apart; 0 if that differs, or if there are fewer.
+template <typename Number>
+int64_t distance(int64_t count, const Number* const* rows) {
+  if (count < TILE) {
+    return 0;
+  }
   const int64_t step = rows[1] - rows[0];
-  for (int64_t i = 2; i < count; ++i) {
+  for (int64_t i = 2; i < TILE; ++i) {
     if (rows[i] - rows[i - 1] != step) {
       return 0;
     }
   }
-  return step;
+  return step * static_cast<int64_t>(sizeof(Number));
 }
 
-// Copies `bytes` bytes of each row, with zeros behind them and in rows that there are not.
-inline void gather(
-    int64_t count, const uint8_t* const* rows, int64_t start, int64_t bytes, uint8_t* target) {
-  if (count < TILE || bytes < AMX_TERMS) {
-    std::memset(target, 0, TILE * AMX_TERMS);
+// Copies `terms` numbers of each row, with zeros behind them and in rows that there are not.
+template <typename Number>
+void gather(
+    int64_t count, const Number* const* rows, int64_t start, int64_t terms, Number* target) {
+  constexpr int64_t whole = LINE / sizeof(Number);
+  if (count < TILE || terms < whole) {
+    std::memset(target, 0, TILE * LINE);
   }
   for (int64_t i = 0; i < count; ++i) {
     // A size that the compiler knows is copied by one instruction.
-    if (bytes == AMX_TERMS) {
-      std::memcpy(target + i * AMX_TERMS, rows[i] + start, AMX_TERMS);
+    if (terms == whole) {
+      std::memcpy(target + i * whole, rows[i] + start, LINE);
     } else {
-      std::memcpy(target + i * AMX_TERMS, rows[i] + start, bytes);
+      std::memcpy(target + i * whole, rows[i] + start, terms * sizeof(Number));
     }
   }
   // GNU's compiler does not know that tiles are loaded from memory.
@@ -103,7 +113,7 @@ TILES void multiply(
     const int32_t* before, int32_t* sums) {
   constexpr int64_t line = PANEL * UNIT;
   alignas(64) uint8_t space[TILE * AMX_TERMS];
-  const int64_t step = count == TILE ? distance(count, rows) : 0;
+  const int64_t step = distance(count, rows);
   // Every row begins with the same.
   _tile_loadd(0, before, 0);
   if constexpr (WIDTH > 1) {
@@ -148,8 +158,6 @@ TILES void multiply(
     _tile_stored(3, sums + 3 * TILE, row);
   }
 }
-
-#undef TILES
 
 } // namespace tiles
 
