@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compression_manager.quantization.arithmetic import scalars
 from compression_manager.quantization.arithmetic.ranges import extremes
-from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.passes import Ends, Passes
 from compression_manager.quantization.integer.selection import TORCH
 from compression_manager.quantization.quantizers.quantizer_module import ObservedFakeQuantizer
 from compression_manager.quantization.scheme import QuantizationScheme
@@ -140,7 +140,7 @@ def quantize_input(
 
 def _quantize_finite(
     input: Tensor,
-    ends: tuple[float, float],
+    ends: Ends,
     step: float,
     offset: int,
     quant_min: int,
@@ -163,9 +163,14 @@ def _quantize_finite(
     return IntegerInput(codes, scale, zero_point, clipped)
 
 
-def _finite_ends(input: Tensor, known: dict[object, Any]) -> tuple[float, float] | None:
+def remember_ends(tensor: Tensor, ends: Ends) -> None:
+    """Keep the smallest and the largest value of what autograd follows, for who quantizes it."""
+    remembered(tensor)[_ENDS] = ends
+
+
+def _finite_ends(input: Tensor, known: dict[object, Any]) -> Ends | None:
     """Return the smallest and the largest value, unless one is not finite."""
-    ends: tuple[float, float] | None = known.get(_ENDS)
+    ends: Ends | None = known.get(_ENDS)
     if ends is None:
         low, high = extremes(input)
         ends = known[_ENDS] = float(low), float(high)

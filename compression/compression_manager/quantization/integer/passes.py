@@ -24,6 +24,9 @@ ROWS = QuantizationScheme(bits=8, symmetric=True, granularity="channel", axis=0)
 # 32-bit sums hold this many products of a code up to 255 and a weight down to -128.
 MAX_SUMMED = (2**31 - 1) // (255 * 128)
 
+Ends = tuple[float, float]
+"""The smallest and the largest value of a tensor."""
+
 
 class Passes(ConvolutionGradients):
     """One implementation of the passes.
@@ -159,15 +162,17 @@ class Passes(ConvolutionGradients):
         """
 
     @abstractmethod
-    def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def relu(self, input: Tensor) -> tuple[Tensor, Tensor, Ends | None]:
         """Return max(input, 0) and where its gradient passes.
 
         Args:
-            input: float32, dense, any shape.
+            input: float32, dense, any shape, of at least one element.
 
         Returns:
             output: float32, shape and strides of `input`; NaN stays NaN.
             positive: uint8 (ceil(n / 8),), bits that are 1 unless input <= 0; so for NaN.
+            ends: the smallest and the largest element of the output, both NaN if one is; None
+                where finding them would take a pass of its own.
         """
 
     @abstractmethod

@@ -113,7 +113,7 @@ class TorchPasses(TorchGradients, Passes):
         clear_marked(in_memory_order(gradient), clipped)
         return gradient
 
-    def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def relu(self, input: Tensor) -> tuple[Tensor, Tensor, None]:
         """Return max(input, 0) and the bits of what is not at most zero."""
         output = torch.empty_like(input)
         flat, flat_output = in_memory_order(input), in_memory_order(output)
@@ -121,7 +121,7 @@ class TorchPasses(TorchGradients, Passes):
         for part in parts(flat):
             passed = torch.clamp_min(flat[part], 0.0, out=flat_output[part])
             bits[bytes_of(part)] = pack_nonzero(passed)
-        return output, bits
+        return output, bits, None
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """Return the gradient where a bit is set, else zero."""

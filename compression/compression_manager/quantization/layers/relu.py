@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.quantization.autograd import apply, differentiable_once
-from compression_manager.quantization.integer.passes import Passes
+from compression_manager.quantization.integer.operands import remember_ends
+from compression_manager.quantization.integer.passes import Ends, Passes
 from compression_manager.quantization.integer.selection import active_passes, why_reference
 from compression_manager.quantization.tensors.memory_format import is_dense, strided_copy
 
@@ -27,7 +28,11 @@ class BitMaskReLU(nn.ReLU):
         """Return max(input, 0), in place of the input if `inplace`."""
         if not _keeps_bits(input):
             return super().forward(input)
-        return apply(_BitMaskReLU, input, self.inplace, active_passes())
+        found: list[Ends | None] = []
+        output = apply(_BitMaskReLU, input, self.inplace, active_passes(), found)
+        if found[0] is not None:
+            remember_ends(output, found[0])
+        return output
 
 
 def relu(input: Tensor) -> Tensor:
@@ -50,8 +55,11 @@ def _keeps_bits(input: Tensor) -> bool:
 
 class _BitMaskReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, inplace: bool, passes: Passes) -> Tensor:
-        output, positive = passes.relu(input)
+    def forward(
+        ctx: Any, input: Tensor, inplace: bool, passes: Passes, found: list[Ends | None]
+    ) -> Tensor:
+        output, positive, ends = passes.relu(input)
+        found.append(ends)
         ctx.passes, ctx.stride = passes, input.stride()
         ctx.save_for_backward(positive)
         if inplace:
@@ -66,7 +74,7 @@ class _BitMaskReLU(torch.autograd.Function):
         if gradient.stride() != ctx.stride:
             # The bits lie in the order of the input in memory.
             gradient = strided_copy(gradient, ctx.stride)
-        return cast(Passes, ctx.passes).relu_gradient(gradient, positive), None, None
+        return cast(Passes, ctx.passes).relu_gradient(gradient, positive), None, None, None
 
 
 _RELU = BitMaskReLU()

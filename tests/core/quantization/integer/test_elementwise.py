@@ -246,13 +246,16 @@ def test_clipped_elements_lose_their_gradient_in_place(
 @settings(deadline=None, max_examples=100)
 @given(input=float_tensors())
 def test_relu_keeps_a_bit_where_the_gradient_passes(passes: Passes, input: Tensor) -> None:
-    output, positive = passes.relu(input)
+    output, positive, ends = passes.relu(input)
     values = memory(input)
     expected = ~(values <= 0)
     assert output.stride() == input.stride() or not input.numel()
     assert np.array_equal(memory(output), np.where(expected, values, 0), equal_nan=True)
     assert np.array_equal(bits(positive, input.numel()), expected)
     assert torch.equal(output.nan_to_num(7.0), input.relu().nan_to_num(7.0))
+    if ends is not None and input.numel():
+        kept = memory(output)  # whose minimum and maximum are NaN if one is
+        assert np.array_equal(ends, (kept.min(), kept.max()), equal_nan=True)
 
 
 @settings(deadline=None, max_examples=100)
@@ -271,8 +274,9 @@ def test_relu_gradient_is_that_of_the_output_or_zero(
 
 def test_threads_share_every_pass_over_a_long_tensor(passes: Passes, threads: int) -> None:
     input = torch.randn(LONG)
-    output, positive = passes.relu(input)
+    output, positive, ends = passes.relu(input)
     assert torch.equal(output, input.relu())
+    assert ends in (None, (float(output.min()), float(output.max())))
     gradient = torch.randn(LONG)
     assert torch.equal(
         passes.relu_gradient(gradient, positive), torch.where(input > 0, gradient, 0)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.errors import QuantizationError
+from compression_manager.quantization.integer import operands
+from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.layers import relu
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_outputs
-from integer_layers import each_passes
+from integer_layers import each_passes, quantized
 
 pytestmark = pytest.mark.usefixtures("each_passes")
 __all__ = ["each_passes"]
@@ -157,3 +159,25 @@ def test_a_gradient_that_no_number_changes_can_be_part_of_a_loss() -> None:
     (gradient.square().sum() + input.sum()).backward()
     assert input.grad is not None
     assert torch.equal(input.grad, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_native_kernels_find_the_range_for_the_layer_behind_on_the_way(
+    inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    input = torch.randn(64, 24)
+    layer = quantized(nn.Linear(24, 16), input.relu(), "integer")
+    asked: list[Tensor] = []
+    extremes = operands.extremes
+    monkeypatch.setattr(
+        operands, "extremes", lambda tensor: asked.append(tensor) or extremes(tensor)
+    )
+    before = BitMaskReLU(inplace)
+    outputs = [
+        layer(values.relu() if plain else before(values * 1.0))
+        for plain in (True, False)
+        for values in [(2.0 * input).requires_grad_()]
+    ]
+    assert torch.equal(*outputs)
+    assert len(asked) == (1 if active_passes().name == "native" else 2)

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <mutex>
 
 namespace native {
 namespace {
@@ -134,15 +135,33 @@ void add_dequantized(
   });
 }
 
-inline uint64_t relu_group(
-    const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask) {
+// The smallest and the largest of some numbers that are not negative, as their bits, whose order is that
+// of the numbers; NaN has larger ones than infinity.
+struct Ends {
+  uint32_t low = ~0u;
+  uint32_t high = 0;
+
+  void include(const Ends& other) {
+    low = std::min(low, other.low);
+    high = std::max(high, other.high);
+  }
+};
+
+inline void relu_group(
+    const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask,
+    Ends& ends) {
   uint8_t flags[GROUP] = {};
+  Ends own;
   for (int64_t i = 0; i < count; ++i) {
     const bool positive = !(input[i] <= 0.0f);
     flags[i] = positive;
     output[i] = positive ? input[i] : 0.0f;
+    const uint32_t bits = to_bits(output[i]);
+    own.low = std::min(own.low, bits);
+    own.high = std::max(own.high, bits);
   }
-  return pack_flags(flags, count, mask);
+  ends.include(own);
+  pack_flags(flags, count, mask);
 }
 
 } // namespace
@@ -212,16 +231,26 @@ EXPORT void clear_marked(float* values, int64_t size, const uint8_t* mask) {
   });
 }
 
-EXPORT void relu_elements(const float* input, int64_t size, float* output, uint8_t* mask) {
+// Sets `ends` to the smallest and the largest element of the output, or both to NaN if one is.
+EXPORT void relu_elements(
+    const float* input, int64_t size, float* output, uint8_t* mask, float* ends) {
+  constexpr uint32_t infinity = 0x7f800000u;
+  Ends all;
+  std::mutex turn;
   for_elements(size, [&](int64_t begin, int64_t end) {
+    Ends own;
     int64_t i = begin;
     for (; i + GROUP <= end; i += GROUP) {
-      relu_group(input + i, GROUP, output + i, mask + i / 8);
+      relu_group(input + i, GROUP, output + i, mask + i / 8, own);
     }
     if (i < end) {
-      relu_group(input + i, end - i, output + i, mask + i / 8);
+      relu_group(input + i, end - i, output + i, mask + i / 8, own);
     }
+    const std::lock_guard<std::mutex> guard(turn);
+    all.include(own);
   });
+  ends[0] = to_float(all.high > infinity ? all.high : all.low);
+  ends[1] = to_float(all.high);
 }
 
 EXPORT void keep_marked(const float* input, int64_t size, const uint8_t* mask, float* output) {

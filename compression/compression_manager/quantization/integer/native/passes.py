@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from compression_manager.quantization.integer.native.gradients import NativeGrad
 from compression_manager.quantization.integer.native.integers import address, require_none
 from compression_manager.quantization.integer.native.loader import load_library
 from compression_manager.quantization.integer.native.signatures import declared
+from compression_manager.quantization.integer.passes import Ends
 from compression_manager.quantization.tensors.memory_format import is_dense
 
 
@@ -197,14 +199,15 @@ class NativePasses(NativeGradients):
         torch.autograd.graph.increment_version(gradient)
         return gradient
 
-    def relu(self, input: Tensor) -> tuple[Tensor, Tensor]:
+    def relu(self, input: Tensor) -> tuple[Tensor, Tensor, Ends]:
         """See `Passes.relu`."""
         check("input", input, torch.float32)
         output, positive = torch.empty_like(input), _empty_mask(input)
+        ends = (ctypes.c_float * 2)()
         self._functions.relu_elements(
-            input.data_ptr(), input.numel(), output.data_ptr(), positive.data_ptr()
+            input.data_ptr(), input.numel(), output.data_ptr(), positive.data_ptr(), ends
         )
-        return output, positive
+        return output, positive, (ends[0], ends[1])
 
     def relu_gradient(self, gradient: Tensor, positive: Tensor) -> Tensor:
         """See `Passes.relu_gradient`."""
