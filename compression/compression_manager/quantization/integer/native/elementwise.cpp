@@ -151,17 +151,21 @@ inline void relu_group(
     const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask,
     Ends& ends) {
   uint8_t flags[GROUP] = {};
-  Ends own;
   for (int64_t i = 0; i < count; ++i) {
     const bool positive = !(input[i] <= 0.0f);
     flags[i] = positive;
     output[i] = positive ? input[i] : 0.0f;
-    const uint32_t bits = to_bits(output[i]);
-    own.low = std::min(own.low, bits);
-    own.high = std::max(own.high, bits);
   }
-  ends.include(own);
   pack_flags(flags, count, mask);
+  // A loop of its own, of variables of its own, or compilers would do all of it one by one.
+  uint32_t low = ends.low;
+  uint32_t high = ends.high;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = to_bits(output[i]);
+    low = bits < low ? bits : low;
+    high = bits > high ? bits : high;
+  }
+  ends = {low, high};
 }
 
 } // namespace
