@@ -42,6 +42,8 @@ _PASSES = tuple(
     for name in sorted(Passes.__abstractmethods__)
     if not name.startswith("supports") and name != "integer_kernel"
 )
+# Those that multiply.
+_PRODUCT_PASSES = ("multiply", "convolve", "convolution")
 _MARK = "passes::"
 
 
@@ -78,7 +80,7 @@ def part_of(event: Any) -> str | None:
     while inside is not None:
         if inside.name.startswith(_MARK):
             method = inside.name.removeprefix(_MARK)
-            return "products" if method.startswith(("multiply", "convolve")) else "quantization"
+            return "products" if method.startswith(_PRODUCT_PASSES) else "quantization"
         inside = inside.cpu_parent
     if event.name.startswith(_PRODUCTS):
         return "products"
