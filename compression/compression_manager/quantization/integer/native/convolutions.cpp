@@ -55,7 +55,7 @@ using namespace native;
 
 // Returns what `convolve_integers` wants the channels of a weight to be a multiple of.
 EXPORT int64_t channels_unit() {
-  return Quads::is_fast() ? Quads::UNIT : Pairs::UNIT;
+  return Tiles::is_fast() ? Tiles::UNIT : Quads::is_fast() ? Quads::UNIT : Pairs::UNIT;
 }
 
 // Convolves `count` images, codes (count, *size, channels), into (count, *places, columns); or codes

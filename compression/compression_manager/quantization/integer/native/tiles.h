@@ -91,6 +91,12 @@ template <typename Number>
 void gather(
     int64_t count, const Number* const* rows, int64_t start, int64_t terms, Number* target) {
   constexpr int64_t whole = LINE / sizeof(Number);
+  const auto keep_order = [&] {
+    // GNU's compiler does not know that tiles are loaded from memory: neither may what is written
+    // here wait until after the load that follows, nor come before the last one.
+    asm volatile("" : : "r"(target) : "memory");
+  };
+  keep_order();
   if (count < TILE || terms < whole) {
     std::memset(target, 0, TILE * LINE);
   }
@@ -102,8 +108,7 @@ void gather(
       std::memcpy(target + i * whole, rows[i] + start, terms * sizeof(Number));
     }
   }
-  // GNU's compiler does not know that tiles are loaded from memory.
-  asm volatile("" : : "r"(target) : "memory");
+  keep_order();
 }
 
 // Sets the sums of up to TILE rows and the first WIDTH tiles of a panel's columns.
