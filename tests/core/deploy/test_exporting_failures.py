@@ -39,7 +39,7 @@ def test_an_unknown_format_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"no format 7; Valid: aot_inductor, onnx, openvino, torch\."
     ):
-        deploy.export(mlp(), tmp_path / "model", 7, VECTORS)  # type: ignore[arg-type]  # no format
+        deploy.export(mlp(), tmp_path / "model", 7, VECTORS)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
@@ -79,7 +79,7 @@ def test_a_model_of_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"layer '0' is still that of training.*convert\(\)"):
         deploy.export(manager.model, tmp_path / "model", "torch", VECTORS)
     with pytest.raises(ConfigError, match=r"takes a torch\.nn\.Module, got dict"):
-        deploy.export({}, tmp_path / "model", "torch", VECTORS)  # type: ignore[arg-type]  # no model
+        deploy.export({}, tmp_path / "model", "torch", VECTORS)
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:

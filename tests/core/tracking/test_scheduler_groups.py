@@ -90,7 +90,7 @@ class Wrapper(torch.optim.Optimizer):
         self.optimizer = optimizer
 
     @property
-    def param_groups(self) -> Any:  # type: ignore[override]  # a property, as accelerate's
+    def param_groups(self) -> Any:  # a property, as accelerate's
         return self.optimizer.param_groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -12,3 +12,10 @@ from compression_manager.quantization.integer.native import NativePasses
 @pytest.fixture(scope="session")
 def passes(library_file: Path) -> NativePasses:
     return NativePasses()
+
+
+@pytest.fixture
+def convolution_gradients(passes: NativePasses) -> None:
+    """Leave out a test of kernels that are made of AMX's instructions; torch computes elsewhere."""
+    if not passes.supports_convolution_gradients():
+        pytest.skip("no AMX")  # nothing calls these kernels then

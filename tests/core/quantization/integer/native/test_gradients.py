@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,8 @@ from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.native import NativePasses
 from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.torch_passes import TorchPasses
+
+pytestmark = pytest.mark.usefixtures("convolution_gradients")
 
 FACTOR = 0.0123
 # What float32 sums may differ by, relative to the sum of the magnitudes of the terms.
@@ -102,8 +105,9 @@ def reference(
     """The gradients of input and weight in float64."""
     stride, padding, dilation, groups = its
     input, weight = input.double().requires_grad_(), weight.double().requires_grad_()
-    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[len(stride) - 1]
-    output: Tensor = convolve(input, weight, None, stride, padding, dilation, groups)  # type: ignore[operator]
+    convolutions: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+    convolve = convolutions[len(stride) - 1]
+    output = convolve(input, weight, None, stride, padding, dilation, groups)
     for_input, for_weight = torch.autograd.grad(output, [input, weight], gradient.double())
     return for_input, for_weight
 
@@ -138,12 +142,6 @@ def assert_close(output: Tensor, expected: Tensor, bound: Tensor, tolerance: flo
     assert output.isfinite().all()
     error = (output.double() - expected).abs() / (bound + 1e-30)
     assert error.max() < tolerance
-
-
-@pytest.fixture(autouse=True)
-def _supported(passes: NativePasses) -> None:
-    if not passes.supports_convolution_gradients():
-        pytest.skip("this processor has no AMX, without which there are no such kernels")
 
 
 @pytest.mark.parametrize("last", [False, True])
