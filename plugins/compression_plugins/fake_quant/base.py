@@ -188,10 +188,10 @@ class FakeQuantPlugin(Plugin[Options]):
         return {planned.name: self._layer(model, planned.name) for planned in self._plan.layers}
 
     def _layer(self, model: nn.Module, name: str) -> QuantizedLayer:
-        try:
-            layer: nn.Module | None = model.get_submodule(name)
-        except AttributeError:
-            layer = None
+        # In every step, where `get_submodule` asks for each attribute twice.
+        layer: nn.Module | None = model
+        for child in name.split(".") if name else ():
+            layer = None if layer is None else layer._modules.get(child)
         if not isinstance(layer, QuantizedLayer):
             found = "is gone" if layer is None else f"is a {type(layer).__name__} now"
             raise QuantizationError(

@@ -13,7 +13,7 @@ from compression_manager.context import Context
 from compression_manager.deploy.conversion import Conversion
 from compression_manager.errors import QuantizationError
 from compression_manager.quantization.integer.options import ProductOptions
-from compression_manager.quantization.integer.weights import forget_weights
+from compression_manager.quantization.integer.weights import forget_trained_weights
 from compression_plugins.fake_quant.base import FakeQuantPlugin
 from compression_plugins.fake_quant.config import QATConfig
 from compression_plugins.fake_quant.plan import plan_model
@@ -68,7 +68,7 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         quantizing = config.fake_quantize_at.reached(**reached)
         for layer in self._layers(context.model).values():
             for quantizer in layer.quantizers():
-                if tuple(quantizer.phase) != (observing, quantizing):
+                if quantizer.phase != (observing, quantizing):
                     quantizer.set_phase(observing=observing, quantizing=quantizing)
         if config.freeze_batch_norm_at is not None and config.freeze_batch_norm_at.reached(
             **reached
@@ -86,10 +86,9 @@ class QATPlugin(FakeQuantPlugin[QATConfig]):
         self._pause(context, paused=False)
 
     @hookimpl
-    def on_after_optimizer_step(self, context: Context) -> None:
+    def on_after_optimizer_step(self) -> None:
         """Quantize the weights anew, if the optimizer is none of torch's."""
-        for layer in self._layers(context.model).values():
-            forget_weights(layer.quantizers())
+        forget_trained_weights()
 
     # Conversion ------------------------------------------------------------------------------
 

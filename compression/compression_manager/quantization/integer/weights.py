@@ -1,8 +1,8 @@
 """Integers of weights that are being trained, computed anew only if the weight changed.
 
-Changes are seen by autograd's counter, by the steps of torch's optimizers, by the hooks that call
-`forget_weights`, and, because fused optimizers and what is written through `.data` leave no trace
-in that counter, by a sample of the values.
+Changes are seen by autograd's counter, by the steps of torch's optimizers, by the hook that calls
+`forget_trained_weights`, and, because fused optimizers and what is written through `.data` leave no
+trace in that counter, by a sample of the values.
 """
 
 from __future__ import annotations
@@ -101,6 +101,13 @@ def forget_weights(quantizers: Iterable[FakeQuantizer]) -> None:
             _weights.pop(quantizer, None)
 
 
+def forget_trained_weights() -> None:
+    """Compute the integers of all weights that are trained anew in their next forward pass."""
+    for quantizer, known in list(_weights.items()):
+        if known.is_trained:
+            del _weights[quantizer]
+
+
 @cache
 def _watch_optimizers() -> None:
     """Forget weights whenever an optimizer has made a step; for this process, once."""
@@ -111,10 +118,11 @@ def _forget_stepped(optimizer: Optimizer, *_: object) -> None:
     # A compiled step leaves its trace.
     if torch.compiler.is_compiling():
         return
+    # Also of weights that it does not have: it may have shards (FSDP), or a copy to be copied back.
+    forget_trained_weights()
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for quantizer, known in list(_weights.items()):
-        # An optimizer may have shards of a weight (FSDP), or a master copy that is then copied.
-        if known.is_trained or id(known.base()) in stepped:
+        if id(known.base()) in stepped:
             del _weights[quantizer]
 
 

@@ -91,13 +91,8 @@ class QuantizedLayer(nn.Module):
         }
 
     def quantizers(self) -> list[FakeQuantizer]:
-        """Return the layer's fake quantizers."""
-        return [
-            quantizer
-            for name in self.operands_of(self)
-            for quantizer in self._quantizers_of(name)
-            if quantizer is not None
-        ]
+        """Return the layer's fake quantizers, part by part, the weight's before the input's."""
+        return [child for child in self._modules.values() if isinstance(child, FakeQuantizer)]
 
     def input_quantizers(self) -> list[FakeQuantizer]:
         """Return the fake quantizers of the layer's inputs."""

@@ -203,6 +203,27 @@ def test_a_step_of_another_optimizer_forgets_what_is_trained(
     assert counting.weights == count
 
 
+def test_the_hook_behind_a_step_shows_what_no_optimizer_of_torch_wrote(counting: Counting) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    trained, frozen = (model.get_submodule(name).get_parameter("weight") for name in "01")
+    frozen.requires_grad_(False)
+    manager = prepare_compression(model, [QATConfig(forward="integer")])
+    manager.on_train_begin()
+    counts = []
+    for step in range(4):
+        manager.on_step_begin(step)
+        output = model(torch.randn(16, 64))
+        manager.on_after_compute_loss(None, output, output.sum()).backward()
+        manager.on_before_optimizer_step()
+        trained.data[step, step] += 1.0  # the sample misses nearly all of these
+        manager.on_after_optimizer_step()
+        manager.on_step_end()
+        counts.append(counting.weights)
+    assert counts == [0, 2, 3, 4]
+    manager.close()
+
+
 def test_models_quantized_after_training_are_watched_as_well() -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(16, 64)
