@@ -256,14 +256,14 @@ class Passes(ConvolutionGradients):
         the bias.
 
         Args:
-            codes: uint8 (M, K).
+            codes: uint8 (*, K), contiguous.
             weight: int8 (N, K).
             zero_point: integer of real zero in `codes`, from 0 to 255; a tensor on an accelerator.
             scale: float32 (N,), the scale of the codes times those of the weight's rows.
             bias: float32 (N,), or None.
 
         Returns:
-            float32 (M, N), contiguous.
+            float32 (*, N), contiguous.
         """
 
     @abstractmethod

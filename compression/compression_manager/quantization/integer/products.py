@@ -7,7 +7,7 @@ there are any. On other CPUs native kernels, or those of float32 with sums that 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -77,16 +77,12 @@ def linear(
     Returns:
         float32 (*, out features).
     """
-    # Images whose channels lie together may have such a shape that this is no copy.
-    matrix = input.codes.reshape(-1, input.codes.shape[-1]).contiguous()
-    _check_terms(matrix.shape[1], weight.codes.shape[1])
-    codes, zero_point = _unsigned(matrix, input.zero_point)
-    if _takes_packed(matrix.device, packs):
-        output = _packed_linear(codes, zero_point, input, weight, bias)
-    else:
-        scale = input.scale * weight.scale
-        output = _multiplier(passes).multiply_integers(codes, weight.codes, zero_point, scale, bias)
-    return output.reshape(*input.codes.shape[:-1], weight.codes.shape[0])
+    _check_terms(input.codes.shape[-1], weight.codes.shape[1])
+    codes, zero_point = _unsigned(input.codes.contiguous(), input.zero_point)
+    if _takes_packed(codes.device, packs):
+        return _packed_linear(codes, zero_point, input, weight, bias)
+    scale = input.scale * weight.scale
+    return _multiplier(passes).multiply_integers(codes, weight.codes, zero_point, scale, bias)
 
 
 def add(input: Tensor, residual: IntegerInput, passes: Passes) -> Tensor:
@@ -173,6 +169,12 @@ def _zeros(columns: int) -> Tensor:
         return torch.zeros(columns, dtype=torch.int32)
 
 
+@cache
+def _any_scale() -> Tensor:
+    with torch.device("cpu"), torch.inference_mode(False):
+        return torch.ones(())
+
+
 def _packed_linear(
     codes: Tensor,
     zero_point: int | Tensor,
@@ -183,7 +185,7 @@ def _packed_linear(
     if weight.packed is None:
         weight.packed = torch.ops.onednn.qlinear_prepack(weight.codes, None)
     output: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes,
+        codes.view(codes.shape[:-1].numel(), codes.shape[-1]),
         float(input.scale),
         zero_point,
         weight.packed,
@@ -192,7 +194,7 @@ def _packed_linear(
         bias,
         *_FLOAT32_OUTPUT,
     )
-    return output
+    return output.view(*codes.shape[:-1], len(weight.scale))
 
 
 def _onednn_convolve(
@@ -206,10 +208,11 @@ def _onednn_convolve(
     codes, zero_point = _unsigned(input.codes, input.zero_point)
     packed = weight.packed
     if packed is None:
-        # An order for inputs of any size is kept; the one for this size is the fastest.
+        # An order for inputs of any size is kept; the one for this size is the fastest. No order
+        # depends on the scales, which torch would read one by one.
         packed = torch.ops.onednn.qconv_prepack(
             weight.codes,
-            weight.scale,
+            _any_scale(),
             float(input.scale),
             zero_point,
             *geometry,

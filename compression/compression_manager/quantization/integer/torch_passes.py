@@ -176,11 +176,12 @@ class TorchPasses(TorchGradients, Passes):
         bias: Tensor | None,
     ) -> Tensor:
         """Return the product; of float32 kernels on CPUs without VNNI, but as exact."""
+        matrix = codes.view(codes.shape[:-1].numel(), weight.shape[1])
         if _has_integer_product(codes.device):
-            sums, offsets = _integer_sums(codes, weight, zero_point)
+            sums, offsets = _integer_sums(matrix, weight, zero_point)
             output = sums.view(torch.float32)  # which takes the place of the sums
         else:
-            sums, offsets = exact.product(codes, int(zero_point), weight), None
+            sums, offsets = exact.product(matrix, int(zero_point), weight), None
             output = sums
         for part, done in row_parts(sums, output):
             numbers = part if offsets is None else part.sub_(offsets)
@@ -188,7 +189,7 @@ class TorchPasses(TorchGradients, Passes):
             done.copy_(numbers).mul_(scale)
             if bias is not None:
                 done.add_(bias)
-        return output
+        return output.view(*codes.shape[:-1], weight.shape[0])
 
     def convolve_integers(
         self,

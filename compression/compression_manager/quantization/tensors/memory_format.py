@@ -11,8 +11,10 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def is_dense(tensor: Tensor) -> bool:
     """Return whether `tensor` is contiguous or channels_last, the formats that kernels take."""
-    last = _CHANNELS_LAST.get(tensor.dim(), torch.contiguous_format)
-    return tensor.is_contiguous() or tensor.is_contiguous(memory_format=last)
+    if tensor.is_contiguous():
+        return True
+    last = _CHANNELS_LAST.get(tensor.dim())
+    return last is not None and tensor.is_contiguous(memory_format=last)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -16,18 +16,14 @@ CODES = (torch.uint8, torch.int8)
 
 def check(what: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
     """Raise QuantizationError unless `tensor` is dense, on the CPU and of one of these dtypes."""
-    if tensor.dtype not in dtypes or not tensor.is_cpu or not _is_dense(tensor):
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise QuantizationError(
-            f"{what} is a dense {names} tensor on the CPU, got {described(tensor)}."
-        )
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided:
-        return False
-    # The second question takes four times as long.
-    return is_dense(tensor) or not has_gaps(tensor)
+    strided = tensor.is_cpu and tensor.layout == torch.strided
+    # The last question takes four times as long as the one before.
+    if tensor.dtype in dtypes and strided and (is_dense(tensor) or not has_gaps(tensor)):
+        return
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    raise QuantizationError(
+        f"{what} is a dense {names} tensor on the CPU, got {described(tensor)}."
+    )
 
 
 def check_range(zero_point: int, quant_min: int, quant_max: int) -> None:
@@ -91,9 +87,9 @@ def check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
     """Raise QuantizationError unless the factors of an integer product fit together."""
     check("codes", codes, torch.uint8)
     check("weight", weight, torch.int8)
-    if (codes.dim(), weight.dim()) != (2, 2) or codes.shape[1] != weight.shape[1]:
+    if codes.dim() == 0 or weight.dim() != 2 or codes.shape[-1] != weight.shape[1]:
         raise QuantizationError(
-            "codes and weight are matrices with the same number of columns, got "
+            "the weight is a matrix and the codes end in its number of columns, got "
             f"{described(codes)} and {described(weight)}."
         )
     if not codes.is_contiguous() or not weight.is_contiguous():
@@ -101,9 +97,9 @@ def check_integers(codes: Tensor, weight: Tensor, zero_point: int) -> None:
             f"codes and weight are contiguous, got {described(codes)} and {described(weight)}; "
             "use .contiguous()."
         )
-    if codes.shape[1] > MAX_SUMMED:
+    if weight.shape[1] > MAX_SUMMED:
         raise QuantizationError(
-            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {codes.shape[1]} columns."
+            f"sums of up to {MAX_SUMMED} products fit into 32 bits, got {weight.shape[1]} columns."
         )
     check_zero_point(zero_point, codes.dtype)
 

@@ -55,20 +55,19 @@ class NativeIntegers(Passes):
         """See `Passes.multiply_integers`; codes and weight are contiguous."""
         zero_point = int(zero_point)
         check_integers(codes, weight, zero_point)
-        rows, depth = codes.shape
-        columns = weight.shape[0]
+        columns, depth = weight.shape
         _check_addends(scale, bias, columns)
-        if 0 in (rows, columns, depth):
-            nothing = scale.new_zeros(rows, columns).mul_(scale)
+        output = scale.new_empty((*codes.shape[:-1], columns))
+        if depth == 0 or output.numel() == 0:
+            nothing = output.zero_().mul_(scale)
             return nothing if bias is None else nothing.add_(bias)
-        output = scale.new_empty(rows, columns)
         problem = self._functions.multiply_integers(
             codes.data_ptr(),
             weight.data_ptr(),
             zero_point,
             scale.data_ptr(),
             address(bias),
-            rows,
+            codes.numel() // depth,
             columns,
             depth,
             output.data_ptr(),

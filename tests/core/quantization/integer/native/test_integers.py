@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -78,6 +80,17 @@ def test_any_size_and_zero_point(
     factors = make_factors(rows, depth, columns, seed)
     check(passes, factors, zero_point, with_bias)
     check(TorchPasses(), factors, zero_point, with_bias)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (2, 3, 1), (0, 3)])
+def test_axes_before_the_last_stay(passes: NativePasses, shape: tuple[int, ...]) -> None:
+    factors = make_factors(math.prod(shape), 20, 7)
+    codes, weight, scale, bias = factors
+    rows = torch.from_numpy(expected(factors, 131, True))
+    for one in (passes, TorchPasses()):
+        output = one.multiply_integers(codes.view(*shape, 20), weight, 131, scale, bias)
+        assert output.is_contiguous()
+        assert torch.equal(output, rows.view(*shape, 7))
 
 
 @pytest.mark.parametrize("zero_point", [0, 255])
@@ -164,7 +177,7 @@ def test_what_does_not_fit_is_refused(passes: NativePasses) -> None:
     multiply = passes.multiply_integers
     with pytest.raises(QuantizationError, match="codes is a dense uint8"):
         multiply(codes.view(torch.int8), weight, 0, scale, bias)
-    with pytest.raises(QuantizationError, match="the same number of columns"):
+    with pytest.raises(QuantizationError, match="end in its number of columns"):
         multiply(codes, weight[:, :3].contiguous(), 0, scale, bias)
     with pytest.raises(QuantizationError, match="are contiguous"):
         multiply(codes, weight.t().contiguous().t(), 0, scale, bias)
