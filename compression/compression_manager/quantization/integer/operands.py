@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from compression_manager.quantization.arithmetic import scalars
-from compression_manager.quantization.arithmetic.ranges import extremes
 from compression_manager.quantization.integer.passes import Ends, Passes
 from compression_manager.quantization.integer.selection import TORCH
 from compression_manager.quantization.quantizers.quantizer_module import ObservedFakeQuantizer
@@ -102,7 +101,7 @@ def integer_input(
             input.detach(), quantizer.scale, quantizer.zero_point, quantizer.scheme
         )
     known, input = remembered(input), input.detach()
-    ends = _finite_ends(input, known)
+    ends = _finite_ends(input, known, passes)
     if ends is None:
         return None
     scheme = quantizer.scheme
@@ -168,12 +167,11 @@ def remember_ends(tensor: Tensor, ends: Ends) -> None:
     remembered(tensor)[_ENDS] = ends
 
 
-def _finite_ends(input: Tensor, known: dict[object, Any]) -> Ends | None:
+def _finite_ends(input: Tensor, known: dict[object, Any], passes: Passes) -> Ends | None:
     """Return the smallest and the largest value, unless one is not finite."""
     ends: Ends | None = known.get(_ENDS)
     if ends is None:
-        low, high = extremes(input)
-        ends = known[_ENDS] = float(low), float(high)
+        ends = known[_ENDS] = passes.ends(input)
     return ends if math.isfinite(ends[0]) and math.isfinite(ends[1]) else None
 
 

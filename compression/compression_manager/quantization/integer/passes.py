@@ -42,6 +42,14 @@ class Passes(ConvolutionGradients):
     name: ClassVar[str]
 
     @abstractmethod
+    def ends(self, input: Tensor) -> Ends:
+        """Return the smallest and the largest element of at least one; both NaN if one is.
+
+        Args:
+            input: float32, dense, any shape, on the CPU.
+        """
+
+    @abstractmethod
     def quantize(
         self,
         input: Tensor,

@@ -23,7 +23,7 @@ from compression_manager.quantization.integer.cpu_features import cpu_features
 from compression_manager.quantization.integer.geometry import Geometry
 from compression_manager.quantization.integer.gradients import TorchGradients
 from compression_manager.quantization.integer.parts import part_length, parts, row_parts
-from compression_manager.quantization.integer.passes import ROWS, Passes
+from compression_manager.quantization.integer.passes import ROWS, Ends, Passes
 from compression_manager.quantization.integer.rounding import Rounding
 from compression_manager.quantization.tensors.memory_format import formatted_like, in_memory_order
 
@@ -32,6 +32,11 @@ class TorchPasses(TorchGradients, Passes):
     """Always there; scales may be tensors, so that an accelerator need not be waited for."""
 
     name = "torch"
+
+    def ends(self, input: Tensor) -> Ends:
+        """Return the smallest and the largest element."""
+        low, high = extremes(input)
+        return float(low), float(high)
 
     def quantize(
         self,
@@ -56,7 +61,7 @@ class TorchPasses(TorchGradients, Passes):
         self, input: Tensor, inverse_scale: float, zero_point: int, quant_min: int, quant_max: int
     ) -> Tensor | None:
         """Return codes, unless an element is not finite."""
-        if not all(math.isfinite(end) for end in extremes(input)):
+        if not all(map(math.isfinite, self.ends(input))):
             return None
         return _round(input, Rounding(inverse_scale, zero_point, quant_min, quant_max), clips=True)
 

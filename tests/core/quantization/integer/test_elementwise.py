@@ -258,6 +258,28 @@ def test_relu_keeps_a_bit_where_the_gradient_passes(passes: Passes, input: Tenso
         assert np.array_equal(ends, (kept.min(), kept.max()), equal_nan=True)
 
 
+@settings(deadline=None, max_examples=200)
+@given(input=float_tensors())
+def test_ends_are_the_smallest_and_the_largest_element(passes: Passes, input: Tensor) -> None:
+    if input.numel():
+        values = memory(input)  # whose minimum and maximum are NaN if one is
+        assert np.array_equal(passes.ends(input), (values.min(), values.max()), equal_nan=True)
+
+
+@pytest.mark.parametrize("special", ["-nan", "nan", "-inf", "inf", "-0.0"])
+@pytest.mark.parametrize("place", [0, 63, 64, LONG - 1])
+def test_one_special_element_of_many_is_an_end(
+    passes: Passes, special: str, place: int, threads: int
+) -> None:
+    for sign in (1.0, -1.0):
+        input = sign * torch.rand(LONG).add_(1.0)
+        input[place] = float(special.strip("-"))
+        if special.startswith("-"):
+            input.neg_()
+        values = input.numpy()
+        assert np.array_equal(passes.ends(input), (values.min(), values.max()), equal_nan=True)
+
+
 @settings(deadline=None, max_examples=100)
 @given(gradient=float_tensors(), seed=st.integers(0, 2**32))
 def test_relu_gradient_is_that_of_the_output_or_zero(

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compression_manager.errors import QuantizationError
-from compression_manager.quantization.integer import operands
 from compression_manager.quantization.integer.selection import active_passes
 from compression_manager.quantization.layers import relu
 from compression_manager.quantization.layers.relu import BitMaskReLU, keep_bits, keep_outputs
@@ -169,9 +168,10 @@ def test_native_kernels_find_the_range_for_the_layer_behind_on_the_way(
     input = torch.randn(64, 24)
     layer = quantized(nn.Linear(24, 16), input.relu(), "integer")
     asked: list[Tensor] = []
-    extremes = operands.extremes
+    kind = type(active_passes())
+    find = kind.ends
     monkeypatch.setattr(
-        operands, "extremes", lambda tensor: asked.append(tensor) or extremes(tensor)
+        kind, "ends", lambda passes, tensor: asked.append(tensor) or find(passes, tensor)
     )
     before = BitMaskReLU(inplace)
     outputs = [

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <mutex>
 
 namespace native {
@@ -135,17 +136,62 @@ void add_dequantized(
   });
 }
 
-// The smallest and the largest of some numbers that are not negative, as their bits, whose order is that
-// of the numbers; NaN has larger ones than infinity.
+// Integers in the order of the floats that they stand for; NaN lies beyond the infinities. Loops that
+// compare floats themselves are not vectorized, because of NaN.
+inline int32_t to_key(float value) {
+  const int32_t bits = static_cast<int32_t>(to_bits(value));
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+inline float from_key(int32_t key) {
+  return to_float(static_cast<uint32_t>(key ^ (key >> 31 & 0x7fffffff)));
+}
+
+// The smallest and the largest of some numbers, as keys.
 struct Ends {
-  uint32_t low = ~0u;
-  uint32_t high = 0;
+  int32_t low = std::numeric_limits<int32_t>::max();
+  int32_t high = std::numeric_limits<int32_t>::min();
 
   void include(const Ends& other) {
     low = std::min(low, other.low);
     high = std::max(high, other.high);
   }
+
+  // In variables of its own, or compilers would do all of it one by one.
+  void include(const float* __restrict values, int64_t count) {
+    int32_t least = low;
+    int32_t most = high;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t key = to_key(values[i]);
+      least = key < least ? key : least;
+      most = key > most ? key : most;
+    }
+    low = least;
+    high = most;
+  }
+
+  // Writes both, or NaN twice if one of the numbers is NaN.
+  void write(float* ends) const {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    const bool has_nan = low < to_key(-infinity) || high > to_key(infinity);
+    ends[0] = has_nan ? std::numeric_limits<float>::quiet_NaN() : from_key(low);
+    ends[1] = has_nan ? std::numeric_limits<float>::quiet_NaN() : from_key(high);
+  }
 };
+
+// Calls body(begin, end, ends) as `for_elements` does, with ends of each thread's own; returns those of all.
+template <typename Body>
+Ends with_ends(int64_t size, const Body& body) {
+  Ends all;
+  std::mutex turn;
+  for_elements(size, [&](int64_t begin, int64_t end) {
+    Ends own;
+    body(begin, end, own);
+    const std::lock_guard<std::mutex> guard(turn);
+    all.include(own);
+  });
+  return all;
+}
 
 inline void relu_group(
     const float* __restrict input, int64_t count, float* __restrict output, uint8_t* mask,
@@ -157,15 +203,7 @@ inline void relu_group(
     output[i] = positive ? input[i] : 0.0f;
   }
   pack_flags(flags, count, mask);
-  // A loop of its own, of variables of its own, or compilers would do all of it one by one.
-  uint32_t low = ends.low;
-  uint32_t high = ends.high;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = to_bits(output[i]);
-    low = bits < low ? bits : low;
-    high = bits > high ? bits : high;
-  }
-  ends = {low, high};
+  ends.include(output, count);
 }
 
 } // namespace
@@ -235,14 +273,18 @@ EXPORT void clear_marked(float* values, int64_t size, const uint8_t* mask) {
   });
 }
 
-// Sets `ends` to the smallest and the largest element of the output, or both to NaN if one is.
+// Sets `ends` to the smallest and the largest element, or both to NaN if one is.
+EXPORT void find_ends(const float* input, int64_t size, float* ends) {
+  const auto include = [&](int64_t begin, int64_t end, Ends& own) {
+    own.include(input + begin, end - begin);
+  };
+  with_ends(size, include).write(ends);
+}
+
+// Sets `ends` as `find_ends` does, of the output.
 EXPORT void relu_elements(
     const float* input, int64_t size, float* output, uint8_t* mask, float* ends) {
-  constexpr uint32_t infinity = 0x7f800000u;
-  Ends all;
-  std::mutex turn;
-  for_elements(size, [&](int64_t begin, int64_t end) {
-    Ends own;
+  const auto relu = [&](int64_t begin, int64_t end, Ends& own) {
     int64_t i = begin;
     for (; i + GROUP <= end; i += GROUP) {
       relu_group(input + i, GROUP, output + i, mask + i / 8, own);
@@ -250,11 +292,8 @@ EXPORT void relu_elements(
     if (i < end) {
       relu_group(input + i, end - i, output + i, mask + i / 8, own);
     }
-    const std::lock_guard<std::mutex> guard(turn);
-    all.include(own);
-  });
-  ends[0] = to_float(all.high > infinity ? all.high : all.low);
-  ends[1] = to_float(all.high);
+  };
+  with_ends(size, relu).write(ends);
 }
 
 EXPORT void keep_marked(const float* input, int64_t size, const uint8_t* mask, float* output) {

@@ -51,6 +51,13 @@ class NativePasses(NativeGradients):
         """Return whether `multiply` is faster than float32: any with AMX, one with AVX-512 BF16."""
         return pieces <= int(self._functions.most_pieces())
 
+    def ends(self, input: Tensor) -> Ends:
+        """See `Passes.ends`."""
+        check("input", input, torch.float32)
+        found = (ctypes.c_float * 2)()
+        self._functions.find_ends(input.data_ptr(), input.numel(), found)
+        return found[0], found[1]
+
     def quantize(
         self,
         input: Tensor,

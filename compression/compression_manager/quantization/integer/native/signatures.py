@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         [_pointer, _pointer, _size, _bool, _float, _integer, _pointer],
     ),
     "clear_marked": (None, [_pointer, _size, _pointer]),
+    "find_ends": (None, [_pointer, _size, _pointer]),
     "relu_elements": (None, [_pointer, _size, _pointer, _pointer, _pointer]),
     "keep_marked": (None, [_pointer, _size, _pointer, _pointer]),
     "quantize_rows": (None, [_pointer, _size, _size, _pointer, _pointer, _pointer]),
