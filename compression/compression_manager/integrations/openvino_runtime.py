@@ -58,17 +58,37 @@ def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
         int8: whether quantized operators become 8-bit kernels, which overflow on processors without
             VNNI. All else is computed in float32, also where OpenVINO would choose bfloat16.
     """
+    return called_as_network(*compile_openvino(model, int8=int8))
+
+
+def compile_openvino(
+    model: Path | bytes, *, int8: bool, **more: Any
+) -> tuple[openvino.Model, openvino.CompiledModel]:
+    """Return the network of a file, and what computes it.
+
+    Args:
+        model: as for `load_openvino`.
+        int8: as for `load_openvino`.
+        more: settings of OpenVINO beside those that it needs to compute as the model does.
+    """
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # Or it quantizes inputs of linear layers with integer weights that are to stay as they are.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        **more,
     }
     if not int8:
         settings["LP_TRANSFORMS_MODE"] = False
     core = shared_core()
     network = core.read_model(model) if isinstance(model, Path) else _read_onnx(model)
-    compiled = core.compile_model(network, "CPU", settings)
+    return network, core.compile_model(network, "CPU", settings)
+
+
+def called_as_network(
+    network: openvino.Model, compiled: openvino.CompiledModel
+) -> Callable[..., Any]:
+    """Return what is called as the model is of which `compile_openvino` made both."""
     dtypes = {item.get_any_name(): item.get_element_type().to_dtype() for item in compiled.inputs}
     own = threading.local()  # a request computes for one thread at a time, without a word
 
