@@ -15,8 +15,8 @@ BENCH := tests/benchmarks
 RESULTS := runs/benchmarks
 
 .PHONY: help venv demo study distillation-study tables bench bench-rule bench-training \
-	bench-profile bench-inference bench-hooks bench-roofline bench-peers performance \
-	bench-teacher bench-distillation test test-slow test-torch test-cuda conformance check docs \
+	bench-profile bench-inference bench-inference-profile bench-hooks bench-roofline bench-peers \
+	performance bench-teacher bench-distillation test test-slow test-torch test-cuda conformance check docs \
 	reference readme
 
 help:  ## show this list
@@ -45,7 +45,8 @@ tables: $(STAMP)  ## quantize the demo's students in every way; needs `make demo
 
 # They run one after the other, however many jobs make was given: nothing else may be running.
 bench: $(STAMP)  ## training steps, inference, hooks, the rule, the machine; half an hour, quiet machine
-	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-profile bench-inference bench-hooks
+	$(MAKE) -j1 bench-roofline bench-rule bench-training bench-profile bench-inference \
+		bench-inference-profile bench-hooks
 
 bench-roofline: $(STAMP)  ## what the machine can do: bandwidth, peaks; what a step needs of both
 	$(BIN)/python $(BENCH)/roofline.py --threads $(THREADS)
@@ -63,6 +64,9 @@ bench-profile: $(STAMP)  ## where the time of a training step goes
 bench-inference: $(STAMP)  ## time the converted model by every route beside float32
 	$(BIN)/python $(BENCH)/inference.py --threads $(THREADS) \
 		--seconds-per-model $(SECONDS_PER_MODEL) --chart $(RESULTS)/inference.png
+
+bench-inference-profile: $(STAMP)  ## where the time of inference goes
+	$(BIN)/python $(BENCH)/inference_profile.py --threads $(THREADS)
 
 bench-hooks: $(STAMP)  ## time hooks, checkpoints, long trainings and many layers
 	$(BIN)/python $(BENCH)/hooks.py

@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
-from compression_manager.quantization.integer.passes import Passes
 from compression_manager.quantization.integer.selection import active_passes
 from measuring import machine
 from measuring.command import model_parser
+from measuring.kernel_parts import FLOAT_PRODUCTS, INTEGERS, marked, part_of_pass
 from measuring.models import WORKLOADS, Workload
 from measuring.report import row, write_json
 from measuring.variants import FLOAT, VARIANTS, Unavailable, Variant, VariantTrainer, warm_cache
@@ -32,42 +30,7 @@ WIDTHS = (24, 8, 10, 14, 17, 8)
 MEASURED = ("fake", "auto-torch", "auto-native", "bfloat16x3", "bfloat16")
 WARM_UP = 4
 
-_PRODUCTS = (
-    "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_int_mm", "aten::convolution",
-    "aten::mkldnn_convolution", "aten::_scaled_dot_product", "onednn::",
-)  # fmt: skip
-# All that compute something; the others only answer.
-_PASSES = tuple(
-    name
-    for name in sorted(Passes.__abstractmethods__)
-    if not name.startswith("supports") and name != "integer_kernel"
-)
-# Those that multiply.
-_PRODUCT_PASSES = ("multiply", "convolve", "convolution")
-_MARK = "passes::"
-
-
-@contextmanager
-def _marked(passes: Passes) -> Iterator[None]:
-    """Let the profiler see the methods of `passes`, which may call no operator."""
-    owner = type(passes)
-    originals = {name: getattr(owner, name) for name in _PASSES}
-
-    def seen(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with record_function(_MARK + name):
-                return method(*args, **kwargs)
-
-        return call
-
-    for name, method in originals.items():
-        setattr(owner, name, seen(name, method))
-    try:
-        yield
-    finally:
-        for name, method in originals.items():
-            setattr(owner, name, method)
+_PRODUCTS = (*FLOAT_PRODUCTS, "aten::_int_mm", "onednn::")
 
 
 def part_of(event: Any) -> str | None:
@@ -76,12 +39,9 @@ def part_of(event: Any) -> str | None:
     Args:
         event: of torch's profiler, with its name and its parent.
     """
-    inside: Any = event
-    while inside is not None:
-        if inside.name.startswith(_MARK):
-            method = inside.name.removeprefix(_MARK)
-            return "products" if method.startswith(_PRODUCT_PASSES) else "quantization"
-        inside = inside.cpu_parent
+    part = part_of_pass(event)
+    if part is not None:
+        return "products" if part == INTEGERS else "quantization"
     if event.name.startswith(_PRODUCTS):
         return "products"
     if event.name == "aten::aminmax":
@@ -110,7 +70,7 @@ def _profiled(trainer: VariantTrainer, steps: int) -> dict[str, float]:
         trainer.step(number)
     with trainer.using():
         passes = active_passes()
-    with _marked(passes), profile(activities=[ProfilerActivity.CPU]) as recorded:
+    with marked(passes), profile(activities=[ProfilerActivity.CPU]) as recorded:
         began = time.perf_counter()
         for number in range(WARM_UP, WARM_UP + steps):
             trainer.step(number)

@@ -12,6 +12,7 @@ import torch
 
 import step_profile
 from compression_manager.quantization.integer.selection import TORCH
+from measuring.kernel_parts import marked
 
 
 def _event(name: str, parent: Any = None) -> Any:
@@ -41,7 +42,7 @@ def test_parts(event: Any, part: str | None) -> None:
 
 def test_passes_are_seen_and_left_as_they_were() -> None:
     before = type(TORCH).quantize
-    with step_profile._marked(TORCH), torch.profiler.profile() as recorded:
+    with marked(TORCH), torch.profiler.profile() as recorded:
         TORCH.quantize(torch.randn(4, 8), 2.0, 3, 0, 255, below=True, above=True)
     names = {event.name for event in recorded.events()}
     assert "passes::quantize" in names
