@@ -31,6 +31,7 @@ def blocks(machines: Machines) -> dict[str, str]:
         "limits": ("training_step", limits_block),
         "profile": ("step_profile", profile_block),
         "inference": ("inference", inference_block),
+        "inference-profile": ("inference_profile", inference_profile_block),
         "peers": ("peers", peers_block),
         "hooks": ("hooks", hooks_block),
     }
@@ -216,6 +217,24 @@ def profile_block(machines: Machines) -> list[str]:
             for item in own:
                 lines.append(_line([item["title"], *(f"{v:.1f}" for v in item["parts"].values())]))
             lines.append("")
+    return lines[:-1]
+
+
+def inference_profile_block(machines: Machines) -> list[str]:
+    """Return, per machine and model, the parts of a batch, and what bounds the fastest route."""
+    lines: list[str] = []
+    for name, documents in machines.items():
+        document = documents["inference_profile"]
+        for model, finding in document["findings"].items():
+            own = [item for item in document["results"] if item["model"] == model]
+            measured = [item for item in own if item["skipped"] is None]
+            lines += [f"{name}, {model}, in milliseconds:", ""]
+            lines += _head(["route", *measured[0]["parts"]])
+            for item in measured:
+                lines.append(_line([item["title"], *(f"{v:.1f}" for v in item["parts"].values())]))
+            skipped = [item for item in own if item["skipped"] is not None]
+            lines += ["", *(f"- {item['title']}: {item['skipped']}." for item in skipped)]
+            lines += [*([""] if skipped else []), finding, ""]
     return lines[:-1]
 
 

@@ -22,6 +22,7 @@ PAGE = ROOT / "docs" / "explanation" / "performance.md"
 BENCHMARKS = (
     "training_step",
     "inference",
+    "inference_profile",
     "hooks",
     "roofline",
     "peers",
@@ -48,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def copy_results(results: Path, folder: Path) -> None:
     """Copy what there is of the benchmarks' files and charts."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in BENCHMARKS:
-        for path in sorted(results.glob(f"{name}*")):
-            shutil.copyfile(path, folder / path.name)
-            print(f"copied {path.name} to {folder}")
+    # "inference*" finds the files of "inference_profile" as well.
+    for path in sorted({path for name in BENCHMARKS for path in results.glob(f"{name}*")}):
+        shutil.copyfile(path, folder / path.name)
+        print(f"copied {path.name} to {folder}")
 
 
 def recorded(folder: Path) -> Machines:

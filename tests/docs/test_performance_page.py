@@ -88,6 +88,26 @@ def test_the_limit_is_the_largest_part(script):
         assert types(variant, features) == (forward, "float32")
 
 
+def test_the_profile_of_inference_is_a_table_with_what_it_says(script):
+    measured = {"title": "int8, eager", "parts": {"all": 12.34, "rest": 0.5}, "skipped": None}
+    left_out = {"title": "int8, OpenVINO", "skipped": "ImportError: no openvino"}
+    results = [{"model": "encoder", **item} for item in (measured, left_out)]
+    document = {"machine": MACHINE, "results": results, "findings": {"encoder": "encoder: fast."}}
+    blocks = script.blocks({"fast": {"inference_profile": document}, "old": {"hooks": hooks()}})
+    assert blocks["inference-profile"].splitlines() == [
+        "",
+        "fast, encoder, in milliseconds:",
+        "",
+        "| route | all | rest |",
+        "| --- | --- | --- |",
+        "| int8, eager | 12.3 | 0.5 |",
+        "",
+        "- int8, OpenVINO: ImportError: no openvino.",
+        "",
+        "encoder: fast.",
+    ]
+
+
 def training(ratio: float) -> dict[str, Any]:
     def item(name: str, title: str, value: float, skipped: str | None = None) -> dict[str, Any]:
         return {
