@@ -4,10 +4,11 @@
     python tests/benchmarks/inference.py --threads 2 --routes float32 int8-eager int8-openvino
 
 The int8 model is the float model, quantized after training on one batch; all routes run that one,
-but for the last, whose model has no zero points and quantizes query, key and value of attention as
-well, as OpenVINO's own quantization does. They take turns in one process, on the same batch. Every
-speed-up is over the float32 model, called eagerly, of the same round. A route that returns
-something else than the converted model is listed with its error.
+but for the last two, whose model has no zero points and quantizes query, key and value of attention
+as well, as OpenVINO's own quantization does. The very last computes what is not quantized in
+bfloat16. They take turns in one process, on the same batch. Every speed-up is over the float32
+model, called eagerly, of the same round. A route that returns something else than the converted
+model is listed with its error.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ ROUTES = (
     Route("int8-onnxruntime", "int8, onnxruntime", _library("onnxruntime")),
     Route("int8-openvino", "int8, OpenVINO", _library("openvino")),
     Route("int8-symmetric", "int8, OpenVINO, symmetric", _library("openvino"), "symmetric"),
+    Route("int8-bfloat16", "int8, OpenVINO, bfloat16", _library("openvino_bfloat16"), "symmetric"),
 )
 
 

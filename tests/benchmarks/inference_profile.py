@@ -7,7 +7,7 @@ Kernels are timed by torch's profiler, or by OpenVINO's counters (PERF_COUNT), a
 - products of integers: linear layers and convolutions, with all that is fused into their kernels,
   which is their bias, activation, sum and rounding;
 - products of floats: such layers in float32, and the whole of attention, whose kernel multiplies
-  twice and computes the softmax in between. The last route's first product is one of integers;
+  twice and computes the softmax in between; that of the last two routes multiplies integers first;
 - quantization: kernels that do nothing but round, turn integers back into real numbers, or put them
   into another order or type;
 - other operators: normalization, sums, activations, means and copies, with the rounding of their
@@ -46,7 +46,8 @@ REST = "starts and rest"
 PARTS = (*KERNEL_PARTS, REST)
 WIDTHS = (26, 8, 20, 18, 12, 15, 15)
 TORCH = (BASELINE, "int8-eager", "int8-inductor", "int8-aot-inductor")
-OPENVINO = ("int8-openvino", "int8-symmetric")
+OPENVINO = {"int8-openvino": False, "int8-symmetric": False, "int8-bfloat16": True}
+"""Routes that OpenVINO runs, and whether with bfloat16."""
 MODELS = ("encoder", "resnet")
 WARM_UP = 3
 """Calls before those that are timed."""
@@ -60,7 +61,7 @@ Sample = Callable[[int], Parts]
 def sampler(route: Route, subject: Subject) -> Sample:
     """Return what measures a route; whatever it raises is why it cannot be measured."""
     if route.name in OPENVINO:
-        return _openvino_sampler(subject.model_of(route), subject.inputs)
+        return _openvino_sampler(subject.model_of(route), subject.inputs, OPENVINO[route.name])
     # Without it generated kernels are no events.
     with torch._inductor.config.patch({"cpp.enable_kernel_profile": True}):
         run = route.runner(subject)
@@ -81,14 +82,14 @@ def torch_parts(run: Runner, inputs: Tensor, batches: int) -> Parts:
     return _parts(passed, times, batches)
 
 
-def _openvino_sampler(model: nn.Module, inputs: Tensor) -> Sample:
+def _openvino_sampler(model: nn.Module, inputs: Tensor, bfloat16: bool) -> Sample:
     from compression_manager.integrations import openvino_runtime  # an extra
 
     source = Source(model, Reference.of(model, inputs))
 
     def sample(batches: int) -> Parts:
         network, compiled = openvino_runtime.compile_openvino(
-            source.onnx, int8=True, PERF_COUNT=True
+            source.onnx, int8=True, bfloat16=bfloat16, PERF_COUNT=True
         )
         run = source.structured(openvino_runtime.called_as_network(network, compiled))
         return openvino_parts(network, compiled, run, inputs, batches)

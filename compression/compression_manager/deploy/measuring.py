@@ -109,8 +109,9 @@ def fastest(
         model: what `convert` returned or `deploy.load` loaded; stays as it is.
         inputs: what it is called with, as for `export`; times hold for their batch size.
         routes: names out of `eager`, `channels_last` (`eager` with images in that memory format),
-            `inductor`, `aot_inductor`, `onnxruntime` and `openvino`; None for all that make sense.
-            `eager`, the model as it is, is always measured.
+            `inductor`, `aot_inductor`, `onnxruntime`, `openvino` and `openvino_bfloat16` (with what
+            is not quantized in bfloat16); None for all that make sense but the last one. `eager`,
+            the model as it is, is always measured.
         rounds: how often each route is timed, for a twentieth of a second or one call.
 
     Raises:

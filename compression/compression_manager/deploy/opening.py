@@ -9,6 +9,7 @@ from typing import Any
 
 from compression_manager.configuration.checks import as_path
 from compression_manager.deploy.formats import FORMATS, ExportFormat
+from compression_manager.deploy.formats.openvino import OpenVinoFormat
 from compression_manager.deploy.packages import install_command, missing_packages
 from compression_manager.errors import ConfigError
 from compression_manager.tracing.program import brief
@@ -45,7 +46,7 @@ class ExportedModel:
         return f"ExportedModel({self.path}, {self.format})"
 
 
-def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
+def load_exported(path: str | Path, *, int8: bool = True, bfloat16: bool = False) -> ExportedModel:
     """Load a file that `export` wrote, to be called as the model is.
 
     ONNX files run in onnxruntime and .xml files in OpenVINO, on the CPU, with as many threads as
@@ -60,14 +61,21 @@ def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
         int8: whether onnxruntime and OpenVINO may use their 8-bit kernels, which on processors
             without VNNI overflow silently (`fastest` compares). Without them they compute the same
             numbers in float32. Other formats compute as they were written.
+        bfloat16: whether OpenVINO computes what is not quantized (attention, normalization, sums)
+            in bfloat16, whose rounding is off by up to 2^-9 of each number, where the processor
+            has such products (AMX, AVX-512 BF16); in float32 elsewhere. Integers are multiplied
+            as before.
 
     Raises:
-        ConfigError: no such file, none of these formats, a damaged one, or a missing package.
+        ConfigError: no such file, none of these formats, a damaged one, or a missing package;
+            bfloat16 for a file that OpenVINO does not run.
     """
     file = as_path("deploy.load_exported", path, of="file")
     if not file.is_file():
         raise ConfigError(f"there is no file {path} to load.")
     format = _format_of(file)
+    if bfloat16:
+        format = _in_bfloat16(format, file)
     assert format.runtime_extra is not None or format.runtime is None
     if format.runtime is not None and missing_packages([format.runtime]):
         raise ConfigError(
@@ -79,6 +87,15 @@ def load_exported(path: str | Path, *, int8: bool = True) -> ExportedModel:
     except Exception as error:
         raise ConfigError(f"{path} cannot be loaded as {format.name}: {brief(error)}") from error
     return ExportedModel(file, format.name, run)
+
+
+def _in_bfloat16(format: ExportFormat, file: Path) -> ExportFormat:
+    if not isinstance(format, OpenVinoFormat):
+        raise ConfigError(
+            f"{file} has the format '{format.name}', which computes in the types that it was "
+            "written with; bfloat16=True is for files that OpenVINO runs: export as 'openvino'."
+        )
+    return OpenVinoFormat(bfloat16=True)
 
 
 def _format_of(file: Path) -> ExportFormat:

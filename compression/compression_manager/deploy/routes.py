@@ -144,7 +144,7 @@ class Route(ABC):
     int8_settings: ClassVar[tuple[bool, ...]] = (True,)
 
     def suits(self, inputs: Any) -> bool:
-        """Return whether it is something else than the other routes for inputs such as these."""
+        """Return whether it is measured for inputs such as these if nobody names it."""
         return True
 
     @abstractmethod
@@ -236,11 +236,22 @@ class _OpenVino(_GraphRoute):
     name = "openvino"
     packages = ("onnx", "onnxscript", "openvino")
     extra = "openvino"
+    bfloat16: ClassVar[bool] = False
 
     def load(self, content: bytes, *, int8: bool) -> Runner:
         from compression_manager.integrations.openvino_runtime import load_openvino
 
-        return load_openvino(content, int8=int8)
+        return load_openvino(content, int8=int8, bfloat16=self.bfloat16)
+
+
+class _OpenVinoInBfloat16(_OpenVino):
+    """Rounds what is not quantized to bfloat16, so that it is measured only if it is named."""
+
+    name = "openvino_bfloat16"
+    bfloat16 = True
+
+    def suits(self, inputs: Any) -> bool:
+        return False
 
 
 def _without_gradients(model: nn.Module) -> Runner:
@@ -255,7 +266,15 @@ def _is_reordered(tensor: torch.Tensor) -> bool:
     return with_channels_last(tensor) is not tensor
 
 
-_ALL = (_Eager(), _ChannelsLast(), _Inductor(), _AotInductor(), _OnnxRuntime(), _OpenVino())
+_ALL = (
+    _Eager(),
+    _ChannelsLast(),
+    _Inductor(),
+    _AotInductor(),
+    _OnnxRuntime(),
+    _OpenVino(),
+    _OpenVinoInBfloat16(),
+)
 ROUTES: dict[str, Route] = {item.name: item for item in _ALL}
 
 

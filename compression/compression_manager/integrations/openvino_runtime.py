@@ -50,29 +50,32 @@ def write_openvino(content: bytes, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def load_openvino(model: Path | bytes, *, int8: bool) -> Callable[..., Any]:
+def load_openvino(model: Path | bytes, *, int8: bool, bfloat16: bool = False) -> Callable[..., Any]:
     """Return what is called as the model is; the CPU computes, with as many threads as torch has.
 
     Args:
         model: the .xml file, with its .bin beside it, or the content of an ONNX file.
         int8: whether quantized operators become 8-bit kernels, which overflow on processors without
-            VNNI. All else is computed in float32, also where OpenVINO would choose bfloat16.
+            VNNI.
+        bfloat16: whether all else is computed in bfloat16, where the processor multiplies that. In
+            float32 otherwise, also where OpenVINO would choose bfloat16.
     """
-    return called_as_network(*compile_openvino(model, int8=int8))
+    return called_as_network(*compile_openvino(model, int8=int8, bfloat16=bfloat16))
 
 
 def compile_openvino(
-    model: Path | bytes, *, int8: bool, **more: Any
+    model: Path | bytes, *, int8: bool, bfloat16: bool = False, **more: Any
 ) -> tuple[openvino.Model, openvino.CompiledModel]:
     """Return the network of a file, and what computes it.
 
     Args:
         model: as for `load_openvino`.
         int8: as for `load_openvino`.
+        bfloat16: as for `load_openvino`.
         more: settings of OpenVINO beside those that it needs to compute as the model does.
     """
     settings: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if bfloat16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         # Or it quantizes inputs of linear layers with integer weights that are to stay as they are.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,

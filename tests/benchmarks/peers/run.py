@@ -35,6 +35,7 @@ OWN_ROUTES = (
     "int8, onnxruntime",
     "int8, OpenVINO",
     "int8, OpenVINO, symmetric",
+    "int8, OpenVINO, bfloat16",
 )
 
 

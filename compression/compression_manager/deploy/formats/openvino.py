@@ -16,6 +16,9 @@ class OpenVinoFormat(ExportFormat):
     """Two files, the graph in .xml and the weights in .bin, read from the model's ONNX form.
 
     The integers differ from the model's where those of ONNX do.
+
+    Args:
+        bfloat16: whether files are run with bfloat16 for all that is not quantized.
     """
 
     name = "openvino"
@@ -25,6 +28,9 @@ class OpenVinoFormat(ExportFormat):
     runtime = "openvino"
     runtime_extra = "openvino"
     tolerance = MODEL_TOLERANCE
+
+    def __init__(self, *, bfloat16: bool = False) -> None:
+        self._bfloat16 = bfloat16
 
     # The libraries are imported when they are needed.
 
@@ -39,4 +45,4 @@ class OpenVinoFormat(ExportFormat):
         """Return what runs the files in OpenVINO, on the CPU."""
         from compression_manager.integrations.openvino_runtime import load_openvino
 
-        return load_openvino(path, int8=int8)
+        return load_openvino(path, int8=int8, bfloat16=self._bfloat16)
