@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ class TorchFormat(ExportFormat):
     def load(self, path: Path, *, int8: bool) -> Callable[..., Any]:
         """Return what runs the program, on the device it was traced on."""
         extra_files = {_INPUTS: ""}  # torch fills no empty mapping
-        with path.open("rb") as file:
+        with path.open("rb") as file, warnings.catch_warnings():
+            # torch 2.10 reads tensors from bytes, of which it warns itself.
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
             module = torch.export.load(file, extra_files=extra_files).module()
 
         def run(*args: Any, **kwargs: Any) -> Any:
