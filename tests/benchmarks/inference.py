@@ -287,14 +287,21 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     return results
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = {route.name: route for route in ROUTES}
-    parser = model_parser(__doc__, "inference")
+def parse_with_routes(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, routes: Sequence[Route]
+) -> argparse.Namespace:
+    """Return the options, `routes` among them: those that were chosen, behind the baseline."""
+    names = {route.name: route for route in routes}
     parser.add_argument("--routes", nargs="+", choices=list(names), default=list(names))
-    parser.add_argument("--runs", type=int, default=60, help="timed rounds at most")
     options = parser.parse_args(arguments)
     options.routes = [names[name] for name in dict.fromkeys([BASELINE, *options.routes])]
     return options
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = model_parser(__doc__, "inference")
+    parser.add_argument("--runs", type=int, default=60, help="timed rounds at most")
+    return parse_with_routes(parser, arguments, ROUTES)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from compression_manager.deploy.reference import Reference
 from compression_manager.deploy.routes import Source
 from compression_manager.quantization.integer.selection import active_passes
-from inference import BARS, BASELINE, ROUTES, Route, Runner, Subject, subject_of
+from inference import BARS, BASELINE, ROUTES, Route, Runner, Subject, parse_with_routes, subject_of
 from measuring import machine
 from measuring.command import model_parser
 from measuring.kernel_parts import INTEGERS, KERNEL_PARTS, marked, part_of_event, part_of_node
@@ -260,15 +260,12 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    names = {route.name: route for route in ROUTES if route.name in (*TORCH, *OPENVINO)}
     parser = model_parser(__doc__, "inference_profile")
     parser.set_defaults(models=list(MODELS))
-    parser.add_argument("--routes", nargs="+", choices=list(names), default=list(names))
     parser.add_argument("--blocks", type=int, default=7, help="of which the median is shown")
     parser.add_argument("--batches", type=int, default=8, help="in a block")
-    options = parser.parse_args(arguments)
-    options.routes = [names[name] for name in dict.fromkeys([BASELINE, *options.routes])]
-    return options
+    profiled = [route for route in ROUTES if route.name in (*TORCH, *OPENVINO)]
+    return parse_with_routes(parser, arguments, profiled)
 
 
 if __name__ == "__main__":

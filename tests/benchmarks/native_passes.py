@@ -93,6 +93,10 @@ def element_checks(passes: NativePasses) -> Iterator[tuple[str, bool]]:
             yield f"dequantize to bfloat16 {shape}", torch.equal(half, values.bfloat16())
             exact = ((codes.double() - zero_point) * to_float32(SCALE)).float()
             yield f"dequantize {shape} {codes.dtype}", torch.equal(values, exact)
+        if input.numel():  # of nothing there are no ends
+            numbers = input.nan_to_num()
+            same = passes.ends(numbers) == (float(numbers.min()), float(numbers.max()))
+            yield f"ends {shape}", same
         output, positive, _ = passes.relu(input)
         yield f"relu {shape}", torch.equal(output.nan_to_num(), input.relu().nan_to_num())
         yield f"relu bits {shape}", torch.equal(bits(positive, input), ~(flat(input) <= 0))
@@ -200,6 +204,7 @@ def element_cases(passes: Passes, input: Tensor) -> dict[str, Case]:
             lambda: passes.quantize(clipping, *grid, below=True, above=True),
         ),
         "dequantize": (5, lambda: passes.dequantize(codes, SCALE, ZERO_POINT, values)),
+        "ends": (4, lambda: passes.ends(input)),
         "clear_clipped": (4.125, lambda: passes.clear_clipped(output, few)),
         "relu": (8.125, lambda: passes.relu(input)),
         "relu_gradient": (8.125, lambda: passes.relu_gradient(input, positive)),

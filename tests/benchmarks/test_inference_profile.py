@@ -21,7 +21,6 @@ from measuring.kernel_parts import (
     part_of_event,
     part_of_node,
 )
-from measuring.machine import features
 
 
 def _event(name: str, parent: Any = None) -> Any:
@@ -168,7 +167,6 @@ def test_the_parts_make_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "starts and rest" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(not features()["VNNI"], reason="layers so small pay with VNNI only")
 def test_what_calls_no_operator_is_seen(tmp_path: Path) -> None:
     parts = _run(["int8-eager"], tmp_path / "profile.json")["int8-eager"]
     assert parts[INTEGERS] > 0

@@ -43,11 +43,7 @@ class Passes(ConvolutionGradients):
 
     @abstractmethod
     def ends(self, input: Tensor) -> Ends:
-        """Return the smallest and the largest element of at least one; both NaN if one is.
-
-        Args:
-            input: float32, dense, any shape, on the CPU.
-        """
+        """Return the ends of a dense float32 tensor on the CPU, not empty; both NaN if one is."""
 
     @abstractmethod
     def quantize(

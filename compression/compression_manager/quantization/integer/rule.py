@@ -43,9 +43,6 @@ class Decision(NamedTuple):
     reason: str = ""
 
 
-_INTEGER = Decision("integer")
-
-
 def decide(
     options: ProductOptions,
     input: Tensor,
@@ -74,7 +71,7 @@ def decide(
         return Decision("fake", reason)
     reason = why_no_integers(options, input.device, size, passes, training)
     if reason is None:
-        return _INTEGER
+        return Decision("integer")
     # On an accelerator the passes around float32 products are many small kernels.
     return Decision("codes" if input.is_cpu else "fake", reason)
 

@@ -8,7 +8,6 @@ trace in that counter, by a sample of the values.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -70,8 +69,7 @@ def integer_weight(
     state = (
         version_of(base), weight.data_ptr(), weight.shape, weight.stride(), passes.name,
     )  # fmt: skip
-    known, values_now = _weights.get(quantizer), weight.detach()
-    sample = sample_of(values_now)
+    known, sample = _weights.get(quantizer), sample_of(weight.detach())
     if (
         known is not None
         and known.base() is base
@@ -80,8 +78,8 @@ def integer_weight(
     ):
         return known.integers
     # Or they could not be kept for a backward pass later.
-    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-        computed = _quantize_weight(quantizer, values_now, passes, values)
+    with torch.inference_mode(False):
+        computed = _quantize_weight(quantizer, weight.detach(), passes, values)
     _watch_optimizers()
     _weights[quantizer] = _Known(TensorWeakRef(base), state, sample, weight.requires_grad, computed)
     return computed
